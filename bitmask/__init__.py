@@ -1,0 +1,24 @@
+"""Sparse weights that pay: lossless bitmask compression of PyTorch tensors, with native kernels."""
+
+from importlib.metadata import version
+
+from bitmask._C import available_isas, build_info, get_isa, set_isa
+from bitmask.bitmask_tensor import BitmaskTensor, DecompressWarning
+from bitmask.ops import FormatError, compress, decompress
+from bitmask.reference import NaiveBitmaskTensor
+
+__version__ = version("bitmask")
+
+__all__ = [
+    "BitmaskTensor",
+    "DecompressWarning",
+    "FormatError",
+    "NaiveBitmaskTensor",
+    "__version__",
+    "available_isas",
+    "build_info",
+    "compress",
+    "decompress",
+    "get_isa",
+    "set_isa",
+]

@@ -1,0 +1,348 @@
+"""BitmaskTensor: a `torch.Tensor` whose storage is the bitmask layout."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from bitmask import ops
+from bitmask.ops import FormatError
+
+aten = torch.ops.aten
+
+
+class DecompressWarning(UserWarning):
+    """An operation had no kernel for compressed tensors and ran on a dense copy.
+
+    Silence with ``warnings.filterwarnings("ignore", category=bitmask.DecompressWarning)``.
+    """
+
+
+class BitmaskTensor(Tensor):
+    """A tensor stored as its non-zero elements and one bit per element that says where they go (FORMAT.md).
+
+    It has the shape, dtype and device of the dense tensor, can be an `nn.Parameter(..., requires_grad=False)`, and travels through
+    `state_dict`, `to`, `deepcopy`, pickling and `torch.save`. Its elements are immutable, `copy_` aside. An operation without a kernel here
+    runs on a dense copy and says so with a `DecompressWarning`.
+
+    Attributes:
+        values: [nnz] in the dense dtype, row by row.
+        bitmasks: uint8 [..., ceil(cols / 8)], least significant bit first.
+        row_offsets: int64 [rows], index of each row's first value; rows are all dimensions but the last, flattened.
+
+    >>> dense = torch.tensor([[1.0, 0.0, 2.0], [5.0, 3.0, 0.0]])
+    >>> compressed = BitmaskTensor.from_dense(dense)
+    >>> compressed.values
+    tensor([1., 2., 5., 3.])
+    >>> torch.equal(compressed.to_dense(), dense)
+    True
+    """
+
+    values: Tensor  # type: ignore[assignment]  # torch's own `values()` is a method of its sparse layouts
+    bitmasks: Tensor
+    row_offsets: Tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> BitmaskTensor:
+        """Wrap parts as they are; `from_dense` and `from_parts` are the public ways in."""
+        wrapper: BitmaskTensor = Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=values.dtype, device=values.device, requires_grad=False
+        )
+        wrapper._set_parts(values, bitmasks, row_offsets)
+        return wrapper
+
+    def __init__(self, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
+        super().__init__()
+
+    def _set_parts(self, values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
+        self.values, self.bitmasks, self.row_offsets = values, bitmasks, row_offsets
+
+    @classmethod
+    def from_dense(cls, tensor: Tensor, *, keep_negative_zero: bool = False) -> BitmaskTensor:
+        """Compress a dense tensor of any shape, strides and supported dtype; gradients do not flow through.
+
+        Args:
+            tensor: what to compress; it is not kept.
+            keep_negative_zero: store -0.0 (bit-exact); by default it counts as zero and comes back as +0.0.
+
+        Raises:
+            TypeError: a sparse, quantized, nested or already compressed tensor, or a dtype without a codec.
+        """
+        if isinstance(tensor, BitmaskTensor):
+            raise TypeError("tensor: got a BitmaskTensor, expected a dense tensor")
+        if isinstance(tensor, Tensor):
+            tensor = tensor.detach()
+        return cls(*ops.compress(tensor, keep_negative_zero), tensor.shape)
+
+    @classmethod
+    def from_parts(cls, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> BitmaskTensor:
+        """Wrap existing parts (not copied) of a tensor of `shape`, after proving them consistent.
+
+        `bitmasks` may be [rows, ceil(cols / 8)] or keep the leading dimensions of `shape`.
+
+        Raises:
+            FormatError: parts that contradict each other or the shape.
+            TypeError, ValueError: a part of the wrong kind, dtype or device.
+
+        >>> bits = torch.tensor([[0b101]], dtype=torch.uint8)
+        >>> BitmaskTensor.from_parts(torch.tensor([7, 8]), bits, torch.tensor([0]), [1, 3]).to_dense()
+        tensor([[7, 0, 8]])
+        """
+        values, bitmasks, row_offsets = (
+            part.detach() if isinstance(part, Tensor) else part for part in (values, bitmasks, row_offsets)
+        )
+        ops.validate(values, bitmasks, row_offsets, shape)
+        return cls(values, bitmasks.reshape(ops.bitmask_sizes(shape)), row_offsets, shape)
+
+    def to_dense(self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None) -> Tensor:
+        """Decompress; equal to what was compressed, in `dtype` if one is given.
+
+        Raises:
+            FormatError: the parts were changed since they were proven.
+        """
+        if self.values.dtype != self.dtype:
+            raise FormatError(f"values: got dtype {self.values.dtype}, expected {self.dtype}, the dtype of the tensor")
+        dense = ops.decompress(self.values, self.bitmasks, self.row_offsets, self.shape)
+        return dense if dtype is None else dense.to(dtype)
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored elements."""
+        return self.values.numel()
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of elements that are not stored, 0 to 1 (0 for a tensor without elements)."""
+        return 1 - self.nnz / self.numel() if self.numel() > 0 else 0.0
+
+    @property
+    def compressed_nbytes(self) -> int:
+        """Bytes of the three parts; `nbytes` is what the dense tensor would take."""
+        return sum(part.nbytes for part in self._parts())
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.values, self.bitmasks, self.row_offsets
+
+    def _map_parts(self, change: Callable[[Tensor], Tensor]) -> BitmaskTensor:
+        return BitmaskTensor(*(change(part) for part in self._parts()), self.shape)
+
+    def _rows(self, start: int, stop: int, shape: Sequence[int]) -> BitmaskTensor:
+        """The flattened rows [start, stop) as a tensor of `shape`; values and bitmasks are views."""
+        offsets = self.row_offsets
+        begin = int(offsets[start]) if start < len(offsets) else self.nnz
+        end = int(offsets[stop]) if stop < len(offsets) else self.nnz
+        if stop <= start:
+            end = begin
+        if not 0 <= begin <= end <= self.nnz:
+            raise FormatError(f"row_offsets: got {begin} and {end} for rows {start} and {stop}, expected 0 to {self.nnz} in order")
+        bitmasks = self.bitmasks.reshape(-1, self.bitmasks.shape[-1])[start:stop].reshape(ops.bitmask_sizes(shape))
+        return BitmaskTensor(self.values[begin:end], bitmasks, offsets[start:stop] - begin, shape)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        """Shape, dtype and how well it compresses; never the elements."""
+        return (
+            f"BitmaskTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', nnz={self.nnz}, "
+            f"sparsity={self.sparsity:.4f}, compressed_nbytes={self.compressed_nbytes}, nbytes={self.nbytes})"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BitmaskTensor:
+        """A copy that shares nothing; a parameter stays one."""
+        if id(self) not in memo:
+            memo[id(self)] = _mark_parameter(self._map_parts(torch.clone), getattr(self, "_is_param", False))
+        copied: BitmaskTensor = memo[id(self)]
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle the parts, cut out of any larger storage they are views of."""
+        parts = [part if part.untyped_storage().nbytes() == part.nbytes else part.clone() for part in self._parts()]
+        return _rebuild, (*parts, tuple(self.shape), getattr(self, "_is_param", False))
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """Names of the inner tensors, for torch.compile and friends."""
+        return ["values", "bitmasks", "row_offsets"], None
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: None, outer_size: Sequence[int], outer_stride: Sequence[int]
+    ) -> BitmaskTensor:
+        """The inverse of `__tensor_flatten__`."""
+        return BitmaskTensor(inner["values"], inner["bitmasks"], inner["row_offsets"], outer_size)
+
+    def requires_grad_(self, requires_grad: bool = True) -> BitmaskTensor:
+        """Refuse gradients: the stored weight is frozen."""
+        if requires_grad:
+            raise TypeError(
+                "a BitmaskTensor is frozen and takes no gradient: use nn.Parameter(tensor, requires_grad=False), or train to_dense()"
+            )
+        return self
+
+    # What torch would read from a dense storage that is not there.
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The dense tensor as a NumPy array."""
+        return self.to_dense().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The dense tensor as nested lists."""
+        return self.to_dense().tolist()
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        """The dense tensor as a DLPack capsule."""
+        return self.to_dense().__dlpack__(**kwargs)
+
+    def data_ptr(self) -> int:
+        """Refuse: there is no dense storage."""
+        raise TypeError("a BitmaskTensor has no dense storage: use its values, bitmasks and row_offsets, or to_dense()")
+
+    def share_memory_(self) -> BitmaskTensor:
+        """Move the parts to shared memory, in place."""
+        for part in self._parts():
+            part.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether the parts are in shared memory."""
+        return all(part.is_shared() for part in self._parts())
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func` on compressed tensors where there is a way, else on dense copies."""
+        handler = _HANDLERS.get(func)
+        result = NotImplemented if handler is None else handler(func, *args, **(kwargs or {}))
+        return _run_dense(func, args, kwargs or {}) if result is NotImplemented else result
+
+
+def _mark_parameter(tensor: BitmaskTensor, is_parameter: bool) -> BitmaskTensor:
+    if is_parameter:
+        tensor._is_param = True  # type: ignore[attr-defined]  # how torch marks a wrapper subclass as nn.Parameter
+    return tensor
+
+
+def _rebuild(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int], is_parameter: bool) -> BitmaskTensor:
+    """Unpickle: what a file says is proven first."""
+    return _mark_parameter(BitmaskTensor.from_parts(values, bitmasks, row_offsets, shape), is_parameter)
+
+
+torch.serialization.add_safe_globals([_rebuild])
+
+
+def _run_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an op that has no kernel here on dense copies, one for each tensor; ops that write to a BitmaskTensor are refused."""
+    for position, argument in enumerate(func._schema.arguments):
+        given = args[position] if position < len(args) else kwargs.get(argument.name)
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and any(isinstance(item, BitmaskTensor) for item in (given if isinstance(given, list | tuple) else [given])):
+            raise TypeError(f"{func}: a BitmaskTensor cannot be written to in place: change to_dense() and compress again, or use copy_")
+    dense_copies: dict[int, Tensor] = {}
+
+    def to_dense(tensor: BitmaskTensor) -> Tensor:
+        if id(tensor) not in dense_copies:
+            dense_copies[id(tensor)] = tensor.to_dense()
+        return dense_copies[id(tensor)]
+
+    args, kwargs = tree_map_only(BitmaskTensor, to_dense, (args, kwargs))
+    warnings.warn(f"{func} has no kernel for BitmaskTensor and ran on a dense copy", DecompressWarning, stacklevel=3)
+    return func(*args, **kwargs)
+
+
+# Handlers take the op and its arguments; NotImplemented sends the call to _run_dense.
+
+
+def _alias(func: Any, tensor: BitmaskTensor) -> BitmaskTensor:
+    return tensor._map_parts(lambda part: part)
+
+
+def _clone(func: Any, tensor: BitmaskTensor, *, memory_format: object = None) -> BitmaskTensor:
+    return tensor._map_parts(torch.clone)
+
+
+def _to_copy(
+    func: Any, tensor: BitmaskTensor, *, dtype: torch.dtype | None = None, device: Any = None, non_blocking: bool = False, **layout: Any
+) -> Any:
+    """Converts the parts. A value that rounds to zero stays stored, which the format allows."""
+    if layout.get("layout") not in (None, torch.strided) or layout.get("pin_memory"):
+        return NotImplemented
+    if dtype is not None and dtype != tensor.dtype and torch.float8_e8m0fnu in (dtype, tensor.dtype):
+        return NotImplemented  # the one dtype without a zero: elements that are not stored convert to something else
+    values = tensor.values.to(dtype=dtype, device=device, non_blocking=non_blocking, copy=True)
+    masks, offsets = (part.to(device=device, non_blocking=non_blocking, copy=True) for part in tensor._parts()[1:])
+    return BitmaskTensor(values, masks, offsets, tensor.shape)
+
+
+def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What load_state_dict does; into a BitmaskTensor it replaces the parts."""
+    if not isinstance(target, BitmaskTensor):
+        return target.copy_(source.to_dense() if isinstance(source, BitmaskTensor) else source, non_blocking)
+    if source.shape != target.shape:
+        raise ValueError(f"copy_: got shape {tuple(source.shape)}, expected {tuple(target.shape)}")
+    source = source.to(dtype=target.dtype, device=target.device)
+    if not isinstance(source, BitmaskTensor):
+        source = BitmaskTensor.from_dense(source)
+    target._set_parts(*source._map_parts(torch.clone)._parts())
+    return target
+
+
+def _slice(
+    func: Any, tensor: BitmaskTensor, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1
+) -> Any:
+    """Whole rows are cut out of the parts; other dimensions only where nothing is cut."""
+    size = tensor.shape[dim]
+    first, last, step = slice(start, stop, step).indices(size)
+    if (first, last, step) == (0, size, 1):
+        return _alias(func, tensor)
+    if dim not in (0, -tensor.ndim) or step != 1 or tensor.ndim < 2:
+        return NotImplemented
+    last = max(first, last)
+    rows = math.prod(tensor.shape[1:-1])
+    return tensor._rows(first * rows, last * rows, [last - first, *tensor.shape[1:]])
+
+
+def _select(func: Any, tensor: BitmaskTensor, dim: int, index: int) -> Any:
+    if dim not in (0, -tensor.ndim) or tensor.ndim < 2:
+        return NotImplemented
+    index += tensor.shape[0] if index < 0 else 0
+    rows = math.prod(tensor.shape[1:-1])
+    return tensor._rows(index * rows, (index + 1) * rows, tensor.shape[1:])
+
+
+def _like(func: Any, tensor: BitmaskTensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A new dense tensor that takes only shape, dtype and device from this one."""
+    result: Tensor = func(torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape), *args, **kwargs)
+    return result
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.alias.default: _alias,
+    aten.detach.default: _alias,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to_copy,
+    aten.copy_.default: _copy_,
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    **dict.fromkeys(
+        (
+            aten.empty_like.default,
+            aten.zeros_like.default,
+            aten.ones_like.default,
+            aten.full_like.default,
+            aten.rand_like.default,
+            aten.randn_like.default,
+            aten.new_empty.default,
+            aten.new_empty_strided.default,
+            aten.new_zeros.default,
+            aten.new_ones.default,
+            aten.new_full.default,
+        ),
+        _like,
+    ),
+}

@@ -1,0 +1,174 @@
+"""The native ops, one typed function each, with their fake kernels and autograd formulas.
+
+`torch.ops.bitmask.*` may be called directly too; these functions add the checks that need Python (kinds of tensor, exception types).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmask import _C
+from bitmask.reference import rows_and_columns, unpack_bits
+
+_DTYPE_NAMES = (
+    "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 bfloat16 float32 float64 complex32 complex64 complex128 "
+    "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
+)
+DTYPES = frozenset(getattr(torch, name) for name in _DTYPE_NAMES.split() if hasattr(torch, name))
+
+
+class FormatError(ValueError):
+    """Compressed data that contradicts itself; names the field, what was got and what was expected."""
+
+
+def _call(op: Callable[..., Any], *args: object) -> Any:
+    """Call a native op; an exception that a Python signal handler raised meanwhile (Ctrl-C) comes out as itself."""
+    try:
+        return op(*args)
+    except RuntimeError:
+        pending = _C.take_pending_exception()
+        if pending is not None:
+            raise pending from None
+        raise
+
+
+def _check_dense(dense: Tensor) -> None:
+    if not isinstance(dense, Tensor):
+        raise TypeError(f"dense: got {type(dense).__name__}, expected a torch.Tensor")
+    if dense.is_nested or dense.layout is not torch.strided:
+        raise TypeError(f"dense: got a {'nested' if dense.is_nested else dense.layout} tensor, expected a dense (strided) one")
+    if dense.dtype not in DTYPES:
+        raise TypeError(f"dense: got dtype {dense.dtype}, expected bool, an integer, a float or a complex dtype")
+
+
+def check_parts(values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
+    """Raise TypeError or ValueError unless the parts are plain tensors of the right dtypes on one device."""
+    expected = {"values": DTYPES, "bitmasks": {torch.uint8}, "row_offsets": {torch.int64}}
+    for (name, dtypes), part in zip(expected.items(), (values, bitmasks, row_offsets), strict=True):
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{name}: got {type(part).__name__}, expected a torch.Tensor")
+        if part.is_nested or part.layout is not torch.strided:
+            raise TypeError(f"{name}: got a {'nested' if part.is_nested else part.layout} tensor, expected a dense one")
+        if part.dtype not in dtypes:
+            wanted = next(iter(dtypes)) if len(dtypes) == 1 else "a dtype that bitmask compresses"
+            raise TypeError(f"{name}: got dtype {part.dtype}, expected {wanted}")
+        if part.device != values.device:
+            raise ValueError(f"{name}: got device {part.device}, expected {values.device}, the device of values")
+
+
+def _check_shape(shape: Sequence[int]) -> list[int]:
+    sizes = [size if isinstance(size, torch.SymInt) else size.__index__() for size in shape]
+    if any(isinstance(size, int) and not -(2**63) <= size < 2**63 for size in sizes):
+        raise FormatError(f"shape: got {sizes}, expected sizes below 2^63")
+    return sizes
+
+
+def _call_on_parts(op: Callable[..., Any], values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> Any:
+    check_parts(values, bitmasks, row_offsets)
+    sizes = _check_shape(shape)
+    try:
+        return _call(op, values, bitmasks, row_offsets, sizes)
+    except FormatError:
+        raise
+    except ValueError as error:
+        raise FormatError(str(error)) from None
+
+
+def compress(dense: Tensor, keep_negative_zero: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Compress `dense` losslessly into the three parts of the bitmask layout (FORMAT.md).
+
+    Args:
+        dense: any shape, strides and supported dtype; differentiable.
+        keep_negative_zero: store -0.0, which the default drops (it comes back as +0.0).
+
+    Returns:
+        values [nnz] in the dtype of `dense`; bitmasks uint8 [..., ceil(cols / 8)], least significant bit first; row_offsets int64 [rows].
+
+    Raises:
+        TypeError: a sparse, quantized or nested tensor, or a dtype without a codec.
+
+    >>> values, bitmasks, row_offsets = compress(torch.tensor([[1.0, 0.0, 2.0], [5.0, 3.0, 0.0]]))
+    >>> values, bitmasks.tolist(), row_offsets.tolist()
+    (tensor([1., 2., 5., 3.]), [[5], [3]], [0, 2])
+    """
+    _check_dense(dense)
+    parts: tuple[Tensor, Tensor, Tensor] = _call(torch.ops.bitmask.compress, dense, keep_negative_zero)
+    return parts
+
+
+def decompress(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> Tensor:
+    """Restore the dense tensor of `shape` from its parts, which are proven consistent before anything is read through them.
+
+    Raises:
+        FormatError: parts that contradict each other or the shape.
+        TypeError, ValueError: a part of the wrong kind, dtype or device.
+
+    >>> decompress(torch.tensor([7, 8]), torch.tensor([[5]], dtype=torch.uint8), torch.tensor([0]), [1, 3])
+    tensor([[7, 0, 8]])
+    """
+    dense: Tensor = _call_on_parts(torch.ops.bitmask.decompress, values, bitmasks, row_offsets, shape)
+    return dense
+
+
+def validate(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
+    """Raise as `decompress` does if the parts are faulty, without decompressing."""
+    _call_on_parts(torch.ops.bitmask.validate, values, bitmasks, row_offsets, shape)
+
+
+def bitmask_sizes(shape: Sequence[int]) -> list[int]:
+    """Sizes of the bitmasks of a tensor of `shape`: the last dimension counts bytes."""
+    return [*shape[:-1], ((shape[-1] if len(shape) > 0 else 1) + 7) // 8]
+
+
+@torch.library.register_fake("bitmask::compress")
+def _(dense: Tensor, keep_negative_zero: bool) -> tuple[Tensor, Tensor, Tensor]:
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    rows, _ = rows_and_columns(dense.shape)
+    return (
+        dense.new_empty([nnz]),
+        dense.new_empty(bitmask_sizes(dense.shape), dtype=torch.uint8),
+        dense.new_empty([rows], dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("bitmask::decompress")
+def _(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> Tensor:
+    return values.new_empty(shape)
+
+
+@torch.library.register_fake("bitmask::validate")
+def _(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
+    return None
+
+
+def _compress_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, bitmasks, row_offsets = output
+    ctx.mark_non_differentiable(bitmasks, row_offsets)
+    ctx.save_for_backward(bitmasks, row_offsets)
+    ctx.shape = inputs[0].shape
+
+
+def _compress_backward(ctx: Any, grad_values: Tensor, grad_bitmasks: object, grad_row_offsets: object) -> tuple[Tensor, None]:
+    """Dropped elements are constants here, so their gradient is zero."""
+    bitmasks, row_offsets = ctx.saved_tensors
+    return torch.ops.bitmask.decompress(grad_values, bitmasks, row_offsets, ctx.shape), None
+
+
+def _decompress_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.shape = inputs[3]
+
+
+def _decompress_backward(ctx: Any, grad_dense: Tensor) -> tuple[Tensor, None, None, None]:
+    (bitmasks,) = ctx.saved_tensors
+    rows, cols = rows_and_columns(ctx.shape)
+    mask = unpack_bits(bitmasks.reshape(rows, -1), cols)
+    return grad_dense.reshape(rows, cols).masked_select(mask), None, None, None
+
+
+torch.library.register_autograd("bitmask::compress", _compress_backward, setup_context=_compress_setup)
+torch.library.register_autograd("bitmask::decompress", _decompress_backward, setup_context=_decompress_setup)

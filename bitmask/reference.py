@@ -1,0 +1,120 @@
+"""Slow, obviously right twins of the native ops in plain PyTorch: the oracle of the tests.
+
+Bits are looked at as bytes, never through a floating-point comparison, so subnormals and NaN payloads are safe whatever the CPU's modes are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Bytes that each number of a dtype with a sign bit to ignore takes (complex: of its real part), little-endian with the sign on top.
+_SIGNED_WIDTHS = {
+    torch.float8_e4m3fn: 1,
+    torch.float8_e5m2: 1,
+    torch.float16: 2,
+    torch.bfloat16: 2,
+    torch.complex32: 2,
+    torch.float32: 4,
+    torch.complex64: 4,
+    torch.float64: 8,
+    torch.complex128: 8,
+}
+
+
+def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
+    """Sizes of the matrix behind a shape: all dimensions but the last flattened, and the last; a scalar is one element."""
+    return math.prod(shape[:-1]), shape[-1] if len(shape) > 0 else 1
+
+
+def nonzero_mask(dense: Tensor, keep_negative_zero: bool = False) -> Tensor:
+    """Bool tensor of the shape of `dense`: which elements are stored."""
+    flat = dense.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    octets = flat.view(torch.uint8).reshape(flat.numel(), dense.element_size()).clone()
+    width = _SIGNED_WIDTHS.get(dense.dtype)
+    if width is not None and not keep_negative_zero:
+        octets[:, width - 1 :: width] &= 0x7F
+    return (octets != 0).any(dim=1).reshape(dense.shape)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Bool [..., cols] as uint8 [..., ceil(cols / 8)], least significant bit first, padding bits zero."""
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
+    octets = padded.reshape(*mask.shape[:-1], padded.shape[-1] // 8, 8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (octets * weights).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack_bits(bitmasks: Tensor, cols: int) -> Tensor:
+    """The inverse of `pack_bits`: bool [..., cols]."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bitmasks.device)
+    bits = (bitmasks.unsqueeze(-1) >> shifts) & 1
+    return bits.flatten(-2)[..., :cols].to(torch.bool)
+
+
+def compress(dense: Tensor, keep_negative_zero: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Twin of `bitmask.ops.compress`: values [nnz], bitmasks [..., ceil(cols / 8)], row_offsets [rows]."""
+    source = dense.detach().resolve_conj().resolve_neg().contiguous()
+    source = source.reshape(1) if source.ndim == 0 else source
+    rows, cols = rows_and_columns(source.shape)
+    mask = nonzero_mask(source, keep_negative_zero)
+    counts = mask.reshape(rows, cols).sum(dim=1, dtype=torch.int64)
+    marked = mask.reshape(-1).nonzero().squeeze(1)
+    # Gathered as bytes: indexing has no kernel for some float8 and unsigned dtypes.
+    octets = source.reshape(-1).view(torch.uint8).reshape(source.numel(), source.element_size())
+    values = octets[marked].reshape(-1).view(source.dtype)
+    return values, pack_bits(mask), counts.cumsum(0) - counts
+
+
+def decompress(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> Tensor:
+    """Twin of `bitmask.ops.decompress` for valid parts."""
+    rows, cols = rows_and_columns(shape)
+    mask = unpack_bits(bitmasks.reshape(rows, (cols + 7) // 8), cols).reshape(-1)
+    octets = torch.zeros(rows * cols, values.element_size(), dtype=torch.uint8, device=values.device)
+    octets[mask.nonzero().squeeze(1)] = values.view(torch.uint8).reshape(values.numel(), values.element_size())
+    return octets.reshape(-1).view(values.dtype).reshape(list(shape))
+
+
+class NaiveBitmaskTensor:
+    """The face of `BitmaskTensor` over the reference ops; not a tensor.
+
+    >>> dense = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]])
+    >>> naive = NaiveBitmaskTensor.from_dense(dense)
+    >>> naive.values, naive.row_offsets
+    (tensor([1., 2., 3.]), tensor([0, 2]))
+    >>> torch.equal(naive.to_dense(), dense)
+    True
+    """
+
+    def __init__(self, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
+        self.values = values
+        self.bitmasks = bitmasks
+        self.row_offsets = row_offsets
+        self.shape = torch.Size(shape)
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, *, keep_negative_zero: bool = False) -> NaiveBitmaskTensor:
+        """Compress a dense tensor."""
+        return cls(*compress(dense, keep_negative_zero), dense.shape)
+
+    def to_dense(self) -> Tensor:
+        """The dense tensor."""
+        return decompress(self.values, self.bitmasks, self.row_offsets, self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the values and of the dense tensor."""
+        return self.values.dtype
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored elements."""
+        return self.values.numel()
+
+    @property
+    def compressed_nbytes(self) -> int:
+        """Bytes of the three parts."""
+        return self.values.nbytes + self.bitmasks.nbytes + self.row_offsets.nbytes

@@ -1,0 +1,82 @@
+// Validation shared by the implementations of every device: shapes and the three parts of a bitmask tensor. No torch header. Throws
+// std::invalid_argument, which torch hands to Python as ValueError; messages say what, where, got, expected.
+#pragma once
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "layout.h"
+
+namespace bitmask {
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+// A list of sizes as "[2, 3]". Sizes: anything with size() and operator[].
+template <typename Sizes>
+std::string to_text(const Sizes& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+// Rows and columns of a shape: the last dimension, and all the others flattened; a scalar is one element. Fails on negative sizes and on
+// more elements than fit an int64, sizes of zero left out of the product, so that no later size or stride can overflow either.
+template <typename Sizes>
+Geometry geometry(const Sizes& shape) {
+  int64_t span = 1;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    if (shape[i] < 0) fail("shape: got ", to_text(shape), ", expected no negative size");
+    if (shape[i] != 0 && __builtin_mul_overflow(span, static_cast<int64_t>(shape[i]), &span)) {
+      fail("shape: got ", to_text(shape), ", expected fewer than 2^63 elements");
+    }
+  }
+  Geometry g{1, shape.size() == 0 ? 1 : static_cast<int64_t>(shape[shape.size() - 1])};
+  for (size_t i = 0; i + 1 < shape.size(); ++i) g.rows *= shape[i];
+  return g;
+}
+
+// Fails unless `got`, the sizes of the bitmasks, are [rows, row bytes] or the same with the rows in the leading dimensions of `shape`.
+template <typename Sizes, typename Shape>
+void check_bitmask_sizes(const Sizes& got, const Shape& shape, const Geometry& g) {
+  const int64_t row_bytes = bitmask_bytes(g.cols);
+  const bool flat = got.size() == 2 && got[0] == g.rows && got[1] == row_bytes;
+  bool leading = got.size() == (shape.size() == 0 ? 1 : shape.size()) && got[got.size() - 1] == row_bytes;
+  for (size_t i = 0; leading && i + 1 < got.size(); ++i) leading = got[i] == shape[i];
+  if (!flat && !leading) {
+    fail("bitmasks: got size ", to_text(got), ", expected [", g.rows, ", ", row_bytes, "] (rows, ceil(cols / 8)) for shape ", to_text(shape));
+  }
+}
+
+// Fails with what is wrong in a row that a kernel found faulty. `end` is the next row's offset, or nnz after the last row.
+[[noreturn]] inline void fail_row(const uint8_t* bitmasks, const int64_t* row_offsets, int64_t row, const Geometry& g, int64_t nnz) {
+  const int64_t start = row_offsets[row];
+  const bool last = row + 1 == g.rows;
+  const int64_t end = last ? nnz : row_offsets[row + 1];
+  const std::string where = "row_offsets[" + std::to_string(row) + "]";
+  if (start < 0 || start > nnz) fail(where, ": got ", start, ", expected 0 to ", nnz, " (the number of values)");
+  if (end > nnz) fail("row_offsets[", row + 1, "]: got ", end, ", expected 0 to ", nnz, " (the number of values)");
+  if (row == 0 && start != 0) fail(where, ": got ", start, ", expected 0");
+  if (end < start) fail("row_offsets[", row + 1, "]: got ", end, ", expected no less than ", where, " = ", start);
+
+  const uint8_t* bits = bitmasks + row * bitmask_bytes(g.cols);
+  const int64_t row_bytes = bitmask_bytes(g.cols);
+  int64_t count = 0;
+  for (int64_t i = 0; i < row_bytes; ++i) count += __builtin_popcount(bits[i]);
+  if (g.cols % 8 != 0 && bits[row_bytes - 1] >> (g.cols % 8) != 0) {
+    fail("bitmasks: row ", row, " has padding bits set past column ", g.cols, ", expected zeros");
+  }
+  if (last) {
+    fail("values: got ", nnz, " elements, expected ", start + count, " (row_offsets[", row, "] = ", start, " and ", count,
+         " bits set in the last row)");
+  }
+  fail("row_offsets[", row + 1, "]: got ", end, ", expected ", start + count, " (", where, " = ", start, " and ", count, " bits set in that row)");
+}
+
+}  // namespace bitmask

@@ -1,0 +1,27 @@
+// Kernels for AVX2 (Haswell, Zen and later). The target region reaches to the end of the file, because templates take
+// the options in force where they are instantiated; nothing from the standard library may be included inside it.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,popcnt"))), apply_to = function)
+#else
+#pragma GCC target("avx2,bmi,bmi2,popcnt")
+#endif
+
+namespace bitmask::cpu {
+namespace {
+#include "tables.h"
+#include "simd_avx2.h"
+#include "generic/codec.h"
+constexpr Kernels kTable = make_kernels("avx2");
+}  // namespace
+const Kernels& kernels_avx2() { return kTable; }
+}  // namespace bitmask::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,30 @@
+// Constants and plain structs of the bitmask layout (FORMAT.md has the bytes). No torch header, no STL: every kernel, fuzzer and
+// cross-compiled test includes this file.
+#pragma once
+
+#include <cstdint>
+
+namespace bitmask {
+
+// Columns that kernels take at a time: one 64-bit word of the bitmask.
+constexpr int64_t kGroup = 64;
+
+// Element widths in bytes that kernels are compiled for: 1 << 0 ... 1 << 4.
+constexpr int kWidths = 5;
+
+// Bytes of one bitmask row: ceil(cols / 8), without overflow for any cols >= 0.
+constexpr int64_t bitmask_bytes(int64_t cols) { return cols / 8 + (cols % 8 != 0); }
+
+// The zero rule. An element is zero iff all its bits that are set here are clear; the pattern of one element is repeated to 16 bytes so
+// that every vector unit can load it whole. All ones tests bits; floating-point kinds leave the sign out, so that -0.0 is zero too.
+struct ZeroTest {
+  uint8_t bytes[16];
+};
+
+// A [rows, cols] matrix, rows being every dimension but the last, flattened.
+struct Geometry {
+  int64_t rows;
+  int64_t cols;
+};
+
+}  // namespace bitmask

@@ -1,0 +1,319 @@
+// Schemas of all ops and their CPU implementations: check, allocate, split rows over threads, call the kernels. No arithmetic here.
+#include <sys/mman.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+#include "layout.h"
+#include "parallel.h"
+
+namespace bitmask {
+namespace {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Fresh outputs from here on ask for huge pages.
+constexpr int64_t kHugePageBytes = int64_t{4} << 20;
+
+// Decompressed outputs from here on are stored past the cache; smaller ones may still be in it when their memory is used again.
+constexpr int64_t kStreamingBytes = int64_t{32} << 20;
+
+// What the kernels need to know of a dtype.
+struct Element {
+  int32_t dtype;
+  int width;  // bytes
+  ZeroTest zero_test;
+};
+
+// A test that looks at all bits of an element but the sign bit of each of its `real_width`-byte numbers.
+ZeroTest ignore_sign(int real_width) {
+  ZeroTest test;
+  for (int i = 0; i < 16; ++i) test.bytes[i] = i % real_width == real_width - 1 ? 0x7f : 0xff;
+  return test;
+}
+
+ZeroTest test_all_bits() {
+  ZeroTest test;
+  for (uint8_t& byte : test.bytes) byte = 0xff;
+  return test;
+}
+
+// The default zero rule of a dtype. The float8 *fnuz kinds have no -0.0 (its bits are NaN) and float8_e8m0fnu has no sign.
+ZeroTest zero_test_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float8_e4m3fn:
+    case ScalarType::Float8_e5m2:
+      return ignore_sign(1);
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+    case ScalarType::ComplexHalf:
+      return ignore_sign(2);
+    case ScalarType::Float:
+    case ScalarType::ComplexFloat:
+      return ignore_sign(4);
+    case ScalarType::Double:
+    case ScalarType::ComplexDouble:
+      return ignore_sign(8);
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::Long:
+    case ScalarType::UInt16:
+    case ScalarType::UInt32:
+    case ScalarType::UInt64:
+    case ScalarType::Float8_e4m3fnuz:
+    case ScalarType::Float8_e5m2fnuz:
+    case ScalarType::Float8_e8m0fnu:
+      return test_all_bits();
+    default:
+      fail("dtype: got torch scalar type ", static_cast<int>(type), ", expected bool, an integer, a float or a complex dtype");
+  }
+}
+
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+Element element_of(const Tensor& tensor, bool keep_negative_zero) {
+  const int32_t dtype = dtype_of(tensor);
+  const ZeroTest by_value = zero_test_of(static_cast<ScalarType>(dtype));
+  return {dtype, static_cast<int>(aoti_torch_dtype_element_size(dtype)), keep_negative_zero ? test_all_bits() : by_value};
+}
+
+const cpu::CodecKernels& codec_of(const Element& element) { return cpu::kernels().codec[__builtin_ctz(element.width)]; }
+
+// Asks for huge pages behind a large fresh buffer: a page fault costs more than the 4 KB it brings. Advice only; failing is no error.
+void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096;
+  if (bytes < kHugePageBytes) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// A fresh contiguous CPU tensor. `sizes`: anything with size() and operator[], already checked by geometry().
+template <typename Sizes>
+Tensor empty(const Sizes& sizes, int32_t dtype) {
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  std::vector<int64_t> strides(shape.size());
+  int64_t span = 1;
+  for (size_t i = shape.size(); i-- > 0; span *= std::max<int64_t>(shape[i], 1)) strides[i] = span;
+  int64_t bytes;
+  AtenTensorHandle handle;
+  if (__builtin_mul_overflow(span, static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)), &bytes) ||
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+                               &handle) != 0) {
+    throw std::runtime_error("bitmask: cannot allocate a tensor of size " + to_text(shape));
+  }
+  Tensor tensor(handle);
+  advise_huge_pages(tensor.mutable_data_ptr(), bytes);
+  return tensor;
+}
+
+const uint8_t* const_bytes(const Tensor& tensor) { return static_cast<const uint8_t*>(tensor.const_data_ptr()); }
+uint8_t* mutable_bytes(const Tensor& tensor) { return static_cast<uint8_t*>(tensor.mutable_data_ptr()); }
+
+int64_t sum(const int64_t* counts, int64_t length) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < length; ++i) total += counts[i];
+  return total;
+}
+
+// Replaces counts by their exclusive prefix sums, from `start` on; returns the total.
+int64_t exclusive_prefix_sums(int64_t* counts, int64_t length, int64_t start) {
+  for (int64_t i = 0; i < length; ++i) start += std::exchange(counts[i], start);
+  return start;
+}
+
+// Where the parts of a task lie, in elements, bitmask bytes and values.
+struct Slice {
+  Tasks::Task task;
+  int64_t element;
+  int64_t mask_byte;
+};
+
+Slice slice_of(const Tasks& tasks, int64_t index, const Geometry& g) {
+  const Tasks::Task task = tasks[index];
+  return {task, task.row * g.cols + task.col, task.row * bitmask_bytes(g.cols) + task.col / 8};
+}
+
+std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& dense, bool keep_negative_zero) {
+  const Element element = element_of(dense, keep_negative_zero);
+  const cpu::CodecKernels& codec = codec_of(element);
+  const Tensor source = torch::stable::contiguous(dense);
+  const Geometry g = geometry(source.sizes());
+
+  std::vector<int64_t> mask_sizes(source.sizes().begin(), source.sizes().end());
+  if (mask_sizes.empty()) mask_sizes.push_back(1);
+  mask_sizes.back() = bitmask_bytes(g.cols);
+  const Tensor bitmasks = empty(mask_sizes, aoti_torch_dtype_uint8());
+  const Tensor row_offsets = empty(std::vector<int64_t>{g.rows}, aoti_torch_dtype_int64());
+  const uint8_t* const dense_data = const_bytes(source);
+  uint8_t* const mask_data = mutable_bytes(bitmasks);
+  int64_t* const offset_data = static_cast<int64_t*>(row_offsets.mutable_data_ptr());
+
+  const Tasks tasks(g);
+  const int64_t task_bytes = tasks.count() == 0 ? 0 : tasks[0].rows * tasks[0].cols * element.width;
+  std::vector<int64_t> starts(static_cast<size_t>(tasks.count()));
+  for_each_task(tasks, task_bytes, [&](int64_t index) {
+    const Slice s = slice_of(tasks, index, g);
+    int64_t* const counts = tasks.whole_rows() ? offset_data + s.task.row : &starts[static_cast<size_t>(index)];
+    codec.build_bitmasks(dense_data + s.element * element.width, s.task.rows, s.task.cols, element.zero_test, mask_data + s.mask_byte, counts);
+    if (tasks.whole_rows()) starts[static_cast<size_t>(index)] = sum(counts, s.task.rows);
+  });
+  const int64_t nnz = exclusive_prefix_sums(starts.data(), tasks.count(), 0);
+
+  const Tensor values = empty(std::vector<int64_t>{nnz}, element.dtype);
+  uint8_t* const value_data = mutable_bytes(values);
+  for_each_task(tasks, task_bytes, [&](int64_t index) {
+    const Slice s = slice_of(tasks, index, g);
+    const int64_t start = starts[static_cast<size_t>(index)];
+    const int64_t end = index + 1 < tasks.count() ? starts[static_cast<size_t>(index) + 1] : nnz;
+    codec.pack_values(dense_data + s.element * element.width, mask_data + s.mask_byte, s.task.rows, s.task.cols,
+                      value_data + start * element.width, end - start);
+    if (tasks.whole_rows()) {
+      exclusive_prefix_sums(offset_data + s.task.row, s.task.rows, start);
+    } else if (s.task.col == 0) {
+      offset_data[s.task.row] = start;
+    }
+  });
+  return {values, bitmasks, row_offsets};
+}
+
+// The parts of a bitmask tensor, proven before anything is read through them: sizes first, then every row by its popcount.
+struct Parts {
+  const Geometry g;
+  const Tasks tasks;
+  int64_t nnz;
+  const uint8_t* value_data;
+  const uint8_t* mask_data;
+  const int64_t* offset_data;
+
+  Parts(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, const std::vector<int64_t>& shape)
+      : g(geometry(shape)), tasks(g) {
+    element_of(values, false);  // refuses dtypes that have no codec
+    check_sizes(values, bitmasks, row_offsets, shape);
+    values_ = torch::stable::contiguous(values);
+    bitmasks_ = torch::stable::contiguous(bitmasks);
+    row_offsets_ = torch::stable::contiguous(row_offsets);
+    nnz = values_.numel();
+    value_data = const_bytes(values_);
+    mask_data = const_bytes(bitmasks_);
+    offset_data = static_cast<const int64_t*>(row_offsets_.const_data_ptr());
+    if (tasks.whole_rows()) {
+      prove_rows();
+    } else {
+      prove_long_rows();
+    }
+  }
+
+  // First value of a task.
+  int64_t start(int64_t index) const { return tasks.whole_rows() ? offset_data[tasks[index].row] : starts_[static_cast<size_t>(index)]; }
+
+  // Past the last value of a task.
+  int64_t end(int64_t index) const { return index + 1 < tasks.count() ? start(index + 1) : nnz; }
+
+ private:
+  void check_sizes(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, const std::vector<int64_t>& shape) const {
+    if (dtype_of(bitmasks) != aoti_torch_dtype_uint8()) fail("bitmasks: expected dtype torch.uint8");
+    if (dtype_of(row_offsets) != aoti_torch_dtype_int64()) fail("row_offsets: expected dtype torch.int64");
+    if (values.dim() != 1) fail("values: got ", values.dim(), " dimensions, expected 1");
+    check_bitmask_sizes(bitmasks.sizes(), shape, g);
+    if (row_offsets.dim() != 1 || row_offsets.numel() != g.rows) {
+      fail("row_offsets: got size ", to_text(row_offsets.sizes()), ", expected [", g.rows, "] (one per row)");
+    }
+    if (g.rows == 0 && values.numel() != 0) fail("values: got ", values.numel(), " elements, expected 0 for a tensor without rows");
+  }
+
+  // The lowest faulty row becomes the error, whatever the threads' order.
+  void prove_rows() {
+    std::vector<int64_t> faults(static_cast<size_t>(tasks.count()), g.rows);
+    for_each_task(tasks, tasks.count() == 0 ? 0 : tasks[0].rows * (bitmask_bytes(g.cols) + 8), [&](int64_t index) {
+      const Slice s = slice_of(tasks, index, g);
+      const int64_t next = s.task.row + s.task.rows;
+      const int64_t faulty = cpu::kernels().first_faulty_row(mask_data + s.mask_byte, offset_data + s.task.row, s.task.rows, g.cols,
+                                                             next < g.rows ? offset_data[next] : nnz, nnz);
+      if (faulty < s.task.rows) faults[static_cast<size_t>(index)] = s.task.row + faulty;
+    });
+    if (g.rows > 0 && offset_data[0] != 0) fail_row(mask_data, offset_data, 0, g, nnz);
+    for (const int64_t row : faults) {
+      if (row < g.rows) fail_row(mask_data, offset_data, row, g, nnz);
+    }
+  }
+
+  void prove_long_rows() {
+    starts_.resize(static_cast<size_t>(tasks.count()));
+    for_each_task(tasks, bitmask_bytes(tasks[0].cols), [&](int64_t index) {
+      const Slice s = slice_of(tasks, index, g);
+      starts_[static_cast<size_t>(index)] = cpu::kernels().count_bits(mask_data + s.mask_byte, bitmask_bytes(s.task.cols));
+    });
+    const int64_t padding = g.cols % 8;
+    int64_t offset = 0;
+    for (int64_t row = 0; row < g.rows; ++row) {
+      const int64_t count = sum(&starts_[static_cast<size_t>(row * tasks.parts_per_row())], tasks.parts_per_row());
+      const int64_t next = row + 1 < g.rows ? offset_data[row + 1] : nnz;
+      const uint8_t last_byte = mask_data[(row + 1) * bitmask_bytes(g.cols) - 1];
+      if (offset_data[row] != offset || next != offset + count || (padding != 0 && last_byte >> padding != 0)) {
+        fail_row(mask_data, offset_data, row, g, nnz);
+      }
+      offset += count;
+    }
+    exclusive_prefix_sums(starts_.data(), tasks.count(), 0);
+  }
+
+  Tensor values_, bitmasks_, row_offsets_;
+  std::vector<int64_t> starts_;  // of the tasks, where they are parts of a row
+};
+
+Tensor decompress(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, IntHeaderOnlyArrayRef shape) {
+  const std::vector<int64_t> sizes(shape.begin(), shape.end());
+  const Parts parts(values, bitmasks, row_offsets, sizes);
+  const Element element = element_of(values, false);
+  const cpu::CodecKernels& codec = codec_of(element);
+  const Tensor dense = empty(sizes, element.dtype);
+  uint8_t* const dense_data = mutable_bytes(dense);
+  const int64_t task_bytes = parts.tasks.count() == 0 ? 0 : parts.tasks[0].rows * parts.tasks[0].cols * element.width;
+  const bool streaming = task_bytes * parts.tasks.count() >= kStreamingBytes;
+  for_each_task(parts.tasks, task_bytes, [&](int64_t index) {
+    const Slice s = slice_of(parts.tasks, index, parts.g);
+    const int64_t start = parts.start(index);
+    codec.expand_values(parts.value_data + start * element.width, parts.end(index) - start, parts.mask_data + s.mask_byte, s.task.rows,
+                        s.task.cols, dense_data + s.element * element.width, streaming);
+  });
+  return dense;
+}
+
+void validate(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, IntHeaderOnlyArrayRef shape) {
+  Parts(values, bitmasks, row_offsets, std::vector<int64_t>(shape.begin(), shape.end()));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(bitmask, m) {
+  m.def("compress(Tensor dense, bool keep_negative_zero) -> (Tensor values, Tensor bitmasks, Tensor row_offsets)");
+  m.def("decompress(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) -> Tensor");
+  m.def("validate(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bitmask, CPU, m) {
+  m.impl("compress", TORCH_BOX(&compress));
+  m.impl("decompress", TORCH_BOX(&decompress));
+  m.impl("validate", TORCH_BOX(&validate));
+}
+
+}  // namespace bitmask

@@ -1,0 +1,51 @@
+// Splits the elements of a matrix into tasks and runs them on torch's own thread pool.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace bitmask {
+
+// Row-major blocks of about kTaskElements elements: whole rows, or parts of one row (of whole groups) where rows are longer.
+class Tasks {
+ public:
+  struct Task {
+    int64_t row;
+    int64_t col;
+    int64_t rows;  // 1 where cols is only a part of the row
+    int64_t cols;
+  };
+
+  explicit Tasks(const Geometry& g);
+
+  int64_t count() const { return count_; }
+  bool whole_rows() const { return parts_ == 1; }
+  int64_t parts_per_row() const { return parts_; }
+  Task operator[](int64_t index) const;
+
+ private:
+  static constexpr int64_t kTaskElements = 64 * 1024;
+
+  Geometry g_;
+  int64_t rows_per_task_;
+  int64_t parts_;  // tasks in a row
+  int64_t count_;
+};
+
+// Runs body(context, index) for every index below `count`, in contiguous ranges over torch's threads; serially in a process forked from
+// one that had loaded this library, because an OpenMP pool does not survive fork(). Between waves of about a tenth of a second (`bytes`
+// is what one task touches) it asks the interrupt check, on the calling thread, and throws Interrupted if that says so.
+void run_tasks(int64_t count, int64_t bytes, void (*body)(const void* context, int64_t index), const void* context);
+
+template <typename Body>
+void for_each_task(const Tasks& tasks, int64_t bytes, const Body& body) {
+  run_tasks(
+      tasks.count(), bytes, [](const void* context, int64_t index) { (*static_cast<const Body*>(context))(index); }, &body);
+}
+
+// Whether the caller's thread has been asked to stop (module.cpp looks at Python's pending signals).
+using InterruptCheck = bool (*)();
+void set_interrupt_check(InterruptCheck check);
+
+}  // namespace bitmask

@@ -1,7 +1,7 @@
 """Builds the native core. What is compiled is found by listing csrc/, so adding a kernel is adding its file.
 
-BITMASK_CUDA=1 insists on the CUDA library (and fails if it cannot be built), 0 leaves it out; unset, it is built where both a usable toolkit
-and a CUDA build of torch are present.
+BITMASK_CUDA=1 insists on the CUDA library (and fails if it cannot be built), 0 leaves it out; unset, it is built where
+both a usable toolkit and a CUDA build of torch are present.
 """
 
 import os
@@ -20,7 +20,7 @@ TORCH_TARGET_VERSION = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}00000000000
 CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra"]
 DEFINES = [
     ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
-    ("BITMASK_TORCH_TARGET", '"%d.%d"' % TORCH_TARGET),
+    ("BITMASK_TORCH_TARGET", f'"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"'),
 ]
 
 
@@ -42,7 +42,10 @@ def sanitizer_flags() -> list[str]:
 
 
 def cuda_toolkit_problem() -> str | None:
-    """Why a CUDA library cannot be built here, or None. An nvcc on PATH is no proof: the headers and libcudart must be there."""
+    """Why a CUDA library cannot be built here, or None.
+
+    An nvcc on PATH is no proof of a toolkit: the headers and libcudart must be there.
+    """
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
     home = cpp_extension.CUDA_HOME

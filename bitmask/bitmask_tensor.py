@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bitmask import ops
 from bitmask.ops import FormatError
@@ -27,9 +27,9 @@ class DecompressWarning(UserWarning):
 class BitmaskTensor(Tensor):
     """A tensor stored as its non-zero elements and one bit per element that says where they go (FORMAT.md).
 
-    It has the shape, dtype and device of the dense tensor, can be an `nn.Parameter(..., requires_grad=False)`, and travels through
-    `state_dict`, `to`, `deepcopy`, pickling and `torch.save`. Its elements are immutable, `copy_` aside. An operation without a kernel here
-    runs on a dense copy and says so with a `DecompressWarning`.
+    It has the shape, dtype and device of the dense tensor, can be an `nn.Parameter(..., requires_grad=False)`, and
+    travels through `state_dict`, `to`, `deepcopy`, pickling and `torch.save`. Its elements are immutable but for
+    `copy_`. An operation without a kernel here runs on a dense copy and says so with a `DecompressWarning`.
 
     Attributes:
         values: [nnz] in the dense dtype, row by row.
@@ -48,10 +48,12 @@ class BitmaskTensor(Tensor):
     bitmasks: Tensor
     row_offsets: Tensor
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> BitmaskTensor:
+    def __new__(
+        cls: type[BitmaskTensor], values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]
+    ) -> BitmaskTensor:
         """Wrap parts as they are; `from_dense` and `from_parts` are the public ways in."""
         wrapper: BitmaskTensor = Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=values.dtype, device=values.device, requires_grad=False
@@ -132,7 +134,8 @@ class BitmaskTensor(Tensor):
         return self.values, self.bitmasks, self.row_offsets
 
     def _map_parts(self, change: Callable[[Tensor], Tensor]) -> BitmaskTensor:
-        return BitmaskTensor(*(change(part) for part in self._parts()), self.shape)
+        values, bitmasks, row_offsets = (change(part) for part in self._parts())
+        return BitmaskTensor(values, bitmasks, row_offsets, self.shape)
 
     def _rows(self, start: int, stop: int, shape: Sequence[int]) -> BitmaskTensor:
         """The flattened rows [start, stop) as a tensor of `shape`; values and bitmasks are views."""
@@ -142,11 +145,13 @@ class BitmaskTensor(Tensor):
         if stop <= start:
             end = begin
         if not 0 <= begin <= end <= self.nnz:
-            raise FormatError(f"row_offsets: got {begin} and {end} for rows {start} and {stop}, expected 0 to {self.nnz} in order")
+            raise FormatError(
+                f"row_offsets: got {begin} and {end} for rows {start} and {stop}, expected 0 to {self.nnz} in order"
+            )
         bitmasks = self.bitmasks.reshape(-1, self.bitmasks.shape[-1])[start:stop].reshape(ops.bitmask_sizes(shape))
         return BitmaskTensor(self.values[begin:end], bitmasks, offsets[start:stop] - begin, shape)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         """Shape, dtype and how well it compresses; never the elements."""
         return (
             f"BitmaskTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', nnz={self.nnz}, "
@@ -180,7 +185,8 @@ class BitmaskTensor(Tensor):
         """Refuse gradients: the stored weight is frozen."""
         if requires_grad:
             raise TypeError(
-                "a BitmaskTensor is frozen and takes no gradient: use nn.Parameter(tensor, requires_grad=False), or train to_dense()"
+                "a BitmaskTensor is frozen and takes no gradient: use nn.Parameter(tensor, requires_grad=False), "
+                "or train to_dense()"
             )
         return self
 
@@ -205,15 +211,15 @@ class BitmaskTensor(Tensor):
     def share_memory_(self) -> BitmaskTensor:
         """Move the parts to shared memory, in place."""
         for part in self._parts():
-            part.share_memory_()
+            part.share_memory_()  # type: ignore[no-untyped-call]
         return self
 
     def is_shared(self) -> bool:
         """Whether the parts are in shared memory."""
-        return all(part.is_shared() for part in self._parts())
+        return all(part.is_shared() for part in self._parts())  # type: ignore[no-untyped-call]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run `func` on compressed tensors where there is a way, else on dense copies."""
@@ -224,11 +230,13 @@ class BitmaskTensor(Tensor):
 
 def _mark_parameter(tensor: BitmaskTensor, is_parameter: bool) -> BitmaskTensor:
     if is_parameter:
-        tensor._is_param = True  # type: ignore[attr-defined]  # how torch marks a wrapper subclass as nn.Parameter
+        tensor._is_param = True  # how torch marks a wrapper subclass as nn.Parameter
     return tensor
 
 
-def _rebuild(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int], is_parameter: bool) -> BitmaskTensor:
+def _rebuild(
+    values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int], is_parameter: bool
+) -> BitmaskTensor:
     """Unpickle: what a file says is proven first."""
     return _mark_parameter(BitmaskTensor.from_parts(values, bitmasks, row_offsets, shape), is_parameter)
 
@@ -237,12 +245,15 @@ torch.serialization.add_safe_globals([_rebuild])
 
 
 def _run_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an op that has no kernel here on dense copies, one for each tensor; ops that write to a BitmaskTensor are refused."""
+    """Run an op without a handler on dense copies, one for each tensor; refuse ops that write to a BitmaskTensor."""
     for position, argument in enumerate(func._schema.arguments):
         given = args[position] if position < len(args) else kwargs.get(argument.name)
         written = argument.alias_info is not None and argument.alias_info.is_write
-        if written and any(isinstance(item, BitmaskTensor) for item in (given if isinstance(given, list | tuple) else [given])):
-            raise TypeError(f"{func}: a BitmaskTensor cannot be written to in place: change to_dense() and compress again, or use copy_")
+        if written and any(isinstance(leaf, BitmaskTensor) for leaf in tree_leaves(given)):
+            raise TypeError(
+                f"{func}: a BitmaskTensor cannot be written to in place: change to_dense() and compress again, "
+                "or use copy_"
+            )
     dense_copies: dict[int, Tensor] = {}
 
     def to_dense(tensor: BitmaskTensor) -> Tensor:
@@ -267,7 +278,13 @@ def _clone(func: Any, tensor: BitmaskTensor, *, memory_format: object = None) ->
 
 
 def _to_copy(
-    func: Any, tensor: BitmaskTensor, *, dtype: torch.dtype | None = None, device: Any = None, non_blocking: bool = False, **layout: Any
+    func: Any,
+    tensor: BitmaskTensor,
+    *,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+    non_blocking: bool = False,
+    **layout: Any,
 ) -> Any:
     """Converts the parts. A value that rounds to zero stays stored, which the format allows."""
     if layout.get("layout") not in (None, torch.strided) or layout.get("pin_memory"):
@@ -317,7 +334,8 @@ def _select(func: Any, tensor: BitmaskTensor, dim: int, index: int) -> Any:
 
 def _like(func: Any, tensor: BitmaskTensor, *args: Any, **kwargs: Any) -> Tensor:
     """A new dense tensor that takes only shape, dtype and device from this one."""
-    result: Tensor = func(torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape), *args, **kwargs)
+    stand_in = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+    result: Tensor = func(stand_in, *args, **kwargs)
     return result
 
 

@@ -1,6 +1,6 @@
 """The native ops, one typed function each, with their fake kernels and autograd formulas.
 
-`torch.ops.bitmask.*` may be called directly too; these functions add the checks that need Python (kinds of tensor, exception types).
+`torch.ops.bitmask.*` may be called directly too; these functions add what needs Python: kinds of tensor and exceptions.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from bitmask import _C
 from bitmask.reference import rows_and_columns, unpack_bits
 
 _DTYPE_NAMES = (
-    "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 bfloat16 float32 float64 complex32 complex64 complex128 "
-    "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
+    "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 bfloat16 float32 float64 "
+    "complex32 complex64 complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
 )
 DTYPES = frozenset(getattr(torch, name) for name in _DTYPE_NAMES.split() if hasattr(torch, name))
 
@@ -36,11 +36,16 @@ def _call(op: Callable[..., Any], *args: object) -> Any:
         raise
 
 
+def _check_strided(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name}: got a {kind} tensor, expected a dense (strided) one")
+
+
 def _check_dense(dense: Tensor) -> None:
     if not isinstance(dense, Tensor):
         raise TypeError(f"dense: got {type(dense).__name__}, expected a torch.Tensor")
-    if dense.is_nested or dense.layout is not torch.strided:
-        raise TypeError(f"dense: got a {'nested' if dense.is_nested else dense.layout} tensor, expected a dense (strided) one")
+    _check_strided("dense", dense)
     if dense.dtype not in DTYPES:
         raise TypeError(f"dense: got dtype {dense.dtype}, expected bool, an integer, a float or a complex dtype")
 
@@ -51,8 +56,7 @@ def check_parts(values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
     for (name, dtypes), part in zip(expected.items(), (values, bitmasks, row_offsets), strict=True):
         if not isinstance(part, Tensor):
             raise TypeError(f"{name}: got {type(part).__name__}, expected a torch.Tensor")
-        if part.is_nested or part.layout is not torch.strided:
-            raise TypeError(f"{name}: got a {'nested' if part.is_nested else part.layout} tensor, expected a dense one")
+        _check_strided(name, part)
         if part.dtype not in dtypes:
             wanted = next(iter(dtypes)) if len(dtypes) == 1 else "a dtype that bitmask compresses"
             raise TypeError(f"{name}: got dtype {part.dtype}, expected {wanted}")
@@ -67,7 +71,9 @@ def _check_shape(shape: Sequence[int]) -> list[int]:
     return sizes
 
 
-def _call_on_parts(op: Callable[..., Any], values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> Any:
+def _call_on_parts(
+    op: Callable[..., Any], values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]
+) -> Any:
     check_parts(values, bitmasks, row_offsets)
     sizes = _check_shape(shape)
     try:
@@ -86,7 +92,8 @@ def compress(dense: Tensor, keep_negative_zero: bool = False) -> tuple[Tensor, T
         keep_negative_zero: store -0.0, which the default drops (it comes back as +0.0).
 
     Returns:
-        values [nnz] in the dtype of `dense`; bitmasks uint8 [..., ceil(cols / 8)], least significant bit first; row_offsets int64 [rows].
+        values [nnz] in the dtype of `dense`; bitmasks uint8 [..., ceil(cols / 8)], least significant bit first;
+        row_offsets int64 [rows].
 
     Raises:
         TypeError: a sparse, quantized or nested tensor, or a dtype without a codec.
@@ -101,7 +108,7 @@ def compress(dense: Tensor, keep_negative_zero: bool = False) -> tuple[Tensor, T
 
 
 def decompress(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> Tensor:
-    """Restore the dense tensor of `shape` from its parts, which are proven consistent before anything is read through them.
+    """Restore the dense tensor of `shape` from its parts, which are proven consistent before they are used.
 
     Raises:
         FormatError: parts that contradict each other or the shape.
@@ -124,8 +131,7 @@ def bitmask_sizes(shape: Sequence[int]) -> list[int]:
     return [*shape[:-1], ((shape[-1] if len(shape) > 0 else 1) + 7) // 8]
 
 
-@torch.library.register_fake("bitmask::compress")
-def _(dense: Tensor, keep_negative_zero: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_compress(dense: Tensor, keep_negative_zero: bool) -> tuple[Tensor, Tensor, Tensor]:
     nnz = torch.library.get_ctx().new_dynamic_size()
     rows, _ = rows_and_columns(dense.shape)
     return (
@@ -135,13 +141,11 @@ def _(dense: Tensor, keep_negative_zero: bool) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.register_fake("bitmask::decompress")
-def _(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> Tensor:
+def _fake_decompress(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> Tensor:
     return values.new_empty(shape)
 
 
-@torch.library.register_fake("bitmask::validate")
-def _(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
+def _fake_validate(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
     return None
 
 
@@ -152,7 +156,7 @@ def _compress_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.shape = inputs[0].shape
 
 
-def _compress_backward(ctx: Any, grad_values: Tensor, grad_bitmasks: object, grad_row_offsets: object) -> tuple[Tensor, None]:
+def _compress_backward(ctx: Any, grad_values: Tensor, *unused: object) -> tuple[Tensor, None]:
     """Dropped elements are constants here, so their gradient is zero."""
     bitmasks, row_offsets = ctx.saved_tensors
     return torch.ops.bitmask.decompress(grad_values, bitmasks, row_offsets, ctx.shape), None
@@ -170,5 +174,8 @@ def _decompress_backward(ctx: Any, grad_dense: Tensor) -> tuple[Tensor, None, No
     return grad_dense.reshape(rows, cols).masked_select(mask), None, None, None
 
 
+torch.library.register_fake("bitmask::compress", _fake_compress)
+torch.library.register_fake("bitmask::decompress", _fake_decompress)
+torch.library.register_fake("bitmask::validate", _fake_validate)
 torch.library.register_autograd("bitmask::compress", _compress_backward, setup_context=_compress_setup)
 torch.library.register_autograd("bitmask::decompress", _decompress_backward, setup_context=_decompress_setup)

@@ -1,6 +1,7 @@
 """Slow, obviously right twins of the native ops in plain PyTorch: the oracle of the tests.
 
-Bits are looked at as bytes, never through a floating-point comparison, so subnormals and NaN payloads are safe whatever the CPU's modes are.
+Bits are looked at as bytes, never through a floating-point comparison, so that subnormals and NaN payloads are safe
+whatever mode the CPU is in.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Bytes that each number of a dtype with a sign bit to ignore takes (complex: of its real part), little-endian with the sign on top.
+# Dtypes with a sign bit to ignore, and the bytes of each of their numbers (little-endian, the sign on top).
 _SIGNED_WIDTHS = {
     torch.float8_e4m3fn: 1,
     torch.float8_e5m2: 1,
@@ -26,7 +27,7 @@ _SIGNED_WIDTHS = {
 
 
 def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
-    """Sizes of the matrix behind a shape: all dimensions but the last flattened, and the last; a scalar is one element."""
+    """Rows and columns behind a shape: all dimensions but the last flattened, and the last; a scalar is one element."""
     return math.prod(shape[:-1]), shape[-1] if len(shape) > 0 else 1
 
 

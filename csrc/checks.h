@@ -50,7 +50,8 @@ void check_bitmask_sizes(const Sizes& got, const Shape& shape, const Geometry& g
   bool leading = got.size() == (shape.size() == 0 ? 1 : shape.size()) && got[got.size() - 1] == row_bytes;
   for (size_t i = 0; leading && i + 1 < got.size(); ++i) leading = got[i] == shape[i];
   if (!flat && !leading) {
-    fail("bitmasks: got size ", to_text(got), ", expected [", g.rows, ", ", row_bytes, "] (rows, ceil(cols / 8)) for shape ", to_text(shape));
+    fail("bitmasks: got size ", to_text(got), ", expected [", g.rows, ", ", row_bytes, "] (rows, ceil(cols / 8)) for shape ",
+         to_text(shape));
   }
 }
 
@@ -76,7 +77,8 @@ void check_bitmask_sizes(const Sizes& got, const Shape& shape, const Geometry& g
     fail("values: got ", nnz, " elements, expected ", start + count, " (row_offsets[", row, "] = ", start, " and ", count,
          " bits set in the last row)");
   }
-  fail("row_offsets[", row + 1, "]: got ", end, ", expected ", start + count, " (", where, " = ", start, " and ", count, " bits set in that row)");
+  fail("row_offsets[", row + 1, "]: got ", end, ", expected ", start + count, " (", where, " = ", start, " and ", count,
+       " bits set in that row)");
 }
 
 }  // namespace bitmask

@@ -173,7 +173,8 @@ std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& dense, bool keep_negat
   for_each_task(tasks, task_bytes, [&](int64_t index) {
     const Slice s = slice_of(tasks, index, g);
     int64_t* const counts = tasks.whole_rows() ? offset_data + s.task.row : &starts[static_cast<size_t>(index)];
-    codec.build_bitmasks(dense_data + s.element * element.width, s.task.rows, s.task.cols, element.zero_test, mask_data + s.mask_byte, counts);
+    codec.build_bitmasks(dense_data + s.element * element.width, s.task.rows, s.task.cols, element.zero_test, mask_data + s.mask_byte,
+                         counts);
     if (tasks.whole_rows()) starts[static_cast<size_t>(index)] = sum(counts, s.task.rows);
   });
   const int64_t nnz = exclusive_prefix_sums(starts.data(), tasks.count(), 0);

@@ -40,8 +40,7 @@ void run_tasks(int64_t count, int64_t bytes, void (*body)(const void* context, i
 
 template <typename Body>
 void for_each_task(const Tasks& tasks, int64_t bytes, const Body& body) {
-  run_tasks(
-      tasks.count(), bytes, [](const void* context, int64_t index) { (*static_cast<const Body*>(context))(index); }, &body);
+  run_tasks(tasks.count(), bytes, [](const void* context, int64_t index) { (*static_cast<const Body*>(context))(index); }, &body);
 }
 
 // Whether the caller's thread has been asked to stop (module.cpp looks at Python's pending signals).

@@ -61,7 +61,9 @@ struct Simd {
  private:
   // Elements that one shuffle handles.
   template <int W>
-  static constexpr int kLanes = W <= 4 ? 8 : W == 8 ? 4 : 1;
+  static constexpr int kLanes = W <= 4   ? 8
+                                : W == 8 ? 4
+                                         : 1;
 
   static constexpr ShuffleTables<8, 1> kBytes{};
   static constexpr ShuffleTables<8, 2> kWords{};

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -181,14 +182,45 @@ class BitmaskTensor(Tensor):
         """The inverse of `__tensor_flatten__`."""
         return BitmaskTensor(inner["values"], inner["bitmasks"], inner["row_offsets"], outer_size)
 
-    def requires_grad_(self, requires_grad: bool = True) -> BitmaskTensor:
-        """Refuse gradients: the stored weight is frozen."""
-        if requires_grad:
+    def _stable_hash_for_caching(self) -> str:
+        """What torch.compile's cache may key on: everything but the data."""
+        return repr(
+            [type(self).__name__, self.shape, *((part.shape, part.dtype, part.device) for part in self._parts())]
+        )
+
+    # Attributes that torch would set on the wrapper behind the parts' back.
+
+    @property
+    def requires_grad(self) -> bool:
+        """False: the stored weight is frozen."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if value:
             raise TypeError(
                 "a BitmaskTensor is frozen and takes no gradient: use nn.Parameter(tensor, requires_grad=False), "
                 "or train to_dense()"
             )
+
+    def requires_grad_(self, requires_grad: bool = True) -> BitmaskTensor:
+        """Refuse gradients: the stored weight is frozen."""
+        self.requires_grad = requires_grad
         return self
+
+    @property
+    def data(self) -> Tensor:
+        """This tensor, detached; assigning another one of the same shape, dtype and device takes its parts."""
+        return self.detach()
+
+    @data.setter
+    def data(self, source: Tensor) -> None:
+        if not isinstance(source, BitmaskTensor):
+            raise TypeError(f"data: got {type(source).__name__}, expected a BitmaskTensor")
+        kinds = [(tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in (source, self)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"data: got shape, dtype and device {kinds[0]}, expected {kinds[1]}")
+        self._set_parts(*source._parts())
 
     # What torch would read from a dense storage that is not there.
 
@@ -223,9 +255,10 @@ class BitmaskTensor(Tensor):
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run `func` on compressed tensors where there is a way, else on dense copies."""
+        kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        result = NotImplemented if handler is None else handler(func, *args, **(kwargs or {}))
-        return _run_dense(func, args, kwargs or {}) if result is NotImplemented else result
+        result = func.decompose(*args, **kwargs) if handler is None else handler(func, *args, **kwargs)
+        return _run_dense(func, args, kwargs) if result is NotImplemented else result
 
 
 def _mark_parameter(tensor: BitmaskTensor, is_parameter: bool) -> BitmaskTensor:
@@ -332,11 +365,32 @@ def _select(func: Any, tensor: BitmaskTensor, dim: int, index: int) -> Any:
     return tensor._rows(index * rows, (index + 1) * rows, tensor.shape[1:])
 
 
-def _like(func: Any, tensor: BitmaskTensor, *args: Any, **kwargs: Any) -> Tensor:
+def _split(func: Any, tensor: BitmaskTensor, size: int | Sequence[int], dim: int = 0) -> Any:
+    if dim not in (0, -tensor.ndim) or tensor.ndim < 2:
+        return NotImplemented
+    lengths = [piece.shape[0] for piece in func(_stand_in(tensor), size, dim)]  # torch's own checks and rounding
+    ends = list(accumulate(lengths))
+    return [_slice(func, tensor, 0, end - length, end) for length, end in zip(lengths, ends, strict=True)]
+
+
+def _unbind(func: Any, tensor: BitmaskTensor, dim: int = 0) -> Any:
+    if dim not in (0, -tensor.ndim) or tensor.ndim < 2:
+        return NotImplemented
+    return [_select(func, tensor, 0, index) for index in range(tensor.shape[0])]
+
+
+def _is_pinned(func: Any, tensor: BitmaskTensor, device: Any = None) -> bool:
+    return all(part.is_pinned() for part in tensor._parts())
+
+
+def _stand_in(tensor: BitmaskTensor) -> Tensor:
+    """A dense tensor of the same shape, dtype and device that takes one element of memory."""
+    return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+def _like(func: Any, tensor: BitmaskTensor, *args: Any, **kwargs: Any) -> Any:
     """A new dense tensor that takes only shape, dtype and device from this one."""
-    stand_in = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
-    result: Tensor = func(stand_in, *args, **kwargs)
-    return result
+    return func(_stand_in(tensor), *args, **kwargs)
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -347,6 +401,10 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.copy_.default: _copy_,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.unbind.int: _unbind,
+    aten.is_pinned.default: _is_pinned,
     **dict.fromkeys(
         (
             aten.empty_like.default,

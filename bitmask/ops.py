@@ -29,8 +29,8 @@ def _call(op: Callable[..., Any], *args: object) -> Any:
     """Call a native op; an exception that a Python signal handler raised meanwhile (Ctrl-C) comes out as itself."""
     try:
         return op(*args)
-    except RuntimeError:
-        pending = _C.take_pending_exception()
+    except RuntimeError as error:
+        pending = _C.take_pending_exception() if str(error) == _C.INTERRUPTED else None
         if pending is not None:
             raise pending from None
         raise

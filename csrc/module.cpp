@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -60,6 +62,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native core of bitmask: build information and choice of instruction set. The ops are in torch.ops.bitmask.";
+  m.attr("INTERRUPTED") = bitmask::kInterrupted;
   m.def("build_info", &build_info);
   m.def("available_isas", &available_isas);
   m.def("get_isa", [] { return bitmask::cpu::kernels().isa; });

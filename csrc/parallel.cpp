@@ -20,7 +20,7 @@ const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked.store(true); })
 
 void stop_if_interrupted() {
   const InterruptCheck check = interrupt_check.load();
-  if (check != nullptr && check()) throw std::runtime_error("bitmask: interrupted");
+  if (check != nullptr && check()) throw std::runtime_error(kInterrupted);
 }
 
 }  // namespace

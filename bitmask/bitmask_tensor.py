@@ -236,9 +236,15 @@ class BitmaskTensor(Tensor):
         """The dense tensor as a DLPack capsule."""
         return self.to_dense().__dlpack__(**kwargs)
 
-    def data_ptr(self) -> int:
+    def _refuse_storage(self, *args: object, **kwargs: object) -> Any:
         """Refuse: there is no dense storage."""
         raise TypeError("a BitmaskTensor has no dense storage: use its values, bitmasks and row_offsets, or to_dense()")
+
+    data_ptr = storage = _typed_storage = apply_ = map_ = map2_ = _refuse_storage
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """A storage without memory (device meta): tracers ask for one to tell tensors apart."""
+        return torch.UntypedStorage(self.numel() * self.element_size(), device="meta")
 
     def share_memory_(self) -> BitmaskTensor:
         """Move the parts to shared memory, in place."""
@@ -333,6 +339,8 @@ def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False
     """What load_state_dict does; into a BitmaskTensor it replaces the parts."""
     if not isinstance(target, BitmaskTensor):
         return target.copy_(source.to_dense() if isinstance(source, BitmaskTensor) else source, non_blocking)
+    if not isinstance(source, Tensor):
+        raise TypeError(f"copy_: got {type(source).__name__}, expected a torch.Tensor")
     if source.shape != target.shape:
         raise ValueError(f"copy_: got shape {tuple(source.shape)}, expected {tuple(target.shape)}")
     source = source.to(dtype=target.dtype, device=target.device)

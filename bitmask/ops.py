@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ def _call(op: Callable[..., Any], *args: object) -> Any:
 
 
 def _check_strided(name: str, tensor: Tensor) -> None:
+    if hasattr(tensor, "__tensor_flatten__"):
+        raise TypeError(f"{name}: got a {type(tensor).__name__}, which wraps other tensors, expected a plain tensor")
     if tensor.is_nested or tensor.layout is not torch.strided:
         kind = "nested" if tensor.is_nested else tensor.layout
         raise TypeError(f"{name}: got a {kind} tensor, expected a dense (strided) one")
@@ -65,7 +68,10 @@ def check_parts(values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
 
 
 def _check_shape(shape: Sequence[int]) -> list[int]:
-    sizes = [size if isinstance(size, torch.SymInt) else size.__index__() for size in shape]
+    try:
+        sizes = [size if isinstance(size, torch.SymInt) else operator.index(size) for size in shape]
+    except TypeError:
+        raise TypeError(f"shape: got {shape!r}, expected a sequence of integers") from None
     if any(isinstance(size, int) and not -(2**63) <= size < 2**63 for size in sizes):
         raise FormatError(f"shape: got {sizes}, expected sizes below 2^63")
     return sizes
@@ -141,12 +147,31 @@ def _fake_compress(dense: Tensor, keep_negative_zero: bool) -> tuple[Tensor, Ten
     )
 
 
+def _check_fake_parts(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
+    """What can be checked without data; calls whose parts lie on different devices come here too."""
+    for name, part in (("bitmasks", bitmasks), ("row_offsets", row_offsets)):
+        if part.device != values.device:
+            raise ValueError(f"{name}: got device {part.device}, expected {values.device}, the device of values")
+    rows, cols = rows_and_columns(shape)
+    check: Any = torch._check_value
+    check(values.ndim == 1, lambda: f"values: got {values.ndim} dimensions, expected 1")
+    check(
+        row_offsets.ndim == 1 and row_offsets.shape[0] == rows,
+        lambda: f"row_offsets: got size {list(row_offsets.shape)}, expected [{rows}] (one per row)",
+    )
+    check(
+        bitmasks.ndim > 0 and bitmasks.shape[-1] == (cols + 7) // 8 and bitmasks.numel() == rows * ((cols + 7) // 8),
+        lambda: f"bitmasks: got size {list(bitmasks.shape)}, expected {bitmask_sizes(shape)} for shape {list(shape)}",
+    )
+
+
 def _fake_decompress(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> Tensor:
+    _check_fake_parts(values, bitmasks, row_offsets, shape)
     return values.new_empty(shape)
 
 
 def _fake_validate(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
-    return None
+    _check_fake_parts(values, bitmasks, row_offsets, shape)
 
 
 def _compress_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

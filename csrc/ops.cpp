@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -125,6 +127,15 @@ Tensor empty(const Sizes& sizes, int32_t dtype) {
   return tensor;
 }
 
+// Row-major and without gaps: `tensor` itself or a copy.
+Tensor contiguous(const char* name, const Tensor& tensor) {
+  try {
+    return torch::stable::contiguous(tensor);
+  } catch (const std::exception&) {
+    throw std::runtime_error(std::string("bitmask: cannot copy ") + name + " of size " + to_text(tensor.sizes()) + " to contiguous memory");
+  }
+}
+
 const uint8_t* const_bytes(const Tensor& tensor) { return static_cast<const uint8_t*>(tensor.const_data_ptr()); }
 uint8_t* mutable_bytes(const Tensor& tensor) { return static_cast<uint8_t*>(tensor.mutable_data_ptr()); }
 
@@ -155,7 +166,7 @@ Slice slice_of(const Tasks& tasks, int64_t index, const Geometry& g) {
 std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& dense, bool keep_negative_zero) {
   const Element element = element_of(dense, keep_negative_zero);
   const cpu::CodecKernels& codec = codec_of(element);
-  const Tensor source = torch::stable::contiguous(dense);
+  const Tensor source = contiguous("dense", dense);
   const Geometry g = geometry(source.sizes());
 
   std::vector<int64_t> mask_sizes(source.sizes().begin(), source.sizes().end());
@@ -209,9 +220,9 @@ struct Parts {
       : g(geometry(shape)), tasks(g) {
     element_of(values, false);  // refuses dtypes that have no codec
     check_sizes(values, bitmasks, row_offsets, shape);
-    values_ = torch::stable::contiguous(values);
-    bitmasks_ = torch::stable::contiguous(bitmasks);
-    row_offsets_ = torch::stable::contiguous(row_offsets);
+    values_ = contiguous("values", values);
+    bitmasks_ = contiguous("bitmasks", bitmasks);
+    row_offsets_ = contiguous("row_offsets", row_offsets);
     nnz = values_.numel();
     value_data = const_bytes(values_);
     mask_data = const_bytes(bitmasks_);

@@ -1,0 +1,164 @@
+#!/usr/bin/env bash
+# Builds and runs the tests of the CPU kernels that need neither Python nor torch.
+#
+#   tests/native/run.sh [host|sanitize|planted|extension|neon|baseline|fuzz [SECONDS]|all [SECONDS]]      default: all
+#
+#   host      every kernel table that this machine can run, built as the extension is: for any CPU of this architecture
+#   sanitize  the same under AddressSanitizer and UndefinedBehaviorSanitizer
+#   planted   each table reads past a buffer on purpose, which AddressSanitizer must report
+#   extension the Python tests of the ops on an extension built with both sanitizers, and a planted error that must be reported
+#   neon      AArch64 build, run by qemu
+#   baseline  x86-64 build on emulated CPUs without AVX and without AVX-512: it must start there and use what there is
+#   fuzz      replays tests/fuzz/regressions, then fuzzes for SECONDS (60); inputs that fail are kept in tests/fuzz/regressions
+#
+# Needs g++, clang++ with its sanitizer and libFuzzer runtimes, an AArch64 cross g++ with a static libc, and qemu-user. CXX, CLANGXX,
+# AARCH64_CXX, QEMU_AARCH64 and QEMU_X86_64 name other programs. Everything built goes to build/native.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+BUILD=build/native
+WARNINGS=(-std=c++17 -Wall -Wextra -Werror)
+SANITIZERS=(-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all)
+TEST=tests/native/test_kernels.cpp
+REGRESSIONS=tests/fuzz/regressions
+
+fail() {
+  echo "run.sh: $*" >&2
+  exit 1
+}
+
+# Prints the first program of the list that is installed. $1: the variable that overrides the list.
+tool() {
+  local variable=$1
+  shift
+  [[ -n ${!variable:-} ]] && set -- "${!variable}"
+  local name
+  for name in "$@"; do
+    if command -v "$name" > /dev/null; then
+      echo "$name"
+      return
+    fi
+  done
+  fail "none of these is installed: $* (set $variable to name another)"
+}
+
+# build OUTPUT MAIN COMPILER FLAGS...: compiles the kernels and the program MAIN, as many files at a time as there are processors.
+build() {
+  local output=$BUILD/$1 main=$2
+  shift 2
+  rm -rf "$output.o" "$output"
+  mkdir -p "$output.o"
+  printf '%s\0' csrc/cpu/*.cpp "$main" |
+    xargs -0 -P "$(nproc)" -I{} sh -c 'source=$1 objects=$2; shift 2; "$@" -c "$source" -o "$objects/$(basename "$source").o"' \
+      sh {} "$output.o" "$@" "${WARNINGS[@]}" || fail "$output does not compile"
+  "$@" "$output.o"/*.o -o "$output"
+}
+
+run_host() {
+  local cxx isa
+  cxx=$(tool CXX g++ clang++)
+  build host "$TEST" "$cxx" -O3
+  "$BUILD/host"
+  for isa in $("$BUILD/host" --list) unheard-of; do
+    BITMASK_ISA=$isa "$BUILD/host" --dispatch
+  done
+}
+
+run_sanitize() {
+  local clangxx
+  clangxx=$(tool CLANGXX clang++-16 clang++-14 clang++)
+  build sanitize "$TEST" "$clangxx" "${SANITIZERS[@]}" -fsanitize=address,undefined
+  "$BUILD/sanitize"
+}
+
+run_planted() {
+  local clangxx isa
+  clangxx=$(tool CLANGXX clang++-16 clang++-14 clang++)
+  build planted "$TEST" "$clangxx" "${SANITIZERS[@]}" -fsanitize=address,undefined -DBITMASK_PLANTED_ERROR
+  for isa in $("$BUILD/planted" --list); do
+    local report=$BUILD/planted.$isa.txt
+    if BITMASK_ISA=$isa "$BUILD/planted" > "$report" 2>&1; then fail "$isa: the planted error went unnoticed"; fi
+    grep -q "reading past a buffer with $isa\$" "$report" || fail "$isa: was not run; see $report"
+    grep -q 'ERROR: AddressSanitizer: heap-buffer-overflow' "$report" || fail "$isa: failed otherwise than planned; see $report"
+    echo "$isa: AddressSanitizer reports the planted error"
+  done
+}
+
+run_extension() {
+  local python tree=$BUILD/extension preload
+  python=$(tool PYTHON python python3)
+  rm -rf "$tree"
+  mkdir -p "$tree"
+  cp -r setup.py pyproject.toml README.md csrc bitmask tests "$tree"
+  rm -f "$tree"/bitmask/*.so
+  (cd "$tree" && BITMASK_CUDA=0 BITMASK_SANITIZE=address,undefined "$python" setup.py -q build_ext --inplace) > "$BUILD/extension.txt" 2>&1 ||
+    fail "the sanitized extension does not build; see $BUILD/extension.txt"
+  # Python itself is not instrumented, so the runtime comes first by preloading; leaks at exit are Python's own.
+  preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
+  sanitized() { (cd "$tree" && LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 "$python" "$@"); }
+  sanitized -m pytest -q -p no:cacheprovider -k "not compile and not opcheck" tests/test_ops.py
+  local report=$BUILD/extension.planted.txt
+  if sanitized tests/native/planted_extension.py > "$report" 2>&1; then fail "extension: the planted error went unnoticed"; fi
+  grep -q 'ERROR: AddressSanitizer: heap-buffer-overflow' "$report" || fail "extension: failed otherwise than planned; see $report"
+  echo "extension: AddressSanitizer reports the planted error"
+}
+
+run_neon() {
+  local cxx qemu
+  cxx=$(tool AARCH64_CXX aarch64-linux-gnu-g++)
+  qemu=$(tool QEMU_AARCH64 qemu-aarch64 qemu-aarch64-static)
+  build neon "$TEST" "$cxx" -O3 -static
+  "$qemu" "$BUILD/neon" neon scalar
+}
+
+run_baseline() {
+  local cxx qemu
+  [[ $(uname -m) == x86_64 ]] || fail "baseline: needs an x86-64 machine, this is $(uname -m)"
+  cxx=$(tool CXX g++ clang++)
+  qemu=$(tool QEMU_X86_64 qemu-x86_64 qemu-x86_64-static)
+  build baseline "$TEST" "$cxx" -O3 -static
+  "$qemu" -cpu Westmere "$BUILD/baseline" scalar
+  # A Haswell less the features that emulation warns it lacks; no kernel uses them.
+  "$qemu" -cpu Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid "$BUILD/baseline" avx2 scalar
+}
+
+run_fuzz() {
+  local seconds=$1 clangxx corpus
+  clangxx=$(tool CLANGXX clang++-16 clang++-14 clang++)
+  build fuzz tests/fuzz/fuzz_decompress.cpp "$clangxx" "${SANITIZERS[@]}" -fsanitize=fuzzer,address,undefined
+  local -a kept
+  mapfile -d '' kept < <(find "$REGRESSIONS" -type f ! -name README.md -print0)
+  if ((${#kept[@]} > 0)); then
+    "$BUILD/fuzz" "${kept[@]}" > "$BUILD/replay.txt" 2>&1 || {
+      tail -n 60 "$BUILD/replay.txt"
+      fail "a kept input fails again; the whole report is in $BUILD/replay.txt"
+    }
+  fi
+  echo "${#kept[@]} kept inputs replayed"
+  corpus=$BUILD/corpus
+  rm -rf "$corpus"
+  cp -r tests/fuzz/corpus/decompress "$corpus"
+  "$BUILD/fuzz" -max_total_time="$seconds" -max_len=4096 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
+    -artifact_prefix="$REGRESSIONS/" "$corpus" > "$BUILD/fuzz.txt" 2>&1 || {
+    tail -n 60 "$BUILD/fuzz.txt"
+    fail "fuzzing found a fault; the whole report is in $BUILD/fuzz.txt"
+  }
+  grep '^stat::' "$BUILD/fuzz.txt"
+}
+
+WHAT=${1:-all}
+SECONDS_OF_FUZZING=${2:-60}
+[[ $SECONDS_OF_FUZZING =~ ^[1-9][0-9]*$ ]] || fail "not a number of seconds: $SECONDS_OF_FUZZING"
+mkdir -p "$BUILD"
+case $WHAT in
+  host | sanitize | planted | extension | neon | baseline) PARTS=("$WHAT") ;;
+  fuzz) PARTS=(fuzz) ;;
+  all) PARTS=(host sanitize planted extension neon baseline fuzz) ;;
+  *) fail "unknown part \"$WHAT\": host, sanitize, planted, extension, neon, baseline, fuzz [SECONDS] or all [SECONDS]" ;;
+esac
+for part in "${PARTS[@]}"; do
+  echo "== $part"
+  SECONDS=0
+  "run_$part" "$SECONDS_OF_FUZZING"
+  echo "== $part passed in $SECONDS s"
+done

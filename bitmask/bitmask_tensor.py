@@ -67,6 +67,7 @@ class BitmaskTensor(Tensor):
 
     def _set_parts(self, values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
         self.values, self.bitmasks, self.row_offsets = values, bitmasks, row_offsets
+        self._state = _state_of(values, bitmasks, row_offsets)
 
     @classmethod
     def from_dense(cls, tensor: Tensor, *, keep_negative_zero: bool = False) -> BitmaskTensor:
@@ -111,9 +112,7 @@ class BitmaskTensor(Tensor):
         Raises:
             FormatError: the parts were changed since they were proven.
         """
-        if self.values.dtype != self.dtype:
-            raise FormatError(f"values: got dtype {self.values.dtype}, expected {self.dtype}, the dtype of the tensor")
-        dense = ops.decompress(self.values, self.bitmasks, self.row_offsets, self.shape)
+        dense = ops.decompress(*self._parts(), self.shape)
         return dense if dtype is None else dense.to(dtype)
 
     @property
@@ -132,7 +131,13 @@ class BitmaskTensor(Tensor):
         return sum(part.nbytes for part in self._parts())
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.values, self.bitmasks, self.row_offsets
+        """The parts, which anyone may have replaced or resized: dtypes and sizes are checked, contents are not."""
+        parts = self.values, self.bitmasks, self.row_offsets
+        ops.check_parts(*parts)
+        if self.values.dtype != self.dtype:
+            raise FormatError(f"values: got dtype {self.values.dtype}, expected {self.dtype}, the dtype of the tensor")
+        ops.check_part_sizes(*parts, self.shape)
+        return parts
 
     def _map_parts(self, change: Callable[[Tensor], Tensor]) -> BitmaskTensor:
         values, bitmasks, row_offsets = (change(part) for part in self._parts())
@@ -140,23 +145,23 @@ class BitmaskTensor(Tensor):
 
     def _rows(self, start: int, stop: int, shape: Sequence[int]) -> BitmaskTensor:
         """The flattened rows [start, stop) as a tensor of `shape`; values and bitmasks are views."""
-        offsets = self.row_offsets
-        begin = int(offsets[start]) if start < len(offsets) else self.nnz
-        end = int(offsets[stop]) if stop < len(offsets) else self.nnz
-        if stop <= start:
-            end = begin
-        if not 0 <= begin <= end <= self.nnz:
-            raise FormatError(
-                f"row_offsets: got {begin} and {end} for rows {start} and {stop}, expected 0 to {self.nnz} in order"
-            )
-        bitmasks = self.bitmasks.reshape(-1, self.bitmasks.shape[-1])[start:stop].reshape(ops.bitmask_sizes(shape))
-        return BitmaskTensor(self.values[begin:end], bitmasks, offsets[start:stop] - begin, shape)
+        values, bitmasks, offsets = self._parts()
+        if self._state is None or self._state != _state_of(values, bitmasks, offsets):
+            ops.validate(values, bitmasks, offsets, self.shape)
+        begin, end = (int(offsets[row]) if row < len(offsets) else values.numel() for row in (start, stop))
+        bitmasks = bitmasks.reshape(len(offsets), -1)[start:stop].reshape(ops.bitmask_sizes(shape))
+        return BitmaskTensor(values[begin:end], bitmasks, offsets[start:stop] - begin, shape)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         """Shape, dtype and how well it compresses; never the elements."""
+        try:
+            self._parts()
+            contents = f"nnz={self.nnz}, sparsity={self.sparsity:.4f}, compressed_nbytes={self.compressed_nbytes}"
+        except (TypeError, ValueError) as error:
+            contents = f"faulty: {error}"
         return (
-            f"BitmaskTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', nnz={self.nnz}, "
-            f"sparsity={self.sparsity:.4f}, compressed_nbytes={self.compressed_nbytes}, nbytes={self.nbytes})"
+            f"BitmaskTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', "
+            f"nbytes={self.nbytes}, {contents})"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BitmaskTensor:
@@ -244,7 +249,8 @@ class BitmaskTensor(Tensor):
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """A storage without memory (device meta): tracers ask for one to tell tensors apart."""
-        return torch.UntypedStorage(self.numel() * self.element_size(), device="meta")
+        storage: Any = torch.UntypedStorage
+        return storage(self.numel() * self.element_size(), device="meta")  # type: ignore[no-any-return]
 
     def share_memory_(self) -> BitmaskTensor:
         """Move the parts to shared memory, in place."""
@@ -265,6 +271,13 @@ class BitmaskTensor(Tensor):
         handler = _HANDLERS.get(func)
         result = func.decompose(*args, **kwargs) if handler is None else handler(func, *args, **kwargs)
         return _run_dense(func, args, kwargs) if result is NotImplemented else result
+
+
+def _state_of(*parts: Tensor) -> list[tuple[int, int]] | None:
+    """Which tensors the parts are and how often each was written to; None where torch does not count."""
+    if any(part.is_inference() for part in parts):
+        return None
+    return [(id(part), part._version) for part in parts]
 
 
 def _mark_parameter(tensor: BitmaskTensor, is_parameter: bool) -> BitmaskTensor:
@@ -330,9 +343,10 @@ def _to_copy(
         return NotImplemented
     if dtype is not None and dtype != tensor.dtype and torch.float8_e8m0fnu in (dtype, tensor.dtype):
         return NotImplemented  # the one dtype without a zero: elements that are not stored convert to something else
-    values = tensor.values.to(dtype=dtype, device=device, non_blocking=non_blocking, copy=True)
-    masks, offsets = (part.to(device=device, non_blocking=non_blocking, copy=True) for part in tensor._parts()[1:])
-    return BitmaskTensor(values, masks, offsets, tensor.shape)
+    values, *indices = tensor._parts()
+    values = values.to(dtype=dtype, device=device, non_blocking=non_blocking, copy=True)
+    bitmasks, row_offsets = (part.to(device=device, non_blocking=non_blocking, copy=True) for part in indices)
+    return BitmaskTensor(values, bitmasks, row_offsets, tensor.shape)
 
 
 def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:

@@ -147,31 +147,28 @@ def _fake_compress(dense: Tensor, keep_negative_zero: bool) -> tuple[Tensor, Ten
     )
 
 
-def _check_fake_parts(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
-    """What can be checked without data; calls whose parts lie on different devices come here too."""
-    for name, part in (("bitmasks", bitmasks), ("row_offsets", row_offsets)):
-        if part.device != values.device:
-            raise ValueError(f"{name}: got device {part.device}, expected {values.device}, the device of values")
+def check_part_sizes(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
+    """Raise FormatError unless the parts have the sizes that the shape asks for; contents are not looked at."""
     rows, cols = rows_and_columns(shape)
-    check: Any = torch._check_value
-    check(values.ndim == 1, lambda: f"values: got {values.ndim} dimensions, expected 1")
-    check(
-        row_offsets.ndim == 1 and row_offsets.shape[0] == rows,
-        lambda: f"row_offsets: got size {list(row_offsets.shape)}, expected [{rows}] (one per row)",
-    )
-    check(
-        bitmasks.ndim > 0 and bitmasks.shape[-1] == (cols + 7) // 8 and bitmasks.numel() == rows * ((cols + 7) // 8),
-        lambda: f"bitmasks: got size {list(bitmasks.shape)}, expected {bitmask_sizes(shape)} for shape {list(shape)}",
-    )
+    if values.ndim != 1:
+        raise FormatError(f"values: got {values.ndim} dimensions, expected 1")
+    if row_offsets.ndim != 1 or row_offsets.shape[0] != rows:
+        raise FormatError(f"row_offsets: got size {list(row_offsets.shape)}, expected [{rows}] (one per row)")
+    if list(bitmasks.shape) not in (bitmask_sizes(shape), [rows, (cols + 7) // 8]):
+        raise FormatError(
+            f"bitmasks: got size {list(bitmasks.shape)}, expected {bitmask_sizes(shape)} for shape {list(shape)}"
+        )
 
 
 def _fake_decompress(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> Tensor:
-    _check_fake_parts(values, bitmasks, row_offsets, shape)
+    check_parts(values, bitmasks, row_offsets)  # parts on different devices come here too
+    check_part_sizes(values, bitmasks, row_offsets, shape)
     return values.new_empty(shape)
 
 
 def _fake_validate(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
-    _check_fake_parts(values, bitmasks, row_offsets, shape)
+    check_parts(values, bitmasks, row_offsets)  # parts on different devices come here too
+    check_part_sizes(values, bitmasks, row_offsets, shape)
 
 
 def _compress_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

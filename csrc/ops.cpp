@@ -127,8 +127,16 @@ Tensor empty(const Sizes& sizes, int32_t dtype) {
   return tensor;
 }
 
-// Row-major and without gaps: `tensor` itself or a copy.
+// Row-major and without gaps: `tensor` itself or a copy. Refuses a tensor whose storage was shrunk under it.
 Tensor contiguous(const char* name, const Tensor& tensor) {
+  int64_t storage_bytes;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
+  int64_t last = tensor.storage_offset();
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  const int64_t width = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_of(tensor)));
+  if (tensor.numel() > 0 && storage_bytes / width <= last) {
+    fail(name, ": got a storage of ", storage_bytes, " bytes, expected at least ", (last + 1) * width);
+  }
   try {
     return torch::stable::contiguous(tensor);
   } catch (const std::exception&) {

@@ -26,9 +26,6 @@ using torch::stable::Tensor;
 // Fresh outputs from here on ask for huge pages.
 constexpr int64_t kHugePageBytes = int64_t{4} << 20;
 
-// Decompressed outputs from here on are stored past the cache; smaller ones may still be in it when their memory is used again.
-constexpr int64_t kStreamingBytes = int64_t{32} << 20;
-
 // What the kernels need to know of a dtype.
 struct Element {
   int32_t dtype;
@@ -308,12 +305,11 @@ Tensor decompress(const Tensor& values, const Tensor& bitmasks, const Tensor& ro
   const Tensor dense = empty(sizes, element.dtype);
   uint8_t* const dense_data = mutable_bytes(dense);
   const int64_t task_bytes = parts.tasks.count() == 0 ? 0 : parts.tasks[0].rows * parts.tasks[0].cols * element.width;
-  const bool streaming = task_bytes * parts.tasks.count() >= kStreamingBytes;
   for_each_task(parts.tasks, task_bytes, [&](int64_t index) {
     const Slice s = slice_of(parts.tasks, index, parts.g);
     const int64_t start = parts.start(index);
     codec.expand_values(parts.value_data + start * element.width, parts.end(index) - start, parts.mask_data + s.mask_byte, s.task.rows,
-                        s.task.cols, dense_data + s.element * element.width, streaming);
+                        s.task.cols, dense_data + s.element * element.width);
   });
   return dense;
 }

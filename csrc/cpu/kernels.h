@@ -18,8 +18,8 @@ struct CodecKernels {
   void (*pack_values)(const void* dense, const uint8_t* bitmasks, int64_t rows, int64_t cols, void* values, int64_t nnz);
 
   // Writes every element of `dense`, taking marked ones in order from `values`, never reading past `values` + nnz elements, whatever
-  // the bitmasks say. `streaming` stores past the cache: for outputs that do not fit in it.
-  void (*expand_values)(const void* values, int64_t nnz, const uint8_t* bitmasks, int64_t rows, int64_t cols, void* dense, bool streaming);
+  // the bitmasks say.
+  void (*expand_values)(const void* values, int64_t nnz, const uint8_t* bitmasks, int64_t rows, int64_t cols, void* dense);
 };
 
 struct Kernels {

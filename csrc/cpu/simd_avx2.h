@@ -36,27 +36,25 @@ struct Simd {
     return dst;
   }
 
-  template <int W, bool kStreaming>
+  template <int W>
   static const uint8_t* expand(const uint8_t* src, uint64_t mask, uint8_t* dst) {
     for (int at = 0; at < kGroup; at += kLanes<W>, dst += kLanes<W> * W) {
       const unsigned lanes = mask >> at & ((1u << kLanes<W>)-1);
       if constexpr (W == 1) {
         store_low(dst, _mm_shuffle_epi8(load_low(src), load_low(kBytes.expand[lanes])));
       } else if constexpr (W == 2) {
-        put<kStreaming>(dst, _mm_shuffle_epi8(load_128(src), load_128(kWords.expand[lanes])));
+        store(dst, _mm_shuffle_epi8(load_128(src), load_128(kWords.expand[lanes])));
       } else if constexpr (W == 4) {
-        put<kStreaming>(dst, spread_dwords(load(src), dword_indices(kBytes.expand[lanes])));
+        store(dst, spread_dwords(load(src), dword_indices(kBytes.expand[lanes])));
       } else if constexpr (W == 8) {
-        put<kStreaming>(dst, spread_dwords(load(src), dword_indices(kPairs.expand[lanes])));
+        store(dst, spread_dwords(load(src), dword_indices(kPairs.expand[lanes])));
       } else {
-        put<kStreaming>(dst, _mm_and_si128(load_128(src), _mm_set1_epi64x(-static_cast<int64_t>(lanes))));
+        store(dst, _mm_and_si128(load_128(src), _mm_set1_epi64x(-static_cast<int64_t>(lanes))));
       }
       src += __builtin_popcount(lanes) * W;
     }
     return src;
   }
-
-  static void streaming_fence() { _mm_sfence(); }
 
  private:
   // Elements that one shuffle handles.
@@ -75,15 +73,6 @@ struct Simd {
   static void store(uint8_t* dst, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), v); }
   static void store(uint8_t* dst, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), v); }
   static void store_low(uint8_t* dst, __m128i v) { _mm_storel_epi64(reinterpret_cast<__m128i*>(dst), v); }
-
-  template <bool kStreaming>
-  static void put(uint8_t* dst, __m256i v) {
-    kStreaming ? _mm256_stream_si256(reinterpret_cast<__m256i*>(dst), v) : store(dst, v);
-  }
-  template <bool kStreaming>
-  static void put(uint8_t* dst, __m128i v) {
-    kStreaming ? _mm_stream_si128(reinterpret_cast<__m128i*>(dst), v) : store(dst, v);
-  }
 
   static __m256i dword_indices(const uint8_t* table) { return _mm256_cvtepu8_epi32(load_low(table)); }
 

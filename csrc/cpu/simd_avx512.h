@@ -23,23 +23,17 @@ struct Simd {
     return dst;
   }
 
-  template <int W, bool kStreaming>
+  template <int W>
   static const uint8_t* expand(const uint8_t* src, uint64_t mask, uint8_t* dst) {
     const __m512i zero = opaque_zero();
     for (int vector = 0; vector < W; ++vector) {
       const uint64_t lanes = lanes_of<W>(mask, vector);
       const __m512i dense = expand_lanes<W>(zero, lanes, load(src));
-      if constexpr (kStreaming) {
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + vector * 64), dense);
-      } else {
-        _mm512_storeu_si512(dst + vector * 64, dense);
-      }
+      _mm512_storeu_si512(dst + vector * 64, dense);
       src += __builtin_popcountll(lanes) * W;
     }
     return src;
   }
-
-  static void streaming_fence() { _mm_sfence(); }
 
  private:
   static __m512i load(const uint8_t* src) { return _mm512_loadu_si512(src); }

@@ -3,7 +3,6 @@
 // NEON has neither a move-mask nor a compress instruction. A mask word is made by giving each element's byte the weight of its bit and
 // adding neighbours up; elements are packed and spread by TBL with the indices of tables.h, one 16-byte vector (8 bytes for W = 1) at a
 // time. Stores are whole vectors: the excess of one is overwritten by the next. SVE's COMPACT knows 32- and 64-bit elements only.
-// kStreaming changes nothing: no intrinsic gives the non-temporal store, STNP.
 //
 // Included after tables.h, like it inside an anonymous namespace.
 struct Simd {
@@ -24,7 +23,7 @@ struct Simd {
     return dst;
   }
 
-  template <int W, bool kStreaming>
+  template <int W>
   static const uint8_t* expand(const uint8_t* src, uint64_t mask, uint8_t* dst) {
     const uint64_t counts = field_counts<kLanes<W>>(mask);
     for (int lane = 0; lane < kGroup; lane += kLanes<W>) {
@@ -33,8 +32,6 @@ struct Simd {
     }
     return src;
   }
-
-  static void streaming_fence() {}
 
  private:
   // Elements of W bytes that one shuffle takes; as many bits of the mask word are its field. 8 at most, so that a table has 256 rows.

@@ -14,14 +14,12 @@ struct Simd {
     return dst;
   }
 
-  template <int W, bool kStreaming>
+  template <int W>
   static const uint8_t* expand(const uint8_t* src, uint64_t mask, uint8_t* dst) {
     __builtin_memset(dst, 0, kGroup * W);
     for (; mask != 0; mask &= mask - 1, src += W) __builtin_memcpy(dst + __builtin_ctzll(mask) * W, src, W);
     return src;
   }
-
-  static void streaming_fence() {}
 
  private:
   static uint64_t load(const uint8_t* src) {

@@ -8,7 +8,7 @@
 //   1     rows (mod 8)                             2, 3  columns (mod 321)
 //   4, 5  number of values (mod rows * columns + 2)
 //   6     flags: 1 derive the row offsets from the bitmasks   2 clear the padding bits   4 as many values as the bitmasks mark
-//                8 streaming stores                           top four bits: the row where a second thread would begin
+//                top four bits: the row where a second thread would begin
 //   7     row offsets (8 bytes a row, absent with flag 1), bitmasks, values; missing bytes are made up
 #include <algorithm>
 #include <cinttypes>
@@ -28,7 +28,7 @@ using cpu::Kernels;
 
 namespace {
 
-// Memory of exactly the size asked for that begins a cache line, as streaming stores need.
+// Memory of exactly the size asked for that begins a cache line, as torch allocates it.
 template <class T>
 struct LineAllocator {
   using value_type = T;
@@ -64,7 +64,6 @@ class Reader {
 struct Input {
   int width_log2, width;
   int64_t rows, cols, row_bytes, nnz;
-  bool streaming;
   int64_t split;  // rows from here on are expanded by themselves
   std::vector<int64_t> row_offsets;
   Bytes bitmasks, values;
@@ -82,7 +81,6 @@ Input read_input(const uint8_t* data, size_t size) {
   input.row_bytes = bitmask_bytes(input.cols);
   input.nnz = reader.number(2) % (input.rows * input.cols + 2);
   const int flags = reader.byte();
-  input.streaming = (flags & 8) != 0;
   input.split = input.rows == 0 ? 0 : (flags >> 4) % input.rows;
   if ((flags & 1) == 0) {
     for (int64_t row = 0; row < input.rows; ++row) input.row_offsets.push_back(reader.number(8));
@@ -139,7 +137,7 @@ Bytes expand_reference(const Input& input, int64_t first) {
 void test_bounds(const Kernels& kernels, const Input& input, const Bytes& expected) {
   const CodecKernels& codec = kernels.codec[input.width_log2];
   Bytes dense(expected.size(), 0xc5);
-  codec.expand_values(input.values.data(), input.nnz, input.bitmasks.data(), input.rows, input.cols, dense.data(), input.streaming);
+  codec.expand_values(input.values.data(), input.nnz, input.bitmasks.data(), input.rows, input.cols, dense.data());
   require(dense == expected, kernels, input, "expand_values gives other elements than the reference");
 
   int64_t marked = 0;
@@ -160,7 +158,7 @@ void expand_rows(const Kernels& kernels, const Input& input, int64_t begin, int6
   const Bytes values(input.values.begin() + start * input.width, input.values.begin() + stop * input.width);
   const Bytes bitmasks(input.bitmasks.begin() + begin * input.row_bytes, input.bitmasks.begin() + end * input.row_bytes);
   kernels.codec[input.width_log2].expand_values(values.data(), stop - start, bitmasks.data(), end - begin, input.cols,
-                                                dense.data() + begin * input.cols * input.width, input.streaming);
+                                                dense.data() + begin * input.cols * input.width);
 }
 
 // Data without a fault expands in parts as in one piece, the later part first so that the earlier one must leave it alone. Compressed

@@ -297,13 +297,13 @@ void test_pack(const CodecKernels& codec, const Matrix& matrix, const Bytes& bit
   check(values.canaries_intact(), "pack_values: wrote outside, nnz %" PRId64 ", skew %d", nnz, skew);
 }
 
-void test_expand(const CodecKernels& codec, const Matrix& matrix, const Bytes& bits, const Bytes& stored, int skew, bool streaming) {
+void test_expand(const CodecKernels& codec, const Matrix& matrix, const Bytes& bits, const Bytes& stored, int skew) {
   const int64_t nnz = static_cast<int64_t>(stored.size()) / matrix.width;
   Buffer values(stored, skew), bitmasks(bits, skew), dense(static_cast<int64_t>(matrix.dense.size()), skew);
-  codec.expand_values(values.data(), nnz, bitmasks.data(), matrix.rows, matrix.cols, dense.data(), streaming);
+  codec.expand_values(values.data(), nnz, bitmasks.data(), matrix.rows, matrix.cols, dense.data());
   const Bytes expected = expand_reference(stored, bits, matrix.rows, matrix.cols, matrix.width);
-  check(dense.bytes() == expected, "expand_values: wrong elements, nnz %" PRId64 ", skew %d, streaming %d", nnz, skew, streaming);
-  check(dense.canaries_intact(), "expand_values: wrote outside, nnz %" PRId64 ", skew %d, streaming %d", nnz, skew, streaming);
+  check(dense.bytes() == expected, "expand_values: wrong elements, nnz %" PRId64 ", skew %d", nnz, skew);
+  check(dense.canaries_intact(), "expand_values: wrote outside, nnz %" PRId64 ", skew %d", nnz, skew);
 }
 
 // Bitmasks that agree with nothing: all ones (padding too), random, and numbers of values around those that the honest ones mark.
@@ -318,7 +318,7 @@ void test_hostile(const CodecKernels& codec, const Matrix& matrix) {
       Bytes stored = matrix.values;
       stored.resize(static_cast<size_t>(claimed * matrix.width), 0x5a);
       test_pack(codec, matrix, *bits, claimed, 0);
-      test_expand(codec, matrix, *bits, stored, 0, claimed % 2 == 0);
+      test_expand(codec, matrix, *bits, stored, 0);
     }
   }
 }
@@ -460,7 +460,7 @@ void test_isa(const Kernels& kernels) {
           for (const int skew : kSkews) {
             test_build(codec, kind, matrix, skew);
             test_pack(codec, matrix, matrix.bitmasks, matrix.nnz(), skew);
-            for (const bool streaming : {false, true}) test_expand(codec, matrix, matrix.bitmasks, matrix.values, skew, streaming);
+            test_expand(codec, matrix, matrix.bitmasks, matrix.values, skew);
           }
           if (!kind.sign && rows <= 3) {  // what follows depends on bits alone
             test_hostile(codec, matrix);
@@ -514,7 +514,7 @@ void read_past_a_buffer() {
   Buffer values(63), dense(64), bitmasks(Bytes(8, 0xff));
   std::printf("reading past a buffer with %s\n", cpu::kernels().isa);
   std::fflush(stdout);
-  cpu::kernels().codec[0].expand_values(values.data(), 64, bitmasks.data(), 1, 64, dense.data(), false);
+  cpu::kernels().codec[0].expand_values(values.data(), 64, bitmasks.data(), 1, 64, dense.data());
 }
 #endif
 

@@ -7,13 +7,13 @@
 // Compressing reads the dense data twice (build_bitmasks, then pack_values once the counts size the output): on fresh memory the page
 // faults of an upper-bound output would cost more than the second read. Vector code sees whole groups only and may run up to one group
 // past the packed end; the last columns of a row and the last values of a range go through a group-sized stack buffer instead, so that
-// nothing outside the caller's ranges is ever touched.
+// nothing outside the caller's ranges is ever touched. Decompressing stores through the cache: fresh memory has just been zeroed by the
+// kernel and its lines are still there, so streaming stores lose (benchmarks/NOTES.md).
 //
 // Included inside an anonymous namespace, after `Simd`:
-//   Simd::nonzero<W>(src, test)                  -> mask word of 64 elements of W bytes
-//   Simd::compress<W>(src, mask, dst)            -> dst past the packed elements; may write all 64 * W bytes
-//   Simd::expand<W, kStreaming>(src, mask, dst)  -> src past the taken elements; may read all 64 * W bytes
-//   Simd::streaming_fence()                      -- makes streaming stores visible to other threads
+//   Simd::nonzero<W>(src, test)       -> mask word of 64 elements of W bytes
+//   Simd::compress<W>(src, mask, dst) -> dst past the packed elements; may write all 64 * W bytes
+//   Simd::expand<W>(src, mask, dst)   -> src past the taken elements; may read all 64 * W bytes
 
 // How far ahead of the dense stream to prefetch: hardware prefetchers stop at the 4 KB page end.
 constexpr int64_t kPrefetchBytes = 4096;
@@ -105,18 +105,18 @@ void pack_values(const void* dense, const uint8_t* bitmasks, int64_t rows, int64
 }
 
 // expand<W> from [src, end) and nothing past it; elements that are not there come out as zero.
-template <int W, bool kStreaming>
+template <int W>
 inline const uint8_t* expand_bounded(const uint8_t* src, const uint8_t* end, uint64_t mask, uint8_t* dst) {
   const int64_t left = end - src;
-  if (left >= kGroup * W) return Simd::template expand<W, kStreaming>(src, mask, dst);
+  if (left >= kGroup * W) return Simd::template expand<W>(src, mask, dst);
   uint8_t packed[kGroup * W] = {};
   copy_bytes(packed, src, left);
-  const int64_t taken = Simd::template expand<W, kStreaming>(packed, mask, dst) - packed;
+  const int64_t taken = Simd::template expand<W>(packed, mask, dst) - packed;
   return src + (taken < left ? taken : left);
 }
 
-template <int W, bool kStreaming>
-void expand_rows(const void* values, int64_t nnz, const uint8_t* bitmasks, int64_t rows, int64_t cols, void* dense) {
+template <int W>
+void expand_values(const void* values, int64_t nnz, const uint8_t* bitmasks, int64_t rows, int64_t cols, void* dense) {
   const uint8_t* src = static_cast<const uint8_t*>(values);
   const uint8_t* const end = src + nnz * W;
   uint8_t* dst = static_cast<uint8_t*>(dense);
@@ -124,28 +124,17 @@ void expand_rows(const void* values, int64_t nnz, const uint8_t* bitmasks, int64
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t group = 0; group < cols / kGroup; ++group) {
       prefetch_group<W>(src);
-      src = expand_bounded<W, kStreaming>(src, end, load_mask(bitmasks, kGroup), dst);
+      src = expand_bounded<W>(src, end, load_mask(bitmasks, kGroup), dst);
       dst += kGroup * W;
       bitmasks += 8;
     }
     if (tail != 0) {
       uint8_t edge[kGroup * W];
-      src = expand_bounded<W, false>(src, end, load_mask(bitmasks, tail), edge);
+      src = expand_bounded<W>(src, end, load_mask(bitmasks, tail), edge);
       copy_bytes(dst, edge, tail * W);
       dst += tail * W;
       bitmasks += bitmask_bytes(tail);
     }
-  }
-}
-
-// Streaming stores need whole aligned vectors: rows of whole cache lines on an aligned start.
-template <int W>
-void expand_values(const void* values, int64_t nnz, const uint8_t* bitmasks, int64_t rows, int64_t cols, void* dense, bool streaming) {
-  if (streaming && (reinterpret_cast<uintptr_t>(dense) | static_cast<uintptr_t>(cols * W)) % 64 == 0) {
-    expand_rows<W, true>(values, nnz, bitmasks, rows, cols, dense);
-    Simd::streaming_fence();
-  } else {
-    expand_rows<W, false>(values, nnz, bitmasks, rows, cols, dense);
   }
 }
 

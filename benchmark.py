@@ -1,0 +1,130 @@
+"""Timings of bitmask on this machine; `python benchmark.py` alone gives the everyday ones in under a minute."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+import bitmask
+from benchmarks.cases import DTYPES, Selection, parse_shape
+from benchmarks.machine import Header
+from benchmarks.memory import map_large_blocks_afresh
+from benchmarks.peers import find_peers
+from benchmarks.plot import NothingToPlotError, have_matplotlib, plot
+from benchmarks.report import Report
+from benchmarks.suites import Plan, Suite, find_suites
+
+_Item = TypeVar("_Item")
+
+
+def main() -> None:
+    """Run a suite, or set a stored run as tables or as a plot."""
+    suites = find_suites()
+    parser = _parser(suites)
+    arguments = parser.parse_args()
+    if arguments.plot and not have_matplotlib():
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    if arguments.device != "cpu":
+        parser.error("--device cuda: this build of bitmask has no CUDA kernels")
+    if arguments.isa and arguments.isa not in bitmask.available_isas():
+        parser.error(f"--isa {arguments.isa}: this machine runs {', '.join(bitmask.available_isas())}")
+    if arguments.table:
+        report = _stored(arguments, parser)
+        print(report.markdown_header(), suites[report.suite].tables(report), sep="\n\n")
+    else:
+        report = _run(arguments, suites[arguments.suite])
+    if arguments.json:
+        report.save(arguments.json)
+    if arguments.plot:
+        try:
+            plot(report, arguments.plot)
+        except NothingToPlotError as error:
+            parser.error(f"--plot: {error}")
+
+
+def _run(arguments: argparse.Namespace, suite: Suite) -> Report:
+    fresh_memory = map_large_blocks_afresh()
+    if arguments.isa:
+        bitmask.set_isa(arguments.isa)
+    threads = arguments.threads or tuple(suite.default_threads(torch.get_num_threads()))
+    header = Header.of_this_run(threads, fresh_memory)
+    peers = find_peers()
+    print(*header.lines(), *(f"{'Peer':<16}{name} {status}" for name, status in peers.status.items()), sep="\n")
+    plan = Plan(header, _selection(arguments), peers, arguments.quick, only_isa=bool(arguments.isa))
+    results = suite.run(plan, lambda line: print(line, flush=True))
+    return Report(arguments.suite, header, peers.status, tuple(results))
+
+
+def _stored(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Report:
+    try:
+        report = Report.load(arguments.table)
+    except (OSError, ValueError) as error:
+        parser.error(f"--table: {error}")
+    wanted = _selection(arguments)
+    results = tuple(
+        result
+        for result in report.results
+        if wanted.admits(result.shape, result.dtype, result.sparsity)
+        and (not arguments.threads or result.threads in arguments.threads)
+    )
+    return replace(report, results=results)
+
+
+def _selection(arguments: argparse.Namespace) -> Selection:
+    return Selection(arguments.shapes, arguments.dtypes, arguments.sparsities)
+
+
+def _parser(suites: dict[str, Suite]) -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:<10}{suite.summary}" for name, suite in suites.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"suites:\n{listing}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", choices=sorted(suites), default="everyday", help="what to run (default: everyday)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds: to check that everything works")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    parser.add_argument("--isa", metavar="NAME", help="run with this instruction set only")
+    parser.add_argument("--threads", type=_list_of(_threads), default=(), metavar="N[,M]", help="numbers of threads")
+    parser.add_argument("--shapes", type=_list_of(parse_shape), default=(), metavar="RxC[,RxC]", help="which shapes")
+    parser.add_argument("--dtypes", type=_list_of(_dtype), default=(), metavar="D[,D]", help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--sparsities", type=_list_of(_sparsity), default=(), metavar="S[,S]", help="from 0 to 1")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write header and results to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed against sparsity (needs matplotlib)")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="run nothing, print tables of what --json wrote")
+    return parser
+
+
+def _list_of(item: Callable[[str], _Item]) -> Callable[[str], tuple[_Item, ...]]:
+    def parse(text: str) -> tuple[_Item, ...]:
+        try:
+            return tuple(item(part) for part in text.split(","))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+def _threads(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError(f"a number of threads is at least 1, got {text}")
+    return count
+
+
+def _dtype(text: str) -> str:
+    if text not in DTYPES:
+        raise ValueError(f"unknown dtype {text!r}, choose among {', '.join(DTYPES)}")
+    return text
+
+
+def _sparsity(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share of zeros is between 0 and 1, got {text}")
+    return share
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `benchmark.py` is made of: cases, timer, peers, report, plot and the suites that combine them."""

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent
 # LibTorch stable ABI of 2.10: one build serves every later torch.
 TORCH_TARGET = (2, 10)
 TORCH_TARGET_VERSION = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
-CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Unused parameters: torch's own headers have them.
+CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 DEFINES = [
     ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
     ("BITMASK_TORCH_TARGET", f'"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"'),

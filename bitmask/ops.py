@@ -38,11 +38,11 @@ def _call(op: Callable[..., Any], *args: object) -> Any:
 
 
 def _check_strided(name: str, tensor: Tensor) -> None:
-    if hasattr(tensor, "__tensor_flatten__"):
-        raise TypeError(f"{name}: got a {type(tensor).__name__}, which wraps other tensors, expected a plain tensor")
     if tensor.is_nested or tensor.layout is not torch.strided:
         kind = "nested" if tensor.is_nested else tensor.layout
         raise TypeError(f"{name}: got a {kind} tensor, expected a dense (strided) one")
+    if hasattr(tensor, "__tensor_flatten__"):
+        raise TypeError(f"{name}: got a {type(tensor).__name__}, which wraps other tensors, expected a plain tensor")
 
 
 def _check_dense(dense: Tensor) -> None:
@@ -69,7 +69,7 @@ def check_parts(values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
 
 def _check_shape(shape: Sequence[int]) -> list[int]:
     try:
-        sizes = [size if isinstance(size, torch.SymInt) else operator.index(size) for size in shape]
+        sizes = [size if isinstance(size, int | torch.SymInt) else operator.index(size) for size in shape]
     except TypeError:
         raise TypeError(f"shape: got {shape!r}, expected a sequence of integers") from None
     if any(isinstance(size, int) and not -(2**63) <= size < 2**63 for size in sizes):

@@ -82,7 +82,7 @@ ZeroTest zero_test_of(ScalarType type) {
 
 int32_t dtype_of(const Tensor& tensor) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   return dtype;
 }
 
@@ -127,7 +127,7 @@ Tensor empty(const Sizes& sizes, int32_t dtype) {
 // Row-major and without gaps: `tensor` itself or a copy. Refuses a tensor whose storage was shrunk under it.
 Tensor contiguous(const char* name, const Tensor& tensor) {
   int64_t storage_bytes;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
   int64_t last = tensor.storage_offset();
   for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
   const int64_t width = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_of(tensor)));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -67,7 +68,7 @@ class BitmaskTensor(Tensor):
 
     def _set_parts(self, values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
         self.values, self.bitmasks, self.row_offsets = values, bitmasks, row_offsets
-        self._state = _state_of(values, bitmasks, row_offsets)
+        self._seen = [(weakref.ref(part), _version_of(part)) for part in (values, bitmasks, row_offsets)]
 
     @classmethod
     def from_dense(cls, tensor: Tensor, *, keep_negative_zero: bool = False) -> BitmaskTensor:
@@ -139,14 +140,25 @@ class BitmaskTensor(Tensor):
         ops.check_part_sizes(*parts, self.shape)
         return parts
 
+    def _untouched(self) -> bool:
+        """Whether the parts are those that were wrapped, not written to since, as far as torch counts writes."""
+        return all(
+            seen() is part and version is not None and version == _version_of(part)
+            for part, (seen, version) in zip(self._parts(), self._seen, strict=True)
+        )
+
     def _map_parts(self, change: Callable[[Tensor], Tensor]) -> BitmaskTensor:
         values, bitmasks, row_offsets = (change(part) for part in self._parts())
         return BitmaskTensor(values, bitmasks, row_offsets, self.shape)
 
     def _rows(self, start: int, stop: int, shape: Sequence[int]) -> BitmaskTensor:
-        """The flattened rows [start, stop) as a tensor of `shape`; values and bitmasks are views."""
+        """The flattened rows [start, stop) as a tensor of `shape`; values and bitmasks are views.
+
+        Where a part was written to, all of them are proven again first; writes that torch does not count (through
+        NumPy or `.data`) are the writer's business here. `to_dense` always proves.
+        """
         values, bitmasks, offsets = self._parts()
-        if self._state is None or self._state != _state_of(values, bitmasks, offsets):
+        if not self._untouched():
             ops.validate(values, bitmasks, offsets, self.shape)
         begin, end = (int(offsets[row]) if row < len(offsets) else values.numel() for row in (start, stop))
         bitmasks = bitmasks.reshape(len(offsets), -1)[start:stop].reshape(ops.bitmask_sizes(shape))
@@ -273,11 +285,9 @@ class BitmaskTensor(Tensor):
         return _run_dense(func, args, kwargs) if result is NotImplemented else result
 
 
-def _state_of(*parts: Tensor) -> list[tuple[int, int]] | None:
-    """Which tensors the parts are and how often each was written to; None where torch does not count."""
-    if any(part.is_inference() for part in parts):
-        return None
-    return [(id(part), part._version) for part in parts]
+def _version_of(part: Tensor) -> int | None:
+    """How often a tensor was written to; None where torch does not count (inference mode)."""
+    return None if part.is_inference() else part._version
 
 
 def _mark_parameter(tensor: BitmaskTensor, is_parameter: bool) -> BitmaskTensor:

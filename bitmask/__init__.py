@@ -2,6 +2,8 @@
 
 from importlib.metadata import version
 
+import torch  # noqa: F401  # first: the native library needs torch's to be loaded
+
 from bitmask._C import available_isas, build_info, get_isa, set_isa
 from bitmask.bitmask_tensor import BitmaskTensor, DecompressWarning
 from bitmask.ops import FormatError, compress, decompress

@@ -26,6 +26,45 @@ class DecompressWarning(UserWarning):
     """
 
 
+class _Parts:
+    """The parts of one tensor, held once for all its aliases, so that what is copied into one reaches all."""
+
+    def __init__(self, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, borrowed: bool) -> None:
+        self.borrowed = borrowed  # rows of another tensor, in which other rows would find no place
+        self.replace(values, bitmasks, row_offsets)
+
+    def replace(self, values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
+        self.values, self.bitmasks, self.row_offsets = values, bitmasks, row_offsets
+        self._seen = [(weakref.ref(part), _version_of(part)) for part in (values, bitmasks, row_offsets)]
+
+    def checked(self, dtype: torch.dtype, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The parts, which anyone may have replaced or resized: dtypes and sizes are checked, contents are not."""
+        parts = self.values, self.bitmasks, self.row_offsets
+        ops.check_parts(*parts)
+        if self.values.dtype != dtype:
+            raise FormatError(f"values: got dtype {self.values.dtype}, expected {dtype}, the dtype of the tensor")
+        ops.check_part_sizes(*parts, shape)
+        return parts
+
+    def untouched(self) -> bool:
+        """Whether the parts are those of `replace`, not written to since, as far as torch counts writes."""
+        parts = self.values, self.bitmasks, self.row_offsets
+        return all(
+            seen() is part and version is not None and version == _version_of(part)
+            for part, (seen, version) in zip(parts, self._seen, strict=True)
+        )
+
+
+def _version_of(part: Tensor) -> int | None:
+    """How often a tensor was written to; None where torch does not count (inference mode)."""
+    return None if part.is_inference() else part._version
+
+
+def _part(name: str) -> Any:
+    """A property that reads and replaces one of the parts."""
+    return property(lambda self: getattr(self._held, name), lambda self, part: setattr(self._held, name, part))
+
+
 class BitmaskTensor(Tensor):
     """A tensor stored as its non-zero elements and one bit per element that says where they go (FORMAT.md).
 
@@ -46,9 +85,10 @@ class BitmaskTensor(Tensor):
     True
     """
 
-    values: Tensor  # type: ignore[assignment]  # torch's own `values()` is a method of its sparse layouts
-    bitmasks: Tensor
-    row_offsets: Tensor
+    _held: _Parts
+    values = _part("values")
+    bitmasks = _part("bitmasks")
+    row_offsets = _part("row_offsets")
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -60,15 +100,11 @@ class BitmaskTensor(Tensor):
         wrapper: BitmaskTensor = Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=values.dtype, device=values.device, requires_grad=False
         )
-        wrapper._set_parts(values, bitmasks, row_offsets)
+        wrapper._held = _Parts(values, bitmasks, row_offsets, borrowed=False)
         return wrapper
 
     def __init__(self, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
         super().__init__()
-
-    def _set_parts(self, values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
-        self.values, self.bitmasks, self.row_offsets = values, bitmasks, row_offsets
-        self._seen = [(weakref.ref(part), _version_of(part)) for part in (values, bitmasks, row_offsets)]
 
     @classmethod
     def from_dense(cls, tensor: Tensor, *, keep_negative_zero: bool = False) -> BitmaskTensor:
@@ -119,7 +155,7 @@ class BitmaskTensor(Tensor):
     @property
     def nnz(self) -> int:
         """Number of stored elements."""
-        return self.values.numel()
+        return int(self.values.numel())
 
     @property
     def sparsity(self) -> float:
@@ -132,20 +168,7 @@ class BitmaskTensor(Tensor):
         return sum(part.nbytes for part in self._parts())
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The parts, which anyone may have replaced or resized: dtypes and sizes are checked, contents are not."""
-        parts = self.values, self.bitmasks, self.row_offsets
-        ops.check_parts(*parts)
-        if self.values.dtype != self.dtype:
-            raise FormatError(f"values: got dtype {self.values.dtype}, expected {self.dtype}, the dtype of the tensor")
-        ops.check_part_sizes(*parts, self.shape)
-        return parts
-
-    def _untouched(self) -> bool:
-        """Whether the parts are those that were wrapped, not written to since, as far as torch counts writes."""
-        return all(
-            seen() is part and version is not None and version == _version_of(part)
-            for part, (seen, version) in zip(self._parts(), self._seen, strict=True)
-        )
+        return self._held.checked(self.dtype, self.shape)
 
     def _map_parts(self, change: Callable[[Tensor], Tensor]) -> BitmaskTensor:
         values, bitmasks, row_offsets = (change(part) for part in self._parts())
@@ -158,11 +181,13 @@ class BitmaskTensor(Tensor):
         NumPy or `.data`) are the writer's business here. `to_dense` always proves.
         """
         values, bitmasks, offsets = self._parts()
-        if not self._untouched():
+        if not self._held.untouched():
             ops.validate(values, bitmasks, offsets, self.shape)
         begin, end = (int(offsets[row]) if row < len(offsets) else values.numel() for row in (start, stop))
-        bitmasks = bitmasks.reshape(len(offsets), -1)[start:stop].reshape(ops.bitmask_sizes(shape))
-        return BitmaskTensor(values[begin:end], bitmasks, offsets[start:stop] - begin, shape)
+        bitmasks = bitmasks.reshape(len(offsets), bitmasks.shape[-1])[start:stop].reshape(ops.bitmask_sizes(shape))
+        rows = BitmaskTensor(values[begin:end], bitmasks, offsets[start:stop] - begin, shape)
+        rows._held.borrowed = True
+        return rows
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         """Shape, dtype and how well it compresses; never the elements."""
@@ -220,6 +245,12 @@ class BitmaskTensor(Tensor):
                 "or train to_dense()"
             )
 
+    def __setitem__(self, index: object, value: object) -> None:
+        """Refuse: elements are immutable."""
+        raise TypeError(
+            "a BitmaskTensor cannot be written to in place: change to_dense() and compress again, or use copy_"
+        )
+
     def requires_grad_(self, requires_grad: bool = True) -> BitmaskTensor:
         """Refuse gradients: the stored weight is frozen."""
         self.requires_grad = requires_grad
@@ -237,7 +268,7 @@ class BitmaskTensor(Tensor):
         kinds = [(tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in (source, self)]
         if kinds[0] != kinds[1]:
             raise ValueError(f"data: got shape, dtype and device {kinds[0]}, expected {kinds[1]}")
-        self._set_parts(*source._parts())
+        self._held = source._held
 
     # What torch would read from a dense storage that is not there.
 
@@ -285,11 +316,6 @@ class BitmaskTensor(Tensor):
         return _run_dense(func, args, kwargs) if result is NotImplemented else result
 
 
-def _version_of(part: Tensor) -> int | None:
-    """How often a tensor was written to; None where torch does not count (inference mode)."""
-    return None if part.is_inference() else part._version
-
-
 def _mark_parameter(tensor: BitmaskTensor, is_parameter: bool) -> BitmaskTensor:
     if is_parameter:
         tensor._is_param = True  # how torch marks a wrapper subclass as nn.Parameter
@@ -332,7 +358,9 @@ def _run_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _alias(func: Any, tensor: BitmaskTensor) -> BitmaskTensor:
-    return tensor._map_parts(lambda part: part)
+    alias = tensor._map_parts(lambda part: part)
+    alias._held = tensor._held
+    return alias
 
 
 def _clone(func: Any, tensor: BitmaskTensor, *, memory_format: object = None) -> BitmaskTensor:
@@ -365,12 +393,16 @@ def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False
         return target.copy_(source.to_dense() if isinstance(source, BitmaskTensor) else source, non_blocking)
     if not isinstance(source, Tensor):
         raise TypeError(f"copy_: got {type(source).__name__}, expected a torch.Tensor")
+    if target._held.borrowed:
+        raise TypeError(
+            "copy_: rows of a BitmaskTensor cannot be written to: copy into the whole tensor, or clone the rows"
+        )
     if source.shape != target.shape:
         raise ValueError(f"copy_: got shape {tuple(source.shape)}, expected {tuple(target.shape)}")
     source = source.to(dtype=target.dtype, device=target.device)
     if not isinstance(source, BitmaskTensor):
         source = BitmaskTensor.from_dense(source)
-    target._set_parts(*source._map_parts(torch.clone)._parts())
+    target._held.replace(*source._map_parts(torch.clone)._parts())
     return target
 
 

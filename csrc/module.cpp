@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -45,8 +46,8 @@ std::vector<std::string> available_isas() {
   throw py::value_error(what + ": got '" + name + "', expected one that this machine runs: " + known);
 }
 
-void set_isa(const py::object& name) {
-  const std::string asked = name.is_none() ? "" : name.cast<std::string>();
+void set_isa(const std::optional<std::string>& name) {
+  const std::string asked = name.value_or("");
   if (!bitmask::cpu::force_isa(asked.c_str())) refuse_isa("isa", asked);
 }
 
@@ -66,7 +67,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("available_isas", &available_isas);
   m.def("get_isa", [] { return bitmask::cpu::kernels().isa; });
-  m.def("set_isa", &set_isa, py::arg("name").none(true));
+  m.def("set_isa", &set_isa, py::arg("name"));
   m.def("take_pending_exception", &take_pending_exception);
   bitmask::set_interrupt_check(&interrupted);
 

@@ -1,0 +1,151 @@
+"""Fixtures and builders shared by the tests; tensors are made from bytes, so that any bit pattern can occur."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import bitmask
+from bitmask.ops import DTYPES
+
+ALL_DTYPES = sorted(DTYPES, key=str)
+ISAS = bitmask.available_isas()
+
+# One dtype for each element width, for tests in which only the width matters.
+WIDTH_DTYPES = [torch.int8, torch.bfloat16, torch.float32, torch.float64, torch.complex128]
+
+# Mantissa bits of the dtypes built as IEEE 754 says: sign, exponent (all ones: infinity or NaN), mantissa.
+MANTISSA_BITS = {torch.float8_e5m2: 2, torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float64: 52}
+COMPLEX_PARTS = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes gigabytes of memory and many seconds; deselect with -m 'not slow'")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with each instruction set of this machine."""
+    before = bitmask.get_isa()
+    bitmask.set_isa(request.param)
+    yield request.param
+    bitmask.set_isa(before)
+
+
+@pytest.fixture(params=ALL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Runs the test once with each dtype that has a codec."""
+    return request.param
+
+
+@pytest.fixture
+def flush_denormals() -> Iterator[None]:
+    """The CPU's mode in which floating-point instructions take subnormals for zeros."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormals")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores torch's thread count after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def element_size(dtype: torch.dtype) -> int:
+    return torch.empty((), dtype=dtype).element_size()
+
+
+def tensor_of_words(words: Sequence[int], dtype: torch.dtype, shape: Sequence[int] | None = None) -> Tensor:
+    """A tensor whose elements have the given bit patterns."""
+    size = element_size(dtype)
+    octets = b"".join(word.to_bytes(size, "little") for word in words)
+    flat = torch.tensor(list(octets), dtype=torch.uint8).view(dtype)
+    return flat if shape is None else flat.reshape(list(shape))
+
+
+def random_dense(shape: Sequence[int], dtype: torch.dtype, density: float = 0.4, seed: int = 0) -> Tensor:
+    """Random bits (all NaNs and subnormals included), with all but about `density` of the elements zero."""
+    generator = torch.Generator().manual_seed(seed)
+    count, size = math.prod(shape), element_size(dtype)
+    octets = torch.randint(0, 256, (count, size), dtype=torch.uint8, generator=generator)
+    if dtype == torch.bool:
+        octets &= 1
+    octets[torch.rand(count, generator=generator) >= density] = 0
+    return octets.reshape(-1).view(dtype).reshape(list(shape))
+
+
+def random_numbers(*shape: int, density: float = 0.4, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Ordinary sparse numbers, for tests that calculate."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.where(torch.rand(shape, generator=generator) < density, numbers, 0.0).to(dtype)
+
+
+def special_words(dtype: torch.dtype) -> list[int]:
+    """Bit patterns at the edges of a dtype: zeros of both signs, subnormals, infinities, NaNs of all kinds."""
+    if dtype == torch.bool:
+        return [0, 1]
+    bits = 8 * element_size(dtype)
+    if dtype in COMPLEX_PARTS:
+        parts = special_words(COMPLEX_PARTS[dtype])
+        return [real | imag << (bits // 2) for real in parts for imag in parts]
+    sign = 1 << (bits - 1)
+    if dtype not in MANTISSA_BITS:
+        return [0, 1, sign - 1, sign, sign | 1, 2 * sign - 1]
+    mantissa = MANTISSA_BITS[dtype]
+    infinity = sign - (1 << mantissa)
+    quiet, payload = infinity | 1 << (mantissa - 1), 1
+    unsigned = [0, 1, (1 << mantissa) - 1, infinity, infinity | payload, quiet, quiet | payload, 1 << mantissa]
+    return [word | s for s in (0, sign) for word in unsigned]
+
+
+def octets_of(tensor: Tensor) -> Tensor:
+    """The bytes of the elements in row-major order."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
+def assert_bits_equal(got: Tensor, expected: Tensor) -> None:
+    """Same shape, dtype and bits: -0.0 differs from 0.0, and a NaN equals only itself."""
+    assert (got.shape, got.dtype, got.device) == (expected.shape, expected.dtype, expected.device)
+    assert torch.equal(octets_of(got), octets_of(expected))
+
+
+def assert_parts_equal(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """`assert_bits_equal` for values, bitmasks and row_offsets."""
+    for got_part, expected_part in zip(got, expected, strict=True):
+        assert_bits_equal(got_part, expected_part)
+
+
+def available_memory() -> int:
+    """Bytes of memory free for this process, as far as Linux says; elsewhere none, so that the test is skipped."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except OSError:
+        return 0
+
+
+def run_python(
+    code: str, timeout: float = 120, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter; what it prints is the result. The timeout is a guard against hanging."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done

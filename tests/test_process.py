@@ -1,0 +1,259 @@
+"""Signals, threads and forks; what may hang or crash runs in a process of its own, with a timeout as a guard."""
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import ISAS, assert_bits_equal, assert_parts_equal, available_memory, random_dense, run_python
+
+import bitmask
+from bitmask import BitmaskTensor
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and fork")
+
+
+# Interrupts.
+
+# A gigabyte through the slowest kernels on one thread takes most of a second on a fast machine, and the signal comes
+# after a tenth; an op that is over before that is called again.
+needs_memory = pytest.mark.skipif(available_memory() < 5 << 30, reason="needs 5 GB of free memory")
+LONG_OPS = """
+import os, signal, sys, threading, time, traceback, torch, bitmask
+
+torch.set_num_threads(1)
+dense = torch.ones(1 << 30, dtype=torch.uint8)
+parts = bitmask.compress(dense)
+ops = {
+    "compress": lambda: bitmask.compress(dense),
+    "decompress": lambda: bitmask.decompress(*parts, dense.shape),
+    "from_dense": lambda: bitmask.BitmaskTensor.from_dense(dense),
+    "raw compress": lambda: torch.ops.bitmask.compress(dense, False),
+}
+sent = []
+
+def interrupt():
+    sent.append(time.monotonic())
+    os.kill(os.getpid(), signal.SIGINT)
+
+def run(name):
+    for attempt in range(10):
+        timer = threading.Timer(0.1, interrupt)
+        timer.start()
+        ops[name]()
+        timer.cancel()
+    raise SystemExit("never interrupted")
+
+def report(error):
+    print(type(error).__name__, error)
+    print("within 5 seconds", time.monotonic() - sent[-1] < 5)
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    print("inside the op", any(file.endswith("ops.py") for file in files))
+    small = torch.tensor([[0, 3, 0, 4]])
+    print("works after", torch.equal(bitmask.decompress(*bitmask.compress(small), [1, 4]), small))
+"""
+
+
+@needs_memory
+@pytest.mark.parametrize("name", ["compress", "decompress", "from_dense"])
+def test_ctrl_c_interrupts_a_running_op(name):
+    code = f"{LONG_OPS}\ntry:\n    run({name!r})\nexcept KeyboardInterrupt as error:\n    report(error)"
+    assert run_python(code, BITMASK_ISA="scalar").stdout.splitlines() == [
+        "KeyboardInterrupt ",
+        "within 5 seconds True",
+        "inside the op True",
+        "works after True",
+    ]
+
+
+@needs_memory
+def test_a_handler_of_ones_own_decides_what_is_raised():
+    code = f"""{LONG_OPS}
+class Stop(Exception):
+    pass
+
+def handler(number, frame):
+    raise Stop("asked to stop")
+
+signal.signal(signal.SIGINT, handler)
+try:
+    run("compress")
+except Stop as error:
+    report(error)
+"""
+    assert run_python(code, BITMASK_ISA="scalar").stdout.splitlines() == [
+        "Stop asked to stop",
+        "within 5 seconds True",
+        "inside the op True",
+        "works after True",
+    ]
+
+
+@needs_memory
+def test_a_handler_that_raises_nothing_lets_the_op_finish():
+    code = f"""{LONG_OPS}
+calls = []
+signal.signal(signal.SIGINT, lambda number, frame: calls.append(number))
+threading.Timer(0.1, interrupt).start()
+values, bitmasks, row_offsets = ops["compress"]()
+while not calls:
+    time.sleep(0.01)
+print(values.numel() == dense.numel(), bool((bitmasks == 255).all()), calls == [signal.SIGINT])
+"""
+    assert run_python(code, BITMASK_ISA="scalar").stdout.split() == ["True"] * 3
+
+
+@needs_memory
+def test_the_native_op_itself_stops_midway():
+    """Not just Python afterwards: called without the layer that turns it into the handler's exception, it says so."""
+    code = f"""{LONG_OPS}
+try:
+    run("raw compress")
+except RuntimeError as error:
+    print(error)
+    print(type(bitmask._C.take_pending_exception()).__name__, bitmask._C.take_pending_exception())
+"""
+    lines = run_python(code, BITMASK_ISA="scalar").stdout.splitlines()
+    assert "bitmask: interrupted" in lines[0]
+    assert lines[-1] == "KeyboardInterrupt None"
+
+
+# Threads.
+
+
+@pytest.fixture
+def slowest_isa():
+    bitmask.set_isa("scalar")
+    yield
+    bitmask.set_isa(None)
+
+
+@pytest.mark.usefixtures("threads", "slowest_isa")
+def test_other_python_threads_run_during_an_op():
+    torch.set_num_threads(1)
+    dense = torch.ones(1 << 28, dtype=torch.uint8)
+    ticks, done = [0], threading.Event()
+
+    def tick():
+        while not done.is_set():
+            ticks[0] += 1
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        before = ticks[0]
+        parts = bitmask.compress(dense)
+        during_compress = ticks[0] - before
+        before = ticks[0]
+        bitmask.decompress(*parts, dense.shape)
+        during_decompress = ticks[0] - before
+    finally:
+        done.set()
+        thread.join()
+    # Each op takes a tenth of a second and more; a thread that was locked out would get one tick in at its ends.
+    assert during_compress > 10
+    assert during_decompress > 10
+
+
+def test_many_threads_at_once():
+    """Also while another thread keeps changing the instruction set: any of them gives the same bits."""
+    dense = [random_dense([40 + i, 5000 + i], dtype, seed=i) for i, dtype in enumerate([torch.float32, torch.int8] * 4)]
+    expected = [bitmask.compress(tensor, True) for tensor in dense]
+    done = threading.Event()
+
+    def change_isa():
+        while not done.is_set():
+            for name in ISAS:
+                bitmask.set_isa(name)
+        bitmask.set_isa(None)
+
+    def work(index):
+        for _ in range(10):
+            parts = bitmask.compress(dense[index], True)
+            assert_parts_equal(parts, expected[index])
+            assert_bits_equal(bitmask.decompress(*parts, dense[index].shape), dense[index])
+        return True
+
+    changer = threading.Thread(target=change_isa)
+    changer.start()
+    try:
+        with ThreadPoolExecutor(len(dense)) as pool:
+            assert list(pool.map(work, range(len(dense)))) == [True] * len(dense)
+    finally:
+        done.set()
+        changer.join()
+
+
+@pytest.mark.parametrize("shape", [(700, 900), (3, 200001), (200001, 3), (500001,)], ids=str)
+@pytest.mark.usefixtures("threads")
+def test_number_of_threads_does_not_change_a_bit(isa, shape):
+    dense = random_dense(shape, torch.float32)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        parts = bitmask.compress(dense)
+        results.append((*parts, bitmask.decompress(*parts, shape)))
+    assert_parts_equal(results[1], results[0])
+    assert_parts_equal(results[2], results[0])
+
+
+def test_errors_in_worker_threads_are_errors_there():
+    values, bitmasks, row_offsets = bitmask.compress(random_dense([300, 2000], torch.float32))
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(bitmask.decompress, values, bitmasks, row_offsets + 1, [300, 2000])
+        with pytest.raises(bitmask.FormatError, match=r"row_offsets\[0\]: got 1"):
+            future.result(timeout=60)
+
+
+# Forks.
+
+FORK = """
+import os, torch, bitmask
+
+torch.set_num_threads(2)
+dense = torch.arange(600000, dtype=torch.int32).remainder(3).reshape(6, 100000)
+
+def round_trip():
+    # NumPy compares without torch's own threads, which do not survive a fork.
+    restored = bitmask.decompress(*bitmask.compress(dense), dense.shape)
+    tensor = bitmask.BitmaskTensor.from_dense(dense)
+    return (restored.numpy() == dense.numpy()).all() and (tensor[2:].to_dense().numpy() == dense[2:].numpy()).all()
+
+if {use_before}:
+    assert round_trip()
+pid = os.fork()
+if pid == 0:
+    try:
+        os._exit(0 if round_trip() else 1)
+    finally:
+        os._exit(2)
+_, status = os.waitpid(pid, 0)
+print("child", os.waitstatus_to_exitcode(status))
+print("parent", round_trip())
+"""
+
+
+@pytest.mark.parametrize("use_before", [True, False])
+def test_ops_work_in_a_forked_child(use_before):
+    """An OpenMP pool does not survive fork(): the child must not wait for the threads of its parent."""
+    done = run_python(FORK.format(use_before=use_before), timeout=60)
+    assert done.stdout.splitlines() == ["child 0", "parent True"]
+
+
+def test_bitmask_tensor_in_forked_data_loader_workers():
+    class Rows(torch.utils.data.Dataset):
+        def __init__(self):
+            self.tensor = BitmaskTensor.from_dense(torch.eye(200, 1000))
+
+        def __len__(self):
+            return 200
+
+        def __getitem__(self, row):
+            return self.tensor[row].to_dense()
+
+    options = {"num_workers": 2, "timeout": 60, "multiprocessing_context": "fork"}
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=50, **options)
+    assert torch.equal(torch.cat(list(loader)), torch.eye(200, 1000))

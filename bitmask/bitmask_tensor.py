@@ -155,7 +155,8 @@ class BitmaskTensor(Tensor):
     @property
     def nnz(self) -> int:
         """Number of stored elements."""
-        return int(self.values.numel())
+        count: int = self.values.numel()
+        return count
 
     @property
     def sparsity(self) -> float:
@@ -293,7 +294,7 @@ class BitmaskTensor(Tensor):
     def untyped_storage(self) -> torch.UntypedStorage:
         """A storage without memory (device meta): tracers ask for one to tell tensors apart."""
         storage: Any = torch.UntypedStorage
-        return storage(self.numel() * self.element_size(), device="meta")  # type: ignore[no-any-return]
+        return storage(0, device="meta")  # type: ignore[no-any-return]
 
     def share_memory_(self) -> BitmaskTensor:
         """Move the parts to shared memory, in place."""

@@ -589,15 +589,15 @@ def test_bad_parts(call, field, change, error, message):
     assert caught.type is error
 
 
-@pytest.mark.parametrize(("field", "change", "error", "message"), BAD_PARTS, ids=BAD_PART_IDS)
+RAW_BAD_PARTS = [case[:2] for case in BAD_PARTS if case[1] != BitmaskTensor.from_dense]  # which brings its own dispatch
+
+
+@pytest.mark.parametrize(("field", "change"), RAW_BAD_PARTS)
 @pytest.mark.parametrize("op", ["decompress", "validate"])
-def test_bad_parts_straight_to_the_native_op(op, field, change, error, message):
+def test_bad_parts_straight_to_the_native_op(op, field, change):
     """Past the Python checks: some exception of torch or ours, never a crash, never a result."""
-    parts = bad_parts(field, change)
-    if isinstance(parts[field], BitmaskTensor):
-        pytest.skip("a BitmaskTensor brings its own dispatch")
     with pytest.raises((TypeError, ValueError, RuntimeError, NotImplementedError, OverflowError)):
-        getattr(torch.ops.bitmask, op)(*parts.values())
+        getattr(torch.ops.bitmask, op)(*bad_parts(field, change).values())
 
 
 @pytest.mark.parametrize("part", ["values", "bitmasks", "row_offsets"])
@@ -729,7 +729,7 @@ def mutate(values, bitmasks, row_offsets, shape, randint):
         ((5, 13), torch.float32, 1500),
         ((1, 64), UINT8, 500),
         ((3, 70), torch.float64, 1000),
-        ((2, 66001), torch.int8, 100),
+        ((2, 66001), torch.int8, 40),
     ],
     ids=str,
 )

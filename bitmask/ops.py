@@ -26,12 +26,18 @@ class FormatError(ValueError):
     """Compressed data that contradicts itself; names the field, what was got and what was expected."""
 
 
-def _call(op: Callable[..., Any], *args: object) -> Any:
-    """Call a native op; an exception that a Python signal handler raised meanwhile (Ctrl-C) comes out as itself."""
+def _call(op: Callable[..., Any], *args: object, invalid: type[ValueError] = ValueError) -> Any:
+    """Call a native op, whose exceptions torch hands over as ValueError or RuntimeError, depending on its version.
+
+    What the native checks refuse comes out as `invalid`, what a Python signal handler raised meanwhile as itself.
+    """
     try:
         return op(*args)
-    except RuntimeError as error:
-        pending = _C.take_pending_exception() if str(error) == _C.INTERRUPTED else None
+    except (RuntimeError, ValueError) as error:
+        message = str(error)
+        if message.startswith(_C.INVALID):
+            raise invalid(message.removeprefix(_C.INVALID)) from None
+        pending = _C.take_pending_exception() if message == _C.INTERRUPTED else None
         if pending is not None:
             raise pending from None
         raise
@@ -81,13 +87,7 @@ def _call_on_parts(
     op: Callable[..., Any], values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]
 ) -> Any:
     check_parts(values, bitmasks, row_offsets)
-    sizes = _check_shape(shape)
-    try:
-        return _call(op, values, bitmasks, row_offsets, sizes)
-    except FormatError:
-        raise
-    except ValueError as error:
-        raise FormatError(str(error)) from None
+    return _call(op, values, bitmasks, row_offsets, _check_shape(shape), invalid=FormatError)
 
 
 def compress(dense: Tensor, keep_negative_zero: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,5 @@
 // Validation shared by the implementations of every device: shapes and the three parts of a bitmask tensor. No torch header. Throws
-// std::invalid_argument, which torch hands to Python as ValueError; messages say what, where, got, expected.
+// std::invalid_argument; messages say what, where, got, expected.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,13 @@
 
 namespace bitmask {
 
+// What every message of fail() begins with: torch decides, by version, as which Python exception it comes out.
+constexpr const char* kInvalid = "bitmask: invalid input: ";
+
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
+  message << kInvalid;
   (message << ... << parts);
   throw std::invalid_argument(message.str());
 }

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/kernels.h"
 #include "parallel.h"
 
@@ -63,6 +64,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native core of bitmask: build information and choice of instruction set. The ops are in torch.ops.bitmask.";
+  m.attr("INVALID") = bitmask::kInvalid;
   m.attr("INTERRUPTED") = bitmask::kInterrupted;
   m.def("build_info", &build_info);
   m.def("available_isas", &available_isas);

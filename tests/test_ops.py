@@ -400,7 +400,8 @@ def test_compiled_gradient(fresh_dynamo):
 def test_compiled_call_still_checks_its_parts(fresh_dynamo):
     values, bitmasks, row_offsets = ops.compress(random_numbers(4, 20))
     compiled = torch.compile(lambda *parts: ops.decompress(*parts, [4, 20]), fullgraph=True, backend="aot_eager")
-    with pytest.raises(ValueError, match=r"row_offsets\[0\]: got 1, expected 0"):
+    # A compiled call reaches the native op without the Python function around it: torch's version decides the type.
+    with pytest.raises((ValueError, RuntimeError), match=r"row_offsets\[0\]: got 1, expected 0"):
         compiled(values, bitmasks, row_offsets + 1)
 
 

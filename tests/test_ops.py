@@ -558,6 +558,7 @@ BAD_PARTS = [
     ("shape", lambda s: [2**32, 2**32], FormatError, "shape: got .*, expected fewer than 2.63 elements"),
     ("shape", lambda s: [2**62, 2], FormatError, "shape: got .*, expected fewer than 2.63 elements"),
     ("shape", lambda s: [2**62, 2, 0], FormatError, "shape: got .*, expected fewer than 2.63 elements"),
+    ("shape", lambda s: [0, 2**62, 4], FormatError, "shape: got .*, expected fewer than 2.63 elements"),
     ("shape", lambda s: [2**63], FormatError, "shape: got .*, expected sizes below 2.63"),
     ("shape", lambda s: [2**64, 0], FormatError, "shape: got .*, expected sizes below 2.63"),
     ("shape", lambda s: [-(2**64)], FormatError, "shape: got .*, expected"),
@@ -654,6 +655,17 @@ def test_bad_bitmasks_of_long_rows(where, bit, message):
     bitmasks[where] |= bit
     with pytest.raises(FormatError, match=message):
         ops.decompress(values, bitmasks, row_offsets, shape)
+
+
+@pytest.mark.parametrize("cols", [70001, 13])
+def test_padding_bits_that_keep_the_count(cols):
+    """One bit moved from a column into the padding: every count still agrees."""
+    dense = torch.zeros(2, cols)
+    dense[0, 0] = dense[1, 0] = 1.0
+    values, bitmasks, row_offsets = ops.compress(dense)
+    bitmasks[1, 0], bitmasks[1, -1] = 0, 0x80
+    with pytest.raises(FormatError, match="bitmasks: row 1 has padding bits set"):
+        ops.decompress(values, bitmasks, row_offsets, [2, cols])
 
 
 @pytest.mark.parametrize("count", [0, 4, 6, 100000])

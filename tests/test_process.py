@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals 
 # after a tenth; an op that is over before that is called again.
 needs_memory = pytest.mark.skipif(available_memory() < 5 << 30, reason="needs 5 GB of free memory")
 LONG_OPS = """
-import os, signal, sys, threading, time, traceback, torch, bitmask
+import os, signal, threading, time, torch, bitmask
 
 torch.set_num_threads(1)
 dense = torch.ones(1 << 30, dtype=torch.uint8)
@@ -49,8 +49,7 @@ def run(name):
 def report(error):
     print(type(error).__name__, error)
     print("within 5 seconds", time.monotonic() - sent[-1] < 5)
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    print("inside the op", any(file.endswith("ops.py") for file in files))
+    print("midway through the op", "bitmask: interrupted" in str(error.__context__))
     small = torch.tensor([[0, 3, 0, 4]])
     print("works after", torch.equal(bitmask.decompress(*bitmask.compress(small), [1, 4]), small))
 """
@@ -63,7 +62,7 @@ def test_ctrl_c_interrupts_a_running_op(name):
     assert run_python(code, BITMASK_ISA="scalar").stdout.splitlines() == [
         "KeyboardInterrupt ",
         "within 5 seconds True",
-        "inside the op True",
+        "midway through the op True",
         "works after True",
     ]
 
@@ -86,7 +85,7 @@ except Stop as error:
     assert run_python(code, BITMASK_ISA="scalar").stdout.splitlines() == [
         "Stop asked to stop",
         "within 5 seconds True",
-        "inside the op True",
+        "midway through the op True",
         "works after True",
     ]
 

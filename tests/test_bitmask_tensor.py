@@ -664,6 +664,21 @@ def test_copy_does_not_share_with_its_source(compressed):
     assert_is_compressed(compressed, expected)
 
 
+@pytest.mark.parametrize(
+    "make", [torch.clone, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t)), lambda t: t.to(t.dtype, copy=True)]
+)
+def test_copy_into_a_copy_leaves_the_original(dense, compressed, make):
+    make(compressed).copy_(torch.ones(6, 20))
+    assert_is_compressed(compressed, dense)
+
+
+def test_copy_into_cloned_rows(dense, compressed):
+    rows = compressed[1:3].clone()
+    rows.copy_(torch.ones(2, 20))
+    assert_is_compressed(rows, torch.ones(2, 20))
+    assert_is_compressed(compressed, dense)
+
+
 def test_copy_between_compressed_tensors_keeps_negative_zeros():
     source = BitmaskTensor.from_dense(torch.tensor([[-0.0, 1.0]]), keep_negative_zero=True)
     target = BitmaskTensor.from_dense(torch.ones(1, 2))

@@ -22,6 +22,7 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import bitmask
 from bitmask import BitmaskTensor, FormatError, ops, reference
@@ -372,7 +373,7 @@ def test_compiled_compress_then_decompress(fresh_dynamo):
 
 
 def test_compiled_with_dynamic_shapes(fresh_dynamo):
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
     def round_trip(dense):

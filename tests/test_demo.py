@@ -1,0 +1,97 @@
+"""demo.py and smoke_test.py as a user runs them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parent.parent
+
+REPORT = r"""Generating a tensor of size=\[4096, 4096\] and precision=torch.float16 with sparsity=0.5
+
+dense_tensor: 32.0000 MB
+
+bitmask_tensor: 18.0\d\d\d MB
+  values: (15.9|16.0)\d\d\d MB
+  bitmasks: 2.0000 MB
+  row_offsets: 0.0312 MB
+"""
+
+
+def run(script, *arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_random_tensor():
+    done = run("demo.py")
+    assert done.returncode == 0
+    assert re.fullmatch(REPORT, done.stdout)
+
+
+def test_checkpoint(tmp_path):
+    path = tmp_path / "model.safetensors"
+    tensors = {
+        "dense": torch.ones(64, 256),
+        "half": torch.eye(256).half(),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4),
+        "negative_zero": torch.tensor([[-0.0] * 64 + [float("nan")]]),
+        "fp8": torch.eye(64).to(torch.float8_e4m3fn),
+        "mask": torch.eye(8, dtype=torch.bool),
+        "bytes": torch.arange(256, dtype=torch.uint8).reshape(16, 16),
+    }
+    save_file(tensors, path)
+    done = run("demo.py", path)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    assert set(tensors) <= set(rows)
+    assert "FAILED" not in done.stdout
+    assert "dense: would take" in rows["dense"]
+    assert "dense: would take" not in rows["half"]
+    assert "8 tensors" in done.stdout.splitlines()[-1]
+
+
+def test_checkpoint_pruned(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.randn(128, 512), "bias": torch.randn(128)}, path)
+    done = run("demo.py", path, "--prune", "0.75")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line}
+    assert rows["weight"][3] == "0.7500"
+    assert rows["bias"][3] == "0.0000"
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments"),
+    [(None, []), (b"not a checkpoint", []), (b"", ["--prune", "2"])],
+    ids=["absent", "junk", "2"],
+)
+def test_bad_command_lines_say_why(tmp_path, content, arguments):
+    path = tmp_path / "model.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    done = run("demo.py", path, *arguments)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "model.safetensors" in done.stderr or "--prune" in done.stderr
+
+
+def test_prune_needs_a_checkpoint():
+    done = run("demo.py", "--prune", "0.5")
+    assert done.returncode == 2
+    assert "--prune needs a checkpoint" in done.stderr
+
+
+def test_smoke_test():
+    done = run("smoke_test.py")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("Values tensor([1., 2., 5., 3., 4., 5.])") == 2
+    assert done.stdout.count("Bitmask Unpacked tensor([1, 0, 1, 1, 1, 0, 1, 0, 1], dtype=torch.uint8)") == 2
+    assert done.stdout.count("Bitmask Packed Binary ['01011101', '00000001']") == 2
+    assert "scalar: ok" in done.stdout

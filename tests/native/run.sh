@@ -95,7 +95,7 @@ run_extension() {
     fail "the sanitized extension does not build; see $BUILD/extension.txt"
   # Python itself is not instrumented, so the runtime comes first by preloading; leaks at exit are Python's own.
   preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
-  sanitized() { (cd "$tree" && LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 "$python" "$@"); }
+  sanitized() { (cd "$tree" && PYTHONPATH=. LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 "$python" "$@"); }
   sanitized -m pytest -q -p no:cacheprovider -k "not compile and not opcheck" tests/test_ops.py
   local report=$BUILD/extension.planted.txt
   if sanitized tests/native/planted_extension.py > "$report" 2>&1; then fail "extension: the planted error went unnoticed"; fi

@@ -46,17 +46,28 @@ Geometry geometry(const Sizes& shape) {
   return g;
 }
 
-// Fails unless `got`, the sizes of the bitmasks, are [rows, row bytes] or the same with the rows in the leading dimensions of `shape`.
+// Fails unless a part has the dtype it must have (torch's scalar type numbers).
+inline void check_dtype(const char* name, int32_t got, const char* expected_name, int32_t expected) {
+  if (got != expected) fail(name, ": got torch scalar type ", got, ", expected ", expected_name);
+}
+
+// Fails unless the sizes of the parts fit each other and the shape: values [nnz]; bitmasks [rows, row bytes], or with the leading
+// dimensions of the shape for its rows; row_offsets [rows].
 template <typename Sizes, typename Shape>
-void check_bitmask_sizes(const Sizes& got, const Shape& shape, const Geometry& g) {
+void check_part_sizes(const Sizes& values, const Sizes& bitmasks, const Sizes& row_offsets, const Shape& shape, const Geometry& g) {
+  if (values.size() != 1) fail("values: got ", values.size(), " dimensions, expected 1");
   const int64_t row_bytes = bitmask_bytes(g.cols);
-  const bool flat = got.size() == 2 && got[0] == g.rows && got[1] == row_bytes;
-  bool leading = got.size() == (shape.size() == 0 ? 1 : shape.size()) && got[got.size() - 1] == row_bytes;
-  for (size_t i = 0; leading && i + 1 < got.size(); ++i) leading = got[i] == shape[i];
+  const bool flat = bitmasks.size() == 2 && bitmasks[0] == g.rows && bitmasks[1] == row_bytes;
+  bool leading = bitmasks.size() == (shape.size() == 0 ? 1 : shape.size()) && bitmasks[bitmasks.size() - 1] == row_bytes;
+  for (size_t i = 0; leading && i + 1 < bitmasks.size(); ++i) leading = bitmasks[i] == shape[i];
   if (!flat && !leading) {
-    fail("bitmasks: got size ", to_text(got), ", expected [", g.rows, ", ", row_bytes, "] (rows, ceil(cols / 8)) for shape ",
+    fail("bitmasks: got size ", to_text(bitmasks), ", expected [", g.rows, ", ", row_bytes, "] (rows, ceil(cols / 8)) for shape ",
          to_text(shape));
   }
+  if (row_offsets.size() != 1 || row_offsets[0] != g.rows) {
+    fail("row_offsets: got size ", to_text(row_offsets), ", expected [", g.rows, "] (one per row)");
+  }
+  if (g.rows == 0 && values[0] != 0) fail("values: got ", values[0], " elements, expected 0 for a tensor without rows");
 }
 
 // Fails with what is wrong in a row that a kernel found faulty. `end` is the next row's offset, or nnz after the last row.

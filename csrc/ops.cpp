@@ -112,9 +112,10 @@ Tensor empty(const Sizes& sizes, int32_t dtype) {
   std::vector<int64_t> strides(shape.size());
   int64_t span = 1;
   for (size_t i = shape.size(); i-- > 0; span *= std::max<int64_t>(shape[i], 1)) strides[i] = span;
-  int64_t bytes;
+  const bool has_elements = std::find(shape.begin(), shape.end(), 0) == shape.end();
+  int64_t bytes = 0;
   AtenTensorHandle handle;
-  if (__builtin_mul_overflow(span, static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)), &bytes) ||
+  if ((has_elements && __builtin_mul_overflow(span, static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)), &bytes)) ||
       aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
                                &handle) != 0) {
     throw std::runtime_error("bitmask: cannot allocate a tensor of size " + to_text(shape));
@@ -184,9 +185,8 @@ std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& dense, bool keep_negat
   int64_t* const offset_data = static_cast<int64_t*>(row_offsets.mutable_data_ptr());
 
   const Tasks tasks(g);
-  const int64_t task_bytes = tasks.count() == 0 ? 0 : tasks[0].rows * tasks[0].cols * element.width;
   std::vector<int64_t> starts(static_cast<size_t>(tasks.count()));
-  for_each_task(tasks, task_bytes, [&](int64_t index) {
+  for_each_task(tasks, tasks.bytes(element.width), [&](int64_t index) {
     const Slice s = slice_of(tasks, index, g);
     int64_t* const counts = tasks.whole_rows() ? offset_data + s.task.row : &starts[static_cast<size_t>(index)];
     codec.build_bitmasks(dense_data + s.element * element.width, s.task.rows, s.task.cols, element.zero_test, mask_data + s.mask_byte,
@@ -197,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& dense, bool keep_negat
 
   const Tensor values = empty(std::vector<int64_t>{nnz}, element.dtype);
   uint8_t* const value_data = mutable_bytes(values);
-  for_each_task(tasks, task_bytes, [&](int64_t index) {
+  for_each_task(tasks, tasks.bytes(element.width), [&](int64_t index) {
     const Slice s = slice_of(tasks, index, g);
     const int64_t start = starts[static_cast<size_t>(index)];
     const int64_t end = index + 1 < tasks.count() ? starts[static_cast<size_t>(index) + 1] : nnz;
@@ -212,110 +212,104 @@ std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& dense, bool keep_negat
   return {values, bitmasks, row_offsets};
 }
 
-// The parts of a bitmask tensor, proven before anything is read through them: sizes first, then every row by its popcount.
+// The parts of a bitmask tensor, contiguous, and where the values of each task begin. Whoever writes to the parts meanwhile (another
+// thread or process may hold them) gets wrong elements, never an access out of bounds: the starts are copied once and proven as copied,
+// and the kernels keep within them.
 struct Parts {
-  const Geometry g;
-  const Tasks tasks;
-  int64_t nnz;
-  const uint8_t* value_data;
-  const uint8_t* mask_data;
-  const int64_t* offset_data;
+  Tensor values;
+  Tensor bitmasks;
+  Tensor row_offsets;
+  Geometry g;
+  Tasks tasks;
+  std::vector<int64_t> starts;  // [tasks + 1], the last one being nnz
 
-  Parts(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, const std::vector<int64_t>& shape)
-      : g(geometry(shape)), tasks(g) {
-    element_of(values, false);  // refuses dtypes that have no codec
-    check_sizes(values, bitmasks, row_offsets, shape);
-    values_ = contiguous("values", values);
-    bitmasks_ = contiguous("bitmasks", bitmasks);
-    row_offsets_ = contiguous("row_offsets", row_offsets);
-    nnz = values_.numel();
-    value_data = const_bytes(values_);
-    mask_data = const_bytes(bitmasks_);
-    offset_data = static_cast<const int64_t*>(row_offsets_.const_data_ptr());
-    if (tasks.whole_rows()) {
-      prove_rows();
-    } else {
-      prove_long_rows();
-    }
-  }
-
-  // First value of a task.
-  int64_t start(int64_t index) const { return tasks.whole_rows() ? offset_data[tasks[index].row] : starts_[static_cast<size_t>(index)]; }
-
-  // Past the last value of a task.
-  int64_t end(int64_t index) const { return index + 1 < tasks.count() ? start(index + 1) : nnz; }
-
- private:
-  void check_sizes(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, const std::vector<int64_t>& shape) const {
-    if (dtype_of(bitmasks) != aoti_torch_dtype_uint8()) fail("bitmasks: expected dtype torch.uint8");
-    if (dtype_of(row_offsets) != aoti_torch_dtype_int64()) fail("row_offsets: expected dtype torch.int64");
-    if (values.dim() != 1) fail("values: got ", values.dim(), " dimensions, expected 1");
-    check_bitmask_sizes(bitmasks.sizes(), shape, g);
-    if (row_offsets.dim() != 1 || row_offsets.numel() != g.rows) {
-      fail("row_offsets: got size ", to_text(row_offsets.sizes()), ", expected [", g.rows, "] (one per row)");
-    }
-    if (g.rows == 0 && values.numel() != 0) fail("values: got ", values.numel(), " elements, expected 0 for a tensor without rows");
-  }
-
-  // The lowest faulty row becomes the error, whatever the threads' order.
-  void prove_rows() {
-    std::vector<int64_t> faults(static_cast<size_t>(tasks.count()), g.rows);
-    for_each_task(tasks, tasks.count() == 0 ? 0 : tasks[0].rows * (bitmask_bytes(g.cols) + 8), [&](int64_t index) {
-      const Slice s = slice_of(tasks, index, g);
-      const int64_t next = s.task.row + s.task.rows;
-      const int64_t faulty = cpu::kernels().first_faulty_row(mask_data + s.mask_byte, offset_data + s.task.row, s.task.rows, g.cols,
-                                                             next < g.rows ? offset_data[next] : nnz, nnz);
-      if (faulty < s.task.rows) faults[static_cast<size_t>(index)] = s.task.row + faulty;
-    });
-    if (g.rows > 0 && offset_data[0] != 0) fail_row(mask_data, offset_data, 0, g, nnz);
-    for (const int64_t row : faults) {
-      if (row < g.rows) fail_row(mask_data, offset_data, row, g, nnz);
-    }
-  }
-
-  void prove_long_rows() {
-    starts_.resize(static_cast<size_t>(tasks.count()));
-    for_each_task(tasks, bitmask_bytes(tasks[0].cols), [&](int64_t index) {
-      const Slice s = slice_of(tasks, index, g);
-      starts_[static_cast<size_t>(index)] = cpu::kernels().count_bits(mask_data + s.mask_byte, bitmask_bytes(s.task.cols));
-    });
-    const int64_t padding = g.cols % 8;
-    int64_t offset = 0;
-    for (int64_t row = 0; row < g.rows; ++row) {
-      const int64_t count = sum(&starts_[static_cast<size_t>(row * tasks.parts_per_row())], tasks.parts_per_row());
-      const int64_t next = row + 1 < g.rows ? offset_data[row + 1] : nnz;
-      const uint8_t last_byte = mask_data[(row + 1) * bitmask_bytes(g.cols) - 1];
-      if (offset_data[row] != offset || next != offset + count || (padding != 0 && last_byte >> padding != 0)) {
-        fail_row(mask_data, offset_data, row, g, nnz);
-      }
-      offset += count;
-    }
-    exclusive_prefix_sums(starts_.data(), tasks.count(), 0);
-  }
-
-  Tensor values_, bitmasks_, row_offsets_;
-  std::vector<int64_t> starts_;  // of the tasks, where they are parts of a row
+  int64_t nnz() const { return starts.back(); }
+  const uint8_t* masks() const { return const_bytes(bitmasks); }
+  const int64_t* offsets() const { return static_cast<const int64_t*>(row_offsets.const_data_ptr()); }
 };
+
+// Tasks of whole rows: every row's popcount leads from its offset to the next. The lowest faulty row becomes the error, whatever the
+// threads' order.
+void prove_rows(Parts& parts) {
+  const Geometry& g = parts.g;
+  const uint8_t* const masks = parts.masks();
+  const int64_t* const offsets = parts.offsets();
+  const int64_t nnz = parts.nnz();
+  std::vector<int64_t> faults(static_cast<size_t>(parts.tasks.count()), g.rows);
+  for_each_task(parts.tasks, parts.tasks.bytes(1), [&](int64_t index) {
+    const Slice s = slice_of(parts.tasks, index, g);
+    const int64_t next = s.task.row + s.task.rows;
+    parts.starts[static_cast<size_t>(index)] = offsets[s.task.row];
+    const int64_t faulty = cpu::kernels().first_faulty_row(masks + s.mask_byte, offsets + s.task.row, s.task.rows, g.cols,
+                                                           next < g.rows ? offsets[next] : nnz, nnz);
+    if (faulty < s.task.rows) faults[static_cast<size_t>(index)] = s.task.row + faulty;
+  });
+  if (g.rows > 0 && parts.starts[0] != 0) fail_row(masks, offsets, 0, g, nnz);
+  for (const int64_t row : faults) {
+    if (row < g.rows) fail_row(masks, offsets, row, g, nnz);
+  }
+  if (!std::is_sorted(parts.starts.begin(), parts.starts.end())) fail("row_offsets: changed while they were read");
+}
+
+// Tasks that are parts of a row: counted first, then each row's sum is held against the offsets.
+void prove_long_rows(Parts& parts) {
+  const Geometry& g = parts.g;
+  const uint8_t* const masks = parts.masks();
+  const int64_t* const offsets = parts.offsets();
+  const int64_t nnz = parts.nnz();
+  for_each_task(parts.tasks, parts.tasks.bytes(1), [&](int64_t index) {
+    const Slice s = slice_of(parts.tasks, index, g);
+    parts.starts[static_cast<size_t>(index)] = cpu::kernels().count_bits(masks + s.mask_byte, bitmask_bytes(s.task.cols));
+  });
+  const int64_t padding = g.cols % 8;
+  int64_t offset = 0;
+  for (int64_t row = 0; row < g.rows; ++row) {
+    const int64_t count = sum(&parts.starts[static_cast<size_t>(row * parts.tasks.parts_per_row())], parts.tasks.parts_per_row());
+    const int64_t next = row + 1 < g.rows ? offsets[row + 1] : nnz;
+    const uint8_t last_byte = masks[(row + 1) * bitmask_bytes(g.cols) - 1];
+    if (offsets[row] != offset || next != offset + count || (padding != 0 && last_byte >> padding != 0)) {
+      fail_row(masks, offsets, row, g, nnz);
+    }
+    offset += count;
+  }
+  exclusive_prefix_sums(parts.starts.data(), parts.tasks.count(), 0);
+}
+
+// Proves the parts before anything is read through them: dtypes and sizes first, then every row.
+Parts prove(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, const std::vector<int64_t>& shape) {
+  const Geometry g = geometry(shape);
+  element_of(values, false);  // refuses dtypes that have no codec
+  check_dtype("bitmasks", dtype_of(bitmasks), "torch.uint8", aoti_torch_dtype_uint8());
+  check_dtype("row_offsets", dtype_of(row_offsets), "torch.int64", aoti_torch_dtype_int64());
+  check_part_sizes(values.sizes(), bitmasks.sizes(), row_offsets.sizes(), shape, g);
+  Parts parts{contiguous("values", values), contiguous("bitmasks", bitmasks), contiguous("row_offsets", row_offsets), g, Tasks(g), {}};
+  parts.starts.resize(static_cast<size_t>(parts.tasks.count()) + 1);
+  parts.starts.back() = values.numel();
+  parts.tasks.whole_rows() ? prove_rows(parts) : prove_long_rows(parts);
+  return parts;
+}
 
 Tensor decompress(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, IntHeaderOnlyArrayRef shape) {
   const std::vector<int64_t> sizes(shape.begin(), shape.end());
-  const Parts parts(values, bitmasks, row_offsets, sizes);
+  const Parts parts = prove(values, bitmasks, row_offsets, sizes);
   const Element element = element_of(values, false);
   const cpu::CodecKernels& codec = codec_of(element);
   const Tensor dense = empty(sizes, element.dtype);
   uint8_t* const dense_data = mutable_bytes(dense);
-  const int64_t task_bytes = parts.tasks.count() == 0 ? 0 : parts.tasks[0].rows * parts.tasks[0].cols * element.width;
-  for_each_task(parts.tasks, task_bytes, [&](int64_t index) {
+  const uint8_t* const value_data = const_bytes(parts.values);
+  const uint8_t* const mask_data = parts.masks();
+  for_each_task(parts.tasks, parts.tasks.bytes(element.width), [&](int64_t index) {
     const Slice s = slice_of(parts.tasks, index, parts.g);
-    const int64_t start = parts.start(index);
-    codec.expand_values(parts.value_data + start * element.width, parts.end(index) - start, parts.mask_data + s.mask_byte, s.task.rows,
-                        s.task.cols, dense_data + s.element * element.width);
+    const int64_t start = parts.starts[static_cast<size_t>(index)];
+    const int64_t end = parts.starts[static_cast<size_t>(index) + 1];
+    codec.expand_values(value_data + start * element.width, end - start, mask_data + s.mask_byte, s.task.rows, s.task.cols,
+                        dense_data + s.element * element.width);
   });
   return dense;
 }
 
 void validate(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, IntHeaderOnlyArrayRef shape) {
-  Parts(values, bitmasks, row_offsets, std::vector<int64_t>(shape.begin(), shape.end()));
+  prove(values, bitmasks, row_offsets, std::vector<int64_t>(shape.begin(), shape.end()));
 }
 
 }  // namespace

@@ -45,6 +45,12 @@ Tasks::Task Tasks::operator[](int64_t index) const {
   return {index / parts_, col, 1, std::min(kTaskElements, g_.cols - col)};
 }
 
+int64_t Tasks::bytes(int64_t width) const {
+  if (count_ == 0) return 0;
+  const Task first = (*this)[0];
+  return first.rows * (first.cols * width + kRowBytes);
+}
+
 void set_interrupt_check(InterruptCheck check) { interrupt_check.store(check); }
 
 void run_tasks(int64_t count, int64_t bytes, void (*body)(const void* context, int64_t index), const void* context) {

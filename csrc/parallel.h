@@ -24,8 +24,12 @@ class Tasks {
   int64_t parts_per_row() const { return parts_; }
   Task operator[](int64_t index) const;
 
+  // What a task costs, in bytes that it touches, for elements of `width` bytes; a row by itself costs about as much as kRowBytes.
+  int64_t bytes(int64_t width) const;
+
  private:
   static constexpr int64_t kTaskElements = 64 * 1024;
+  static constexpr int64_t kRowBytes = 128;
 
   Geometry g_;
   int64_t rows_per_task_;
@@ -34,9 +38,9 @@ class Tasks {
 };
 
 // Runs body(context, index) for every index below `count`, in contiguous ranges over torch's threads; serially in a process forked from
-// one that had loaded this library, because an OpenMP pool does not survive fork(). Between waves of about a tenth of a second (`bytes`
-// is what one task touches) it asks the interrupt check, on the calling thread, and throws std::runtime_error(kInterrupted) if that says
-// so.
+// one that had loaded this library, because an OpenMP pool does not survive fork() (a fork before this library is loaded goes unnoticed).
+// Between waves of about a tenth of a second (`bytes` is what one task touches) it asks the interrupt check, on the calling thread, and
+// throws std::runtime_error(kInterrupted) if that says so.
 void run_tasks(int64_t count, int64_t bytes, void (*body)(const void* context, int64_t index), const void* context);
 
 template <typename Body>

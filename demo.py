@@ -62,7 +62,7 @@ def compress_one(name: str, dense: torch.Tensor, prune: float) -> Row:
     shape, dtype = "x".join(map(str, dense.shape)) or "scalar", str(dense.dtype).removeprefix("torch.")
     if dense.dtype not in DTYPES:
         return Row(name, shape, dtype, 0.0, dense.nbytes, dense.nbytes, "dense: no codec for this dtype", True)
-    if prune > 0 and dense.ndim >= 2 and dense.is_floating_point():
+    if prune > 0 and dense.ndim >= 2 and dense.is_floating_point() and dense.dtype is not torch.float8_e8m0fnu:
         dense = prune_by_magnitude(dense, prune)
     compressed = BitmaskTensor.from_dense(dense)
     round_trip = same_values(dense.contiguous(), compressed.to_dense())

@@ -45,7 +45,7 @@ def sanitizer_flags() -> list[str]:
 def cuda_toolkit_problem() -> str | None:
     """Why a CUDA library cannot be built here, or None.
 
-    An nvcc on PATH is no proof of a toolkit: the headers and libcudart must be there.
+    An nvcc on PATH is no proof of a toolkit: headers, libcudart and compiler must be there together.
     """
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
@@ -55,8 +55,10 @@ def cuda_toolkit_problem() -> str | None:
     include, libraries = Path(home, "include"), [Path(home, name) for name in ("lib64", "lib")]
     if not (include / "cuda_runtime.h").exists():
         return f"no cuda_runtime.h under {include}"
-    if not any(library.glob("libcudart*") for library in libraries if library.is_dir()):
-        return f"no libcudart under {home}"
+    if not any((library / "libcudart_static.a").exists() for library in libraries):
+        return f"no libcudart_static.a under {home}"
+    if not Path(home, "bin", "nvcc").exists():
+        return f"no nvcc under {home}"
     return None
 
 
@@ -75,8 +77,8 @@ def cpu_extension() -> cpp_extension.CppExtension:
 
 def cuda_extensions() -> list[cpp_extension.CUDAExtension]:
     """The second library, holding only CUDA implementations; empty where it is not wanted or cannot be built."""
-    wanted = os.environ.get("BITMASK_CUDA", "auto")
-    if wanted not in ("auto", "0", "1"):
+    wanted = os.environ.get("BITMASK_CUDA", "")
+    if wanted not in ("", "0", "1"):
         raise SystemExit(f"BITMASK_CUDA: got {wanted!r}, expected 0, 1 or unset")
     cuda_sources = sources("ops_cuda.cpp", "cuda/*.cu")
     problem = cuda_toolkit_problem() if cuda_sources else "this version of bitmask has no CUDA sources"
@@ -97,6 +99,6 @@ def cuda_extensions() -> list[cpp_extension.CUDAExtension]:
 
 
 if platform.system() == "Windows":
-    raise SystemExit("bitmask builds with g++ or clang++ on Linux and macOS; on Windows use WSL")
+    raise SystemExit("bitmask builds with g++ or clang++ on Linux; on Windows use WSL")
 
 setup(ext_modules=[cpu_extension(), *cuda_extensions()], cmdclass={"build_ext": cpp_extension.BuildExtension})

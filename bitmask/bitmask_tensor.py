@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 import weakref
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bitmask import ops
@@ -63,6 +66,20 @@ def _version_of(part: Tensor) -> int | None:
 def _part(name: str) -> Any:
     """A property that reads and replaces one of the parts."""
     return property(lambda self: getattr(self._held, name), lambda self, part: setattr(self._held, name, part))
+
+
+def _row_access(name: str) -> Any:
+    """A method of Tensor that cuts out rows, uncompiled, since where rows begin is data.
+
+    Rows are detached, so that autograd does not take them for views of the wrapper, which compilers would replay.
+    """
+    method = getattr(Tensor, name)
+
+    @functools.wraps(method)
+    def access(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(BitmaskTensor, torch.detach, method(self, *args, **kwargs))
+
+    return torch.compiler.disable(access)  # type: ignore[no-untyped-call]
 
 
 class BitmaskTensor(Tensor):
@@ -140,8 +157,8 @@ class BitmaskTensor(Tensor):
         values, bitmasks, row_offsets = (
             part.detach() if isinstance(part, Tensor) else part for part in (values, bitmasks, row_offsets)
         )
-        ops.validate(values, bitmasks, row_offsets, shape)
-        return cls(values, bitmasks.reshape(ops.bitmask_sizes(shape)), row_offsets, shape)
+        sizes = ops.validate(values, bitmasks, row_offsets, shape)
+        return cls(values, bitmasks.reshape(ops.bitmask_sizes(sizes)), row_offsets, sizes)
 
     def to_dense(self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None) -> Tensor:
         """Decompress; equal to what was compressed, in `dtype` if one is given.
@@ -184,6 +201,7 @@ class BitmaskTensor(Tensor):
         values, bitmasks, offsets = self._parts()
         if not self._held.untouched():
             ops.validate(values, bitmasks, offsets, self.shape)
+            self._held.replace(values, bitmasks, offsets)
         begin, end = (int(offsets[row]) if row < len(offsets) else values.numel() for row in (start, stop))
         bitmasks = bitmasks.reshape(len(offsets), bitmasks.shape[-1])[start:stop].reshape(ops.bitmask_sizes(shape))
         rows = BitmaskTensor(values[begin:end], bitmasks, offsets[start:stop] - begin, shape)
@@ -205,9 +223,15 @@ class BitmaskTensor(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> BitmaskTensor:
         """A copy that shares nothing; a parameter stays one."""
         if id(self) not in memo:
-            memo[id(self)] = _mark_parameter(self._map_parts(torch.clone), getattr(self, "_is_param", False))
-        copied: BitmaskTensor = memo[id(self)]
-        return copied
+            copied = self._map_parts(torch.clone)
+            copied._held = memo.setdefault(id(self._held), copied._held)  # aliases stay aliases of each other
+            memo[id(self)] = _mark_parameter(copied, getattr(self, "_is_param", False))
+        result: BitmaskTensor = memo[id(self)]
+        return result
+
+    def __copy__(self) -> BitmaskTensor:
+        """An alias: as with dense tensors, what is copied into one reaches the other."""
+        return _mark_parameter(_alias(None, self), getattr(self, "_is_param", False))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle the parts, cut out of any larger storage they are views of."""
@@ -245,6 +269,14 @@ class BitmaskTensor(Tensor):
                 "a BitmaskTensor is frozen and takes no gradient: use nn.Parameter(tensor, requires_grad=False), "
                 "or train to_dense()"
             )
+
+    # Ways to rows.
+    __getitem__ = _row_access("__getitem__")
+    select = _row_access("select")
+    narrow = _row_access("narrow")
+    split = _row_access("split")
+    chunk = _row_access("chunk")
+    unbind = _row_access("unbind")
 
     def __setitem__(self, index: object, value: object) -> None:
         """Refuse: elements are immutable."""
@@ -351,7 +383,11 @@ def _run_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return dense_copies[id(tensor)]
 
     args, kwargs = tree_map_only(BitmaskTensor, to_dense, (args, kwargs))
-    warnings.warn(f"{func} has no kernel for BitmaskTensor and ran on a dense copy", DecompressWarning, stacklevel=3)
+    is_view = any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)
+    caveat = "; writing to the result will not change the BitmaskTensor" if is_view else ""
+    warnings.warn(
+        f"{func} has no kernel for BitmaskTensor and ran on a dense copy{caveat}", DecompressWarning, stacklevel=3
+    )
     return func(*args, **kwargs)
 
 
@@ -394,6 +430,8 @@ def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False
         return target.copy_(source.to_dense() if isinstance(source, BitmaskTensor) else source, non_blocking)
     if not isinstance(source, Tensor):
         raise TypeError(f"copy_: got {type(source).__name__}, expected a torch.Tensor")
+    if is_fake(target.values) or isinstance(target.values, FunctionalTensor):
+        raise NotImplementedError("copy_: writing to a BitmaskTensor cannot be compiled; do it outside torch.compile")
     if target._held.borrowed:
         raise TypeError(
             "copy_: rows of a BitmaskTensor cannot be written to: copy into the whole tensor, or clone the rows"
@@ -401,9 +439,8 @@ def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False
     if source.shape != target.shape:
         raise ValueError(f"copy_: got shape {tuple(source.shape)}, expected {tuple(target.shape)}")
     source = source.to(dtype=target.dtype, device=target.device)
-    if not isinstance(source, BitmaskTensor):
-        source = BitmaskTensor.from_dense(source)
-    target._held.replace(*source._map_parts(torch.clone)._parts())
+    copied = source._map_parts(torch.clone) if isinstance(source, BitmaskTensor) else BitmaskTensor.from_dense(source)
+    target._held.replace(*copied._parts())
     return target
 
 
@@ -425,6 +462,8 @@ def _slice(
 def _select(func: Any, tensor: BitmaskTensor, dim: int, index: int) -> Any:
     if dim not in (0, -tensor.ndim) or tensor.ndim < 2:
         return NotImplemented
+    if not -tensor.shape[0] <= index < tensor.shape[0]:
+        raise IndexError(f"select: got index {index}, expected one below {tensor.shape[0]}, the size of dimension 0")
     index += tensor.shape[0] if index < 0 else 0
     rows = math.prod(tensor.shape[1:-1])
     return tensor._rows(index * rows, (index + 1) * rows, tensor.shape[1:])

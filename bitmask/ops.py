@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.node import has_side_effect
 
 from bitmask import _C
 from bitmask.reference import rows_and_columns, unpack_bits
@@ -127,9 +128,11 @@ def decompress(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Seq
     return dense
 
 
-def validate(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
-    """Raise as `decompress` does if the parts are faulty, without decompressing."""
-    _call_on_parts(torch.ops.bitmask.validate, values, bitmasks, row_offsets, shape)
+def validate(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> list[int]:
+    """Raise as `decompress` does if the parts are faulty, without decompressing; returns the shape as a list."""
+    sizes = _check_shape(shape)
+    _call_on_parts(torch.ops.bitmask.validate, values, bitmasks, row_offsets, sizes)
+    return sizes
 
 
 def bitmask_sizes(shape: Sequence[int]) -> list[int]:
@@ -181,7 +184,7 @@ def _compress_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 def _compress_backward(ctx: Any, grad_values: Tensor, *unused: object) -> tuple[Tensor, None]:
     """Dropped elements are constants here, so their gradient is zero."""
     bitmasks, row_offsets = ctx.saved_tensors
-    return torch.ops.bitmask.decompress(grad_values, bitmasks, row_offsets, ctx.shape), None
+    return _call(torch.ops.bitmask.decompress, grad_values, bitmasks, row_offsets, ctx.shape), None
 
 
 def _decompress_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -192,12 +195,13 @@ def _decompress_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 def _decompress_backward(ctx: Any, grad_dense: Tensor) -> tuple[Tensor, None, None, None]:
     (bitmasks,) = ctx.saved_tensors
     rows, cols = rows_and_columns(ctx.shape)
-    mask = unpack_bits(bitmasks.reshape(rows, -1), cols)
+    mask = unpack_bits(bitmasks.reshape(rows, (cols + 7) // 8), cols)
     return grad_dense.reshape(rows, cols).masked_select(mask), None, None, None
 
 
 torch.library.register_fake("bitmask::compress", _fake_compress)
 torch.library.register_fake("bitmask::decompress", _fake_decompress)
 torch.library.register_fake("bitmask::validate", _fake_validate)
+has_side_effect(torch.ops.bitmask.validate.default)  # else a compiler drops the call: it returns nothing
 torch.library.register_autograd("bitmask::compress", _compress_backward, setup_context=_compress_setup)
 torch.library.register_autograd("bitmask::decompress", _decompress_backward, setup_context=_decompress_setup)

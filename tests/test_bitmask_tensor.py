@@ -1064,3 +1064,71 @@ def test_multiprocessing_queue(dense, compressed):
         assert process.exitcode == 0
     finally:
         process.kill()
+
+
+# Aliases and copies, as with dense tensors.
+
+
+def test_shallow_copy_is_an_alias(dense, compressed):
+    twin = copy.copy(compressed)
+    twin.copy_(dense * 2)
+    assert_is_compressed(compressed, dense * 2)
+
+
+def test_deepcopy_keeps_aliases_together(dense, compressed):
+    first, second = copy.deepcopy((compressed, compressed.detach()))
+    first.copy_(dense * 2)
+    assert_is_compressed(second, dense * 2)
+    assert_is_compressed(compressed, dense)
+
+
+@pytest.mark.parametrize("index", [6, -7, 100])
+def test_select_out_of_range(compressed, index):
+    with pytest.raises(IndexError):
+        torch.select(compressed, 0, index)
+
+
+def test_select_out_of_range_without_elements():
+    with pytest.raises(IndexError):
+        torch.select(BitmaskTensor.from_dense(torch.ones(6, 0)), 0, 100)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda t: t.narrow(1, 0, 4), lambda t: t.view(-1), lambda t: t.t(), lambda t: t[:, 2:4], torch.Tensor.flatten],
+)
+def test_views_that_are_dense_copies_say_that_writes_go_nowhere(compressed, view):
+    with pytest.warns(DecompressWarning, match="writing to the result will not change the BitmaskTensor"):
+        view(compressed)
+
+
+def test_other_dense_results_do_not_say_so(compressed):
+    with pytest.warns(DecompressWarning) as caught:
+        compressed + 1
+    assert not any("writing to the result" in str(warning.message) for warning in caught)
+
+
+# Compilers.
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda t: t[1:3], lambda t: t.split(2)[1], lambda t: t.narrow(0, 1, 2), lambda t: t[4]]
+)
+def test_rows_in_a_compiled_function(fresh_dynamo, dense, compressed, cut):
+    compiled = torch.compile(lambda t: cut(t).to_dense() + 1, backend="aot_eager")
+    assert torch.equal(compiled(compressed), cut(dense) + 1)
+
+
+def test_rows_as_input_of_a_compiled_function(fresh_dynamo, dense, compressed):
+    compiled = torch.compile(lambda t: t.to_dense() + 1, backend="aot_eager")
+    assert torch.equal(compiled(compressed[1:3]), dense[1:3] + 1)
+
+
+@pytest.mark.parametrize("make", [lambda source: source, BitmaskTensor.from_dense], ids=["dense", "compressed"])
+def test_compiled_copy_arrives_or_is_refused(fresh_dynamo, dense, compressed, make):
+    """Parts replaced inside a graph would be lost without a word."""
+    source = random_numbers(6, 20, density=0.7, seed=9)
+    compiled = torch.compile(lambda target, value: target.copy_(value), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="cannot be compiled"):
+        compiled(compressed, make(source))
+    assert_is_compressed(compressed, dense)

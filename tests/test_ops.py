@@ -406,6 +406,28 @@ def test_compiled_call_still_checks_its_parts(fresh_dynamo):
         compiled(values, bitmasks, row_offsets + 1)
 
 
+def test_compiled_validation_is_not_dropped(fresh_dynamo):
+    """It returns nothing, so a compiler would take it for dead code."""
+    parts = ops.compress(random_numbers(4, 20))
+
+    def check(values, bitmasks, row_offsets):
+        ops.validate(values, bitmasks, row_offsets, [4, 20])
+        return values + 1
+
+    compiled = torch.compile(check, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*parts), parts[0] + 1)
+    with pytest.raises((ValueError, RuntimeError), match=r"row_offsets\[0\]: got 1, expected 0"):
+        compiled(parts[0], parts[1], parts[2] + 1)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (3, 0), (0,), ()])
+def test_gradients_of_tensors_without_elements(shape):
+    dense = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    values, bitmasks, row_offsets = ops.compress(dense)
+    ops.decompress(values, bitmasks, row_offsets, shape).sum().backward()
+    assert torch.equal(dense.grad, torch.zeros(shape, dtype=torch.float64))
+
+
 # Bad input: tensors that cannot be compressed.
 
 UNSUPPORTED_DTYPES = [

@@ -256,3 +256,69 @@ def test_bitmask_tensor_in_forked_data_loader_workers():
     options = {"num_workers": 2, "timeout": 60, "multiprocessing_context": "fork"}
     loader = torch.utils.data.DataLoader(Rows(), batch_size=50, **options)
     assert torch.equal(torch.cat(list(loader)), torch.eye(200, 1000))
+
+
+WRITER = """
+import threading
+import time
+import torch
+import bitmask
+
+torch.set_num_threads(1)
+dense = torch.zeros(400, 65536, dtype=torch.uint8)  # one row a task
+dense[:, ::64] = 1
+values, bitmasks, row_offsets = bitmask.compress(dense)
+offsets, proven = row_offsets.numpy(), int(row_offsets[300])
+done = False
+
+def write():
+    while not done:
+        offsets[300] = -(1 << 40)
+        time.sleep(0.0002)
+        offsets[300] = proven
+        time.sleep(0.0006)
+
+writer = threading.Thread(target=write)
+writer.start()
+outcomes = set()
+end = time.monotonic() + 2
+while time.monotonic() < end:
+    try:
+        outcomes.add(torch.equal(bitmask.decompress(values, bitmasks, row_offsets, dense.shape), dense))
+    except bitmask.FormatError:
+        outcomes.add("refused")
+done = True
+writer.join()
+print("refused" in outcomes, False in outcomes)
+"""
+
+
+def test_offsets_written_meanwhile_are_refused_or_harmless():
+    """What was proven is what is used: an offset changed after its proof must not be read again."""
+    assert run_python(WRITER).stdout.split() == ["True", "False"]
+
+
+NARROW = """
+import os
+import signal
+import threading
+import time
+import torch
+import bitmask
+
+torch.set_num_threads(1)
+dense = torch.ones(1 << 27, 1, dtype=torch.uint8)
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+begin = time.monotonic()
+try:
+    while True:
+        bitmask.compress(dense)
+except KeyboardInterrupt as error:
+    print("bitmask: interrupted" in str(error.__context__), time.monotonic() - begin < 4)
+"""
+
+
+@needs_memory
+def test_ctrl_c_interrupts_many_short_rows():
+    """A row costs time even where it has next to no bytes."""
+    assert run_python(NARROW, BITMASK_ISA="scalar").stdout.split() == ["True", "True"]

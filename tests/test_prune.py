@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bitmask import BitmaskTensor
 from bitmask.prune import prune_by_magnitude
 
 REAL_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -51,7 +52,12 @@ def test_refuses_other_fractions(sparsity):
         prune_by_magnitude(torch.ones(3), sparsity)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e8m0fnu], ids=str)
 def test_refuses_other_dtypes(dtype):
     with pytest.raises(TypeError, match=r"tensor: got dtype .*, expected a real floating-point dtype"):
-        prune_by_magnitude(torch.ones(3, dtype=dtype), 0.5)
+        prune_by_magnitude(torch.ones(3).to(dtype), 0.5)
+
+
+def test_refuses_compressed_tensors():
+    with pytest.raises(TypeError, match="got a BitmaskTensor"):
+        prune_by_magnitude(BitmaskTensor.from_dense(torch.ones(3)), 0.5)

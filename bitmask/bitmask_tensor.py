@@ -87,7 +87,8 @@ class BitmaskTensor(Tensor):
 
     It has the shape, dtype and device of the dense tensor, can be an `nn.Parameter(..., requires_grad=False)`, and
     travels through `state_dict`, `to`, `deepcopy`, pickling and `torch.save`. Its elements are immutable but for
-    `copy_`. An operation without a kernel here runs on a dense copy and says so with a `DecompressWarning`.
+    `copy_`. An operation without a kernel here runs on a dense copy and says so with a `DecompressWarning`; that goes
+    for views too, other than rows, so writing to such a result does not change the tensor.
 
     Attributes:
         values: [nnz] in the dense dtype, row by row.

@@ -111,9 +111,19 @@ class NaiveBitmaskTensor:
         return self.values.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return self.values.device
+
+    @property
     def nnz(self) -> int:
         """Number of stored elements."""
         return self.values.numel()
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of elements that are not stored, 0 to 1 (0 for a tensor without elements)."""
+        return 1 - self.nnz / self.shape.numel() if self.shape.numel() > 0 else 0.0
 
     @property
     def compressed_nbytes(self) -> int:

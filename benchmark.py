@@ -70,6 +70,8 @@ def _stored(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> R
         if wanted.admits(result.shape, result.dtype, result.sparsity)
         and (not arguments.threads or result.threads in arguments.threads)
     )
+    if not results:
+        parser.error(f"--table: nothing in {arguments.table} matches the filters")
     return replace(report, results=results)
 
 

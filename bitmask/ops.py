@@ -57,7 +57,9 @@ def _check_dense(dense: Tensor) -> None:
         raise TypeError(f"dense: got {type(dense).__name__}, expected a torch.Tensor")
     _check_strided("dense", dense)
     if dense.dtype not in DTYPES:
-        raise TypeError(f"dense: got dtype {dense.dtype}, expected bool, an integer, a float or a complex dtype")
+        raise TypeError(f"dense: got dtype {dense.dtype}, expected bool, integer, float or complex of whole bytes")
+    if dense.is_meta:
+        raise ValueError("dense: got a meta tensor, expected one with data")
 
 
 def check_parts(values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:

@@ -32,6 +32,8 @@ ops = {
     "from_dense": lambda: bitmask.BitmaskTensor.from_dense(dense),
     "raw compress": lambda: torch.ops.bitmask.compress(dense, False),
 }
+# Started in the background, a shell leaves SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sent = []
 
 def interrupt():
@@ -307,6 +309,7 @@ import torch
 import bitmask
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 dense = torch.ones(1 << 27, 1, dtype=torch.uint8)
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
 begin = time.monotonic()

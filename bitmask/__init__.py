@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 import torch  # noqa: F401  # first: the native library needs torch's to be loaded
 
-import bitmask.handlers  # noqa: F401  # fills in what BitmaskTensor does by torch op
+import bitmask.handlers as _handlers  # noqa: F401  # fills in what BitmaskTensor does by torch op
 from bitmask._C import available_isas, build_info, get_isa, set_isa
 from bitmask.bitmask_tensor import BitmaskTensor, DecompressWarning
 from bitmask.ops import FormatError, compress, decompress

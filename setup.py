@@ -66,7 +66,7 @@ def cpu_extension() -> cpp_extension.CppExtension:
     flags = sanitizer_flags()
     return cpp_extension.CppExtension(
         "bitmask._C",
-        sources("module.cpp", "ops.cpp", "parallel.cpp", "cpu/*.cpp"),
+        sources("module.cpp", "ops.cpp", "ops_linear.cpp", "parallel.cpp", "cpu/*.cpp"),
         include_dirs=[pybind11.get_include()],
         depends=headers(),
         define_macros=DEFINES,

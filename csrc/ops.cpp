@@ -1,5 +1,5 @@
-// Schemas of all ops and their CPU implementations: check, allocate, split rows over threads, call the kernels. No arithmetic here.
-#include <sys/mman.h>
+// Schemas of all ops, and the CPU implementations of those that compress and decompress: check, allocate, split rows over threads, call the
+// kernels. No arithmetic here.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,16 +15,12 @@
 #include "cpu/kernels.h"
 #include "layout.h"
 #include "parallel.h"
+#include "tensors.h"
 
 namespace bitmask {
 namespace {
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Fresh outputs from here on ask for huge pages.
-constexpr int64_t kHugePageBytes = int64_t{4} << 20;
 
 // What the kernels need to know of a dtype.
 struct Element {
@@ -80,12 +76,6 @@ ZeroTest zero_test_of(ScalarType type) {
   }
 }
 
-int32_t dtype_of(const Tensor& tensor) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
-}
-
 Element element_of(const Tensor& tensor, bool keep_negative_zero) {
   const int32_t dtype = dtype_of(tensor);
   const ZeroTest by_value = zero_test_of(static_cast<ScalarType>(dtype));
@@ -93,57 +83,6 @@ Element element_of(const Tensor& tensor, bool keep_negative_zero) {
 }
 
 const cpu::CodecKernels& codec_of(const Element& element) { return cpu::kernels().codec[__builtin_ctz(element.width)]; }
-
-// Asks for huge pages behind a large fresh buffer: a page fault costs more than the 4 KB it brings. Advice only; failing is no error.
-void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  if (bytes < kHugePageBytes) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-// A fresh contiguous CPU tensor. `sizes`: anything with size() and operator[], already checked by geometry().
-template <typename Sizes>
-Tensor empty(const Sizes& sizes, int32_t dtype) {
-  std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  std::vector<int64_t> strides(shape.size());
-  int64_t span = 1;
-  for (size_t i = shape.size(); i-- > 0; span *= std::max<int64_t>(shape[i], 1)) strides[i] = span;
-  const bool has_elements = std::find(shape.begin(), shape.end(), 0) == shape.end();
-  int64_t bytes = 0;
-  AtenTensorHandle handle;
-  if ((has_elements && __builtin_mul_overflow(span, static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)), &bytes)) ||
-      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
-                               &handle) != 0) {
-    throw std::runtime_error("bitmask: cannot allocate a tensor of size " + to_text(shape));
-  }
-  Tensor tensor(handle);
-  advise_huge_pages(tensor.mutable_data_ptr(), bytes);
-  return tensor;
-}
-
-// Row-major and without gaps: `tensor` itself or a copy. Refuses a tensor whose storage was shrunk under it.
-Tensor contiguous(const char* name, const Tensor& tensor) {
-  int64_t storage_bytes;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
-  int64_t last = tensor.storage_offset();
-  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
-  const int64_t width = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_of(tensor)));
-  if (tensor.numel() > 0 && storage_bytes / width <= last) {
-    fail(name, ": got a storage of ", storage_bytes, " bytes, expected at least ", (last + 1) * width);
-  }
-  try {
-    return torch::stable::contiguous(tensor);
-  } catch (const std::exception&) {
-    throw std::runtime_error(std::string("bitmask: cannot copy ") + name + " of size " + to_text(tensor.sizes()) + " to contiguous memory");
-  }
-}
-
-const uint8_t* const_bytes(const Tensor& tensor) { return static_cast<const uint8_t*>(tensor.const_data_ptr()); }
-uint8_t* mutable_bytes(const Tensor& tensor) { return static_cast<uint8_t*>(tensor.mutable_data_ptr()); }
 
 int64_t sum(const int64_t* counts, int64_t length) {
   int64_t total = 0;
@@ -186,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& dense, bool keep_negat
 
   const Tasks tasks(g);
   std::vector<int64_t> starts(static_cast<size_t>(tasks.count()));
-  for_each_task(tasks, tasks.bytes(element.width), [&](int64_t index) {
+  for_each_task(tasks.count(), tasks.bytes(element.width), [&](int64_t index) {
     const Slice s = slice_of(tasks, index, g);
     int64_t* const counts = tasks.whole_rows() ? offset_data + s.task.row : &starts[static_cast<size_t>(index)];
     codec.build_bitmasks(dense_data + s.element * element.width, s.task.rows, s.task.cols, element.zero_test, mask_data + s.mask_byte,
@@ -197,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& dense, bool keep_negat
 
   const Tensor values = empty(std::vector<int64_t>{nnz}, element.dtype);
   uint8_t* const value_data = mutable_bytes(values);
-  for_each_task(tasks, tasks.bytes(element.width), [&](int64_t index) {
+  for_each_task(tasks.count(), tasks.bytes(element.width), [&](int64_t index) {
     const Slice s = slice_of(tasks, index, g);
     const int64_t start = starts[static_cast<size_t>(index)];
     const int64_t end = index + 1 < tasks.count() ? starts[static_cast<size_t>(index) + 1] : nnz;
@@ -236,7 +175,7 @@ void prove_rows(Parts& parts) {
   const int64_t* const offsets = parts.offsets();
   const int64_t nnz = parts.nnz();
   std::vector<int64_t> faults(static_cast<size_t>(parts.tasks.count()), g.rows);
-  for_each_task(parts.tasks, parts.tasks.bytes(1), [&](int64_t index) {
+  for_each_task(parts.tasks.count(), parts.tasks.bytes(1), [&](int64_t index) {
     const Slice s = slice_of(parts.tasks, index, g);
     const int64_t next = s.task.row + s.task.rows;
     parts.starts[static_cast<size_t>(index)] = offsets[s.task.row];
@@ -257,7 +196,7 @@ void prove_long_rows(Parts& parts) {
   const uint8_t* const masks = parts.masks();
   const int64_t* const offsets = parts.offsets();
   const int64_t nnz = parts.nnz();
-  for_each_task(parts.tasks, parts.tasks.bytes(1), [&](int64_t index) {
+  for_each_task(parts.tasks.count(), parts.tasks.bytes(1), [&](int64_t index) {
     const Slice s = slice_of(parts.tasks, index, g);
     parts.starts[static_cast<size_t>(index)] = cpu::kernels().count_bits(masks + s.mask_byte, bitmask_bytes(s.task.cols));
   });
@@ -298,7 +237,7 @@ Tensor decompress(const Tensor& values, const Tensor& bitmasks, const Tensor& ro
   uint8_t* const dense_data = mutable_bytes(dense);
   const uint8_t* const value_data = const_bytes(parts.values);
   const uint8_t* const mask_data = parts.masks();
-  for_each_task(parts.tasks, parts.tasks.bytes(element.width), [&](int64_t index) {
+  for_each_task(parts.tasks.count(), parts.tasks.bytes(element.width), [&](int64_t index) {
     const Slice s = slice_of(parts.tasks, index, parts.g);
     const int64_t start = parts.starts[static_cast<size_t>(index)];
     const int64_t end = parts.starts[static_cast<size_t>(index) + 1];
@@ -317,6 +256,7 @@ void validate(const Tensor& values, const Tensor& bitmasks, const Tensor& row_of
 STABLE_TORCH_LIBRARY(bitmask, m) {
   m.def("compress(Tensor dense, bool keep_negative_zero) -> (Tensor values, Tensor bitmasks, Tensor row_offsets)");
   m.def("decompress(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) -> Tensor");
+  m.def("linear(Tensor x, Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt in_features, Tensor? bias=None) -> Tensor");
   m.def("validate(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) -> ()");
 }
 

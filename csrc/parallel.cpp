@@ -10,7 +10,7 @@
 namespace bitmask {
 namespace {
 
-// Memory that the tasks of one wave touch: a tenth of a second even on a slow core.
+// Memory that the tasks of one wave touch, for each thread: a tenth of a second even on a slow core.
 constexpr int64_t kWaveBytes = int64_t{256} << 20;
 
 std::atomic<InterruptCheck> interrupt_check{nullptr};
@@ -54,7 +54,8 @@ int64_t Tasks::bytes(int64_t width) const {
 void set_interrupt_check(InterruptCheck check) { interrupt_check.store(check); }
 
 void run_tasks(int64_t count, int64_t bytes, void (*body)(const void* context, int64_t index), const void* context) {
-  const int64_t wave = std::max<int64_t>(kWaveBytes / std::max<int64_t>(bytes, 1), 1);
+  const int64_t threads = forked.load() ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t wave = std::max<int64_t>(kWaveBytes / std::max<int64_t>(bytes, 1), 1) * threads;
   for (int64_t begin = 0; begin < count; begin += wave) {
     if (begin > 0) stop_if_interrupted();
     const int64_t end = std::min(begin + wave, count);

@@ -44,8 +44,8 @@ class Tasks {
 void run_tasks(int64_t count, int64_t bytes, void (*body)(const void* context, int64_t index), const void* context);
 
 template <typename Body>
-void for_each_task(const Tasks& tasks, int64_t bytes, const Body& body) {
-  run_tasks(tasks.count(), bytes, [](const void* context, int64_t index) { (*static_cast<const Body*>(context))(index); }, &body);
+void for_each_task(int64_t count, int64_t bytes, const Body& body) {
+  run_tasks(count, bytes, [](const void* context, int64_t index) { (*static_cast<const Body*>(context))(index); }, &body);
 }
 
 constexpr const char* kInterrupted = "bitmask: interrupted";

@@ -16,7 +16,11 @@ namespace {
 #include "tables.h"
 #include "simd_avx2.h"
 #include "generic/codec.h"
-constexpr Kernels kTable = make_kernels("avx2");
+#include "generic/lanes.h"
+#include "generic/linear.h"
+#include "generic/table.h"
+constexpr Kernels kTable =
+    make_kernels<PortableLanes<Float32Element>, PortableLanes<Bfloat16Element>, PortableLanes<Float16Element>>("avx2");
 }  // namespace
 const Kernels& kernels_avx2() { return kTable; }
 }  // namespace bitmask::cpu

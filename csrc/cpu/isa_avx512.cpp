@@ -15,7 +15,11 @@ namespace bitmask::cpu {
 namespace {
 #include "simd_avx512.h"
 #include "generic/codec.h"
-constexpr Kernels kTable = make_kernels("avx512");
+#include "generic/lanes.h"
+#include "generic/linear.h"
+#include "generic/table.h"
+constexpr Kernels kTable =
+    make_kernels<PortableLanes<Float32Element>, PortableLanes<Bfloat16Element>, PortableLanes<Float16Element>>("avx512");
 }  // namespace
 const Kernels& kernels_avx512() { return kTable; }
 }  // namespace bitmask::cpu

@@ -9,7 +9,11 @@ namespace {
 #include "tables.h"
 #include "simd_neon.h"
 #include "generic/codec.h"
-constexpr Kernels kTable = make_kernels("neon");
+#include "generic/lanes.h"
+#include "generic/linear.h"
+#include "generic/table.h"
+constexpr Kernels kTable =
+    make_kernels<PortableLanes<Float32Element>, PortableLanes<Bfloat16Element>, PortableLanes<Float16Element>>("neon");
 }  // namespace
 const Kernels& kernels_neon() { return kTable; }
 }  // namespace bitmask::cpu

@@ -5,7 +5,11 @@ namespace bitmask::cpu {
 namespace {
 #include "simd_scalar.h"
 #include "generic/codec.h"
-constexpr Kernels kTable = make_kernels("scalar");
+#include "generic/lanes.h"
+#include "generic/linear.h"
+#include "generic/table.h"
+constexpr Kernels kTable =
+    make_kernels<PortableLanes<Float32Element>, PortableLanes<Bfloat16Element>, PortableLanes<Float16Element>>("scalar");
 }  // namespace
 const Kernels& kernels_scalar() { return kTable; }
 }  // namespace bitmask::cpu

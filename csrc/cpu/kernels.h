@@ -22,9 +22,48 @@ struct CodecKernels {
   void (*expand_values)(const void* values, int64_t nnz, const uint8_t* bitmasks, int64_t rows, int64_t cols, void* dense);
 };
 
+// A compressed [rows, cols] weight. Nothing in it is trusted: kernels prove a row while they walk it, and read nothing outside of
+// bitmasks [rows, bitmask_bytes(cols)], row_offsets [rows] and values [nnz], whatever these say.
+struct BitmaskMatrix {
+  const void* values;
+  const uint8_t* bitmasks;
+  const int64_t* row_offsets;
+  int64_t rows;
+  int64_t cols;
+  int64_t nnz;
+};
+
+// y = x W^T + bias for one dtype of x, W, bias and y, with W [rows, cols] compressed. x [m, cols] is repacked first, once for all rows of
+// W, into the lanes that the vector unit multiplies: `group_bytes` for each group of columns of each row of x.
+//
+// stream and multiply do the rows [begin, end) of W, that is these columns of y [m, rows], and return the first row that is faulty (what
+// has been written to y is then worthless), or `end`. `bias` [rows] may be null.
+struct LinearKernels {
+  int64_t group_bytes;     // of repacked x
+  int64_t streaming_rows;  // the most rows of x that stream takes
+  int64_t panel_rows;      // rows of x in one panel
+  int64_t tile_rows;       // the most rows of W that one call of multiply takes
+  int64_t scratch_bytes;   // of multiply, aligned to a cache line
+
+  // Row by row: `lanes` holds `rows` rows of x one after the other.
+  void (*pack_rows)(const void* x, int64_t rows, int64_t cols, void* lanes);
+  // `panel` interleaves the lanes of `rows` <= panel_rows rows of x; absent rows are zero.
+  void (*pack_panel)(const void* x, int64_t rows, int64_t cols, void* panel);
+
+  // For few rows of x: each weight is expanded in registers and multiplied there, so that W is one stream of bytes.
+  int64_t (*stream)(const BitmaskMatrix& w, int64_t begin, int64_t end, const void* lanes, int64_t m, const void* bias, void* y);
+  // For more rows of x: a tile of W is expanded into the cache, and a register-blocked product reuses it for every row of x.
+  int64_t (*multiply)(const BitmaskMatrix& w, int64_t begin, int64_t end, const void* panels, int64_t m, const void* bias, void* y,
+                      void* scratch);
+};
+
+// Dtypes that have linear kernels, in the order of Kernels::linear.
+enum LinearDtype { kFloat32, kBfloat16, kFloat16, kFloat64, kLinearDtypes };
+
 struct Kernels {
   const char* isa;
   CodecKernels codec[kWidths];  // indexed by log2 of the element width in bytes
+  LinearKernels linear[kLinearDtypes];
 
   // Set bits in `bytes` bytes.
   int64_t (*count_bits)(const uint8_t* bits, int64_t bytes);

@@ -162,10 +162,3 @@ template <int W>
 constexpr CodecKernels codec_kernels() {
   return {build_bitmasks<W>, pack_values<W>, expand_values<W>};
 }
-
-constexpr Kernels make_kernels(const char* isa) {
-  return {isa,
-          {codec_kernels<1>(), codec_kernels<2>(), codec_kernels<4>(), codec_kernels<8>(), codec_kernels<16>()},
-          count_bits,
-          first_faulty_row};
-}

@@ -1,0 +1,356 @@
+// y = x W^T + bias straight from the compressed W, written once over the lanes of lanes.h and simd_<isa>.h.
+//
+//   stream     few rows of x: bound by the bytes of W. One pass over them, in order; a group of 64 columns is expanded in registers and
+//              multiplied with each row of x. One stream of values a thread, prefetched by software: hardware prefetchers stop at
+//              page ends, and lose streams that are short or many.
+//   multiply   more rows of x: bound by arithmetic. A tile of W is expanded once into the cache, transposed, and multiplied with all rows
+//              of x, kPanelRows at a time, by a product blocked as in BLIS (https://github.com/flame/blis): the panel of x stays in the
+//              first cache, the tile in the second, kPanelRows x 2 vectors of sums in registers.
+//
+// The rows of W are proven as they are walked: a row must hold as many values as its bitmask has bits, and the kernels look only at values
+// inside the range given. Dropped elements are multiplied as zeros, so that infinities and NaNs in x come out as in a dense product.
+
+constexpr int kStrips = 2;            // vectors of W rows in registers, beside each other
+constexpr int64_t kBlockLanes = 512;  // lanes of a row that multiply expands at a time
+constexpr int64_t kTileRows = 128;    // rows of W in a tile: kTileRows * kBlockLanes * 4 bytes take a quarter of a second-level cache
+constexpr int64_t kBlockRows = 504;   // rows of x for which multiply keeps sums; a multiple of every kPanelRows
+constexpr int kChains = 8;            // independent sums that hide the latency of an addition
+
+template <class L>
+constexpr int64_t kLaneBytes = sizeof(typename L::Sum);
+
+template <class L>
+constexpr int kVectors = kGroup / L::kDepth / L::kLanes;  // of a group
+
+template <class L>
+constexpr int64_t kGroupBytes = kGroup / L::kDepth * kLaneBytes<L>;
+
+constexpr int64_t groups_of(int64_t cols) { return cols / kGroup + (cols % kGroup != 0); }
+
+// ---- Rows of W
+
+// Where the values of one row begin and how many there are; false if its offset or the next one cannot be.
+inline bool find_row(const BitmaskMatrix& w, int64_t row, int64_t* start, int64_t* count) {
+  *start = w.row_offsets[row];
+  const int64_t end = row + 1 < w.rows ? w.row_offsets[row + 1] : w.nnz;
+  *count = end - *start;
+  return *start >= 0 && *start <= end && end <= w.nnz;
+}
+
+inline bool padding_is_zero(const BitmaskMatrix& w, int64_t row) {
+  const int used = w.cols % 8;
+  return used == 0 || w.bitmasks[(row + 1) * bitmask_bytes(w.cols) - 1] >> used == 0;
+}
+
+// Reads the packed values of a row, group by group.
+//
+// kBounded  the end of the values may be near: absent elements come out as zero and are counted, nothing past `end` is read
+template <class L, bool kBounded>
+struct RowReader {
+  static constexpr int64_t kWidth = L::Element::kWidth;
+
+  const uint8_t* src;
+  const uint8_t* end;
+  int64_t absent;  // bytes that the bitmask asked for past the end
+
+  void next(uint64_t mask, typename L::Lanes (&lanes)[kVectors<L>]) {
+    if (!kBounded || end - src >= kGroup * kWidth) {
+      src = L::expand(src, mask, lanes);
+    } else {
+      uint8_t packed[kGroup * kWidth] = {};
+      copy_bytes(packed, src, end - src);
+      const int64_t taken = L::expand(packed, mask, lanes) - packed;
+      const int64_t kept = taken < end - src ? taken : end - src;
+      src += kept;
+      absent += taken - kept;
+    }
+  }
+
+  // Elements read, or asked for, since `start`.
+  int64_t taken_since(const uint8_t* start) const { return (src - start + absent) / kWidth; }
+};
+
+template <class L, bool kBounded>
+inline RowReader<L, kBounded> reader_at(const BitmaskMatrix& w, int64_t start) {
+  const uint8_t* const values = static_cast<const uint8_t*>(w.values);
+  return {values + start * L::Element::kWidth, values + w.nnz * L::Element::kWidth, 0};
+}
+
+// ---- Rows of x
+
+// The lanes of `columns` <= 64 elements, padded with zeros to a whole group.
+template <class L>
+inline void widen_group(const uint8_t* src, int64_t columns, typename L::Lanes (&lanes)[kVectors<L>]) {
+  if (columns == kGroup) {
+    L::expand(src, ~uint64_t{0}, lanes);
+  } else {
+    uint8_t edge[kGroup * L::Element::kWidth] = {};
+    copy_bytes(edge, src, columns * L::Element::kWidth);
+    L::expand(edge, ~uint64_t{0}, lanes);
+  }
+}
+
+template <class L>
+inline void widen_row(const uint8_t* src, int64_t cols, uint8_t* dst) {
+  for (int64_t col = 0; col < cols; col += kGroup, dst += kGroupBytes<L>) {
+    typename L::Lanes lanes[kVectors<L>];
+    widen_group<L>(src + col * L::Element::kWidth, cols - col < kGroup ? cols - col : kGroup, lanes);
+    for (int vector = 0; vector < kVectors<L>; ++vector) L::store(lanes[vector], dst + vector * L::kLanes * kLaneBytes<L>);
+  }
+}
+
+template <class L>
+void pack_rows(const void* x, int64_t rows, int64_t cols, void* lanes) {
+  const uint8_t* src = static_cast<const uint8_t*>(x);
+  uint8_t* dst = static_cast<uint8_t*>(lanes);
+  for (int64_t row = 0; row < rows; ++row) {
+    widen_row<L>(src + row * cols * L::Element::kWidth, cols, dst + row * groups_of(cols) * kGroupBytes<L>);
+  }
+}
+
+// The panel is [lanes of a row][kPanelRows].
+template <class L>
+void pack_panel(const void* x, int64_t rows, int64_t cols, void* panel) {
+  constexpr int64_t kStep = L::kPanelRows * kLaneBytes<L>;
+  constexpr int64_t kLanesOfGroup = kGroup / L::kDepth;
+  for (int64_t row = 0; row < L::kPanelRows; ++row) {
+    const uint8_t* const src = static_cast<const uint8_t*>(x) + row * cols * L::Element::kWidth;
+    uint8_t* dst = static_cast<uint8_t*>(panel) + row * kLaneBytes<L>;
+    for (int64_t col = 0; col < cols; col += kGroup) {
+      alignas(64) uint8_t group[kGroupBytes<L>] = {};
+      const int64_t columns = cols - col < kGroup ? cols - col : kGroup;
+      if (row < rows) widen_row<L>(src + col * L::Element::kWidth, columns, group);
+      for (int64_t lane = 0; lane < kLanesOfGroup; ++lane, dst += kStep) copy_bytes(dst, group + lane * kLaneBytes<L>, kLaneBytes<L>);
+    }
+  }
+}
+
+// ---- Few rows of x
+
+// Products of one row of W with M rows of x, whose lanes are x_stride bytes apart; returns the number of values the row took.
+template <class L, int M, bool kBounded>
+inline int64_t dot_row(const BitmaskMatrix& w, int64_t row, int64_t start, const uint8_t* x, int64_t x_stride, typename L::Sum (&y)[M]) {
+  constexpr int kOwn = M >= kChains ? 1 : kChains / M;  // chains of each row of x
+  constexpr int kUnroll = kOwn > kVectors<L> ? kOwn / kVectors<L> : 1;
+  typename L::Sums sums[M][kOwn];
+  for (auto& chains : sums) {
+    for (auto& chain : chains) chain = L::zero();
+  }
+  RowReader<L, kBounded> reader = reader_at<L, kBounded>(w, start);
+  const uint8_t* const first = reader.src;
+  const uint8_t* bits = w.bitmasks + row * bitmask_bytes(w.cols);
+  const auto step = [&](uint64_t mask, int at) __attribute__((always_inline)) {
+    typename L::Lanes lanes[kVectors<L>];
+    prefetch_group<(L::Element::kWidth + 1) / 2>(reader.src);
+    reader.next(mask, lanes);
+    for (int vector = 0; vector < kVectors<L>; ++vector) {
+      for (int i = 0; i < M; ++i) {
+        typename L::Sums& chain = sums[i][(at * kVectors<L> + vector) % kOwn];
+        chain = L::multiply_add(lanes[vector], L::load(x + i * x_stride + vector * L::kLanes * kLaneBytes<L>), chain);
+      }
+    }
+    x += kGroupBytes<L>;
+  };
+  int64_t group = 0;
+  for (; group + kUnroll <= w.cols / kGroup; group += kUnroll) {
+    for (int at = 0; at < kUnroll; ++at) step(load_mask(bits + (group + at) * 8, kGroup), at);
+  }
+  for (; group < w.cols / kGroup; ++group) step(load_mask(bits + group * 8, kGroup), 0);
+  if (w.cols % kGroup != 0) step(load_mask(bits + group * 8, w.cols % kGroup), 0);
+  for (int i = 0; i < M; ++i) {
+    for (int chain = 1; chain < kOwn; ++chain) sums[i][0] = L::add(sums[i][0], sums[i][chain]);
+    y[i] = L::reduce(sums[i][0]);
+  }
+  return reader.taken_since(first);
+}
+
+template <class L, int M>
+int64_t stream_rows(const BitmaskMatrix& w, int64_t begin, int64_t end, const uint8_t* lanes, const uint8_t* bias, uint8_t* y) {
+  using Element = typename L::Element;
+  const int64_t x_stride = groups_of(w.cols) * kGroupBytes<L>;
+  for (int64_t row = begin; row < end; ++row) {
+    int64_t start, count;
+    if (!find_row(w, row, &start, &count)) return row;
+    typename L::Sum products[M];
+    const bool near_end = w.nnz - start < w.cols + kGroup;
+    const int64_t taken = near_end ? dot_row<L, M, true>(w, row, start, lanes, x_stride, products)
+                                   : dot_row<L, M, false>(w, row, start, lanes, x_stride, products);
+    if (taken != count || !padding_is_zero(w, row)) return row;
+    const typename L::Sum offset = bias == nullptr ? 0 : Element::widen(bias + row * Element::kWidth);
+    for (int i = 0; i < M; ++i) Element::narrow(products[i] + offset, y + (i * w.rows + row) * Element::kWidth);
+  }
+  return end;
+}
+
+template <class L>
+int64_t stream(const BitmaskMatrix& w, int64_t begin, int64_t end, const void* lanes, int64_t m, const void* bias, void* y) {
+  const uint8_t* const x = static_cast<const uint8_t*>(lanes);
+  const uint8_t* const offsets = static_cast<const uint8_t*>(bias);
+  uint8_t* const out = static_cast<uint8_t*>(y);
+  switch (m) {
+    case 1:
+      return stream_rows<L, 1>(w, begin, end, x, offsets, out);
+    case 2:
+      return stream_rows<L, 2>(w, begin, end, x, offsets, out);
+    case 3:
+      return stream_rows<L, 3>(w, begin, end, x, offsets, out);
+    default:
+      return stream_rows<L, 4>(w, begin, end, x, offsets, out);
+  }
+}
+
+// ---- More rows of x
+
+// Memory of one call of multiply.
+template <class L>
+struct Scratch {
+  static constexpr int64_t kStripRows = L::kLanes;
+  static constexpr int64_t kStripBytes = kBlockLanes * L::kLanes * kLaneBytes<L>;
+
+  alignas(64) uint8_t rows[kStripBytes];                         // [kLanes rows of W][kBlockLanes]: as expanded
+  alignas(64) uint8_t tile[kTileRows / L::kLanes][kStripBytes];  // of each strip, [kBlockLanes][kLanes rows of W]
+  alignas(64) typename L::Sum bias[kTileRows];
+  alignas(64) typename L::Sum sums[kBlockRows * kTileRows];  // [rows of x][rows of W]
+};
+
+// The readers of the rows of a tile, in the middle of their rows.
+template <class L>
+struct TileReader {
+  RowReader<L, true> rows[kTileRows];
+  const uint8_t* first[kTileRows];
+  int64_t counts[kTileRows];
+};
+
+// Expands `groups` groups, from the group-th on, of the strip of rows that begins at the row-th of the tile.
+template <class L>
+void expand_strip(const BitmaskMatrix& w, TileReader<L>& reader, int64_t begin, int64_t row, int64_t rows, int64_t group, int64_t groups,
+                  uint8_t* expanded) {
+  for (int64_t i = 0; i < L::kLanes; ++i) {
+    uint8_t* dst = expanded + i * kBlockLanes * kLaneBytes<L>;
+    if (row + i >= rows) {
+      __builtin_memset(dst, 0, static_cast<size_t>(groups * kGroupBytes<L>));
+      continue;
+    }
+    RowReader<L, true> values = reader.rows[row + i];
+    const uint8_t* const bits = w.bitmasks + (begin + row + i) * bitmask_bytes(w.cols);
+    for (int64_t g = group; g < group + groups; ++g, dst += kGroupBytes<L>) {
+      typename L::Lanes lanes[kVectors<L>];
+      const int64_t columns = w.cols - g * kGroup;
+      values.next(load_mask(bits + g * 8, columns < kGroup ? columns : kGroup), lanes);
+      for (int vector = 0; vector < kVectors<L>; ++vector) L::store(lanes[vector], dst + vector * L::kLanes * kLaneBytes<L>);
+    }
+    reader.rows[row + i] = values;
+  }
+}
+
+// sums [MR, kStrips * kLanes] += panel [lanes, MR] x two strips [lanes, kLanes].
+template <class L, int MR>
+void product(const uint8_t* panel, const uint8_t* strip0, const uint8_t* strip1, int64_t lanes, uint8_t* sums) {
+  constexpr int64_t kVector = L::kLanes * kLaneBytes<L>;
+  constexpr int64_t kStride = kTileRows * kLaneBytes<L>;
+  typename L::Sums acc[MR][kStrips];
+  for (int i = 0; i < MR; ++i) {
+    acc[i][0] = L::load_sums(sums + i * kStride);
+    acc[i][1] = L::load_sums(sums + i * kStride + kVector);
+  }
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const typename L::Lanes w0 = L::load(strip0 + lane * kVector);
+    const typename L::Lanes w1 = L::load(strip1 + lane * kVector);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const typename L::Lanes x = L::broadcast(panel + (lane * L::kPanelRows + i) * kLaneBytes<L>);
+      acc[i][0] = L::multiply_add(w0, x, acc[i][0]);
+      acc[i][1] = L::multiply_add(w1, x, acc[i][1]);
+    }
+  }
+  for (int i = 0; i < MR; ++i) {
+    L::store_sums(acc[i][0], sums + i * kStride);
+    L::store_sums(acc[i][1], sums + i * kStride + kVector);
+  }
+}
+
+// The product of one panel, `rows` rows of which are there, with the strips of a tile.
+template <class L>
+void multiply_panel(const uint8_t* panel, int64_t rows, const Scratch<L>& scratch, int64_t strips, int64_t lanes, uint8_t* sums) {
+  constexpr int kThird = L::kPanelRows / 3;
+  const auto run = rows <= kThird ? product<L, kThird> : rows <= 2 * kThird ? product<L, 2 * kThird> : product<L, 3 * kThird>;
+  for (int64_t strip = 0; strip < strips; strip += kStrips) {
+    run(panel, scratch.tile[strip], scratch.tile[strip + 1], lanes, sums + strip * L::kLanes * kLaneBytes<L>);
+  }
+}
+
+template <class L>
+void round_sums(const Scratch<L>& scratch, int64_t m, int64_t rows, uint8_t* y, int64_t y_stride) {
+  constexpr int64_t kWidth = L::Element::kWidth;
+  for (int64_t i = 0; i < m; ++i, y += y_stride) {
+    const uint8_t* const sums = reinterpret_cast<const uint8_t*>(scratch.sums + i * kTileRows);
+    for (int64_t row = 0; row < rows; row += L::kLanes) {
+      uint8_t rounded[L::kLanes * kWidth];
+      const bool whole = rows - row >= L::kLanes;
+      uint8_t* const dst = y + row * kWidth;
+      L::round(L::load_sums(sums + row * kLaneBytes<L>), whole ? dst : rounded);
+      if (!whole) copy_bytes(dst, rounded, (rows - row) * kWidth);
+    }
+  }
+}
+
+// One tile of W, [begin, end), with `m` <= kBlockRows rows of x.
+template <class L>
+int64_t multiply_block(const BitmaskMatrix& w, int64_t begin, int64_t end, const uint8_t* panels, int64_t m, uint8_t* y,
+                       Scratch<L>& scratch) {
+  constexpr int64_t kGroups = kBlockLanes * L::kDepth / kGroup;  // of a block
+  const int64_t rows = end - begin;
+  const int64_t strips = (rows + kStrips * L::kLanes - 1) / (kStrips * L::kLanes) * kStrips;
+  TileReader<L> reader;
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t start;
+    if (!find_row(w, begin + i, &start, &reader.counts[i])) return begin + i;
+    reader.rows[i] = reader_at<L, true>(w, start);
+    reader.first[i] = reader.rows[i].src;
+  }
+  const int64_t padded = (m + L::kPanelRows - 1) / L::kPanelRows * L::kPanelRows;
+  for (int64_t i = 0; i < padded; ++i) copy_bytes(scratch.sums + i * kTileRows, scratch.bias, static_cast<int64_t>(sizeof(scratch.bias)));
+  for (int64_t group = 0; group < groups_of(w.cols); group += kGroups) {
+    const int64_t groups = groups_of(w.cols) - group < kGroups ? groups_of(w.cols) - group : kGroups;
+    const int64_t lanes = groups * kGroup / L::kDepth;
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      expand_strip<L>(w, reader, begin, strip * L::kLanes, rows, group, groups, scratch.rows);
+      for (int64_t lane = 0; lane < lanes; lane += L::kLanes) {
+        L::transpose(scratch.rows + lane * kLaneBytes<L>, kBlockLanes * kLaneBytes<L>,
+                     scratch.tile[strip] + lane * L::kLanes * kLaneBytes<L>);
+      }
+    }
+    for (int64_t i = 0; i < m; i += L::kPanelRows) {
+      const uint8_t* const panel = panels + (i * groups_of(w.cols) + group * L::kPanelRows) * kGroupBytes<L>;
+      multiply_panel<L>(panel, m - i, scratch, strips, lanes, reinterpret_cast<uint8_t*>(scratch.sums + i * kTileRows));
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    if (reader.rows[i].taken_since(reader.first[i]) != reader.counts[i] || !padding_is_zero(w, begin + i)) return begin + i;
+  }
+  round_sums<L>(scratch, m, rows, y + begin * L::Element::kWidth, w.rows * L::Element::kWidth);
+  return end;
+}
+
+template <class L>
+int64_t multiply(const BitmaskMatrix& w, int64_t begin, int64_t end, const void* panels, int64_t m, const void* bias, void* y,
+                 void* scratch_memory) {
+  using Element = typename L::Element;
+  Scratch<L>& scratch = *static_cast<Scratch<L>*>(scratch_memory);
+  for (int64_t i = 0; i < kTileRows; ++i) {
+    const bool present = bias != nullptr && i < end - begin;
+    scratch.bias[i] = present ? Element::widen(static_cast<const uint8_t*>(bias) + (begin + i) * Element::kWidth) : 0;
+  }
+  for (int64_t i = 0; i < m; i += kBlockRows) {
+    const int64_t faulty =
+        multiply_block<L>(w, begin, end, static_cast<const uint8_t*>(panels) + i * groups_of(w.cols) * kGroupBytes<L>,
+                          m - i < kBlockRows ? m - i : kBlockRows, static_cast<uint8_t*>(y) + i * w.rows * Element::kWidth, scratch);
+    if (faulty < end) return faulty;
+  }
+  return end;
+}
+
+template <class L>
+constexpr LinearKernels linear_kernels() {
+  return {kGroupBytes<L>, 4, L::kPanelRows, kTileRows, sizeof(Scratch<L>), pack_rows<L>, pack_panel<L>, stream<L>, multiply<L>};
+}

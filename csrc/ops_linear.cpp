@@ -1,0 +1,163 @@
+// The CPU implementation of linear: check, repack x, choose a kernel, split rows of the weight over threads. No arithmetic here.
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+#include "layout.h"
+#include "parallel.h"
+#include "tensors.h"
+
+namespace bitmask {
+namespace {
+
+using cpu::BitmaskMatrix;
+using cpu::LinearKernels;
+
+// Compressed bytes that one task streams: at least, so that starting it is cheap, and at most, so that Ctrl-C need not wait.
+constexpr int64_t kLeastStreamBytes = 32 << 10;
+constexpr int64_t kMostStreamBytes = 4 << 20;
+constexpr int64_t kTasksPerThread = 4;
+
+cpu::LinearDtype linear_dtype(const Tensor& values) {
+  switch (static_cast<ScalarType>(dtype_of(values))) {
+    case ScalarType::Float:
+      return cpu::kFloat32;
+    case ScalarType::BFloat16:
+      return cpu::kBfloat16;
+    case ScalarType::Half:
+      return cpu::kFloat16;
+    case ScalarType::Double:
+      return cpu::kFloat64;
+    default:
+      fail("values: got torch scalar type ", dtype_of(values), ", expected float32, bfloat16, float16 or float64");
+  }
+}
+
+int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+// Borders of at most `pieces` ranges of rows that hold about equally many compressed bytes. Offsets that are out of order, which a
+// kernel will refuse, still give ranges that cover every row once.
+std::vector<int64_t> split_by_bytes(const BitmaskMatrix& w, int64_t width, int64_t pieces) {
+  const int64_t row_bytes = bitmask_bytes(w.cols) + static_cast<int64_t>(sizeof(int64_t));
+  const auto bytes_before = [&](int64_t row) { return w.row_offsets[row] * width + row * row_bytes; };
+  const int64_t total = w.nnz * width + w.rows * row_bytes;
+  std::vector<int64_t> borders{0};
+  for (int64_t piece = 1; piece < pieces; ++piece) {
+    int64_t low = borders.back(), high = w.rows;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      bytes_before(middle) < total / pieces* piece ? low = middle + 1 : high = middle;
+    }
+    if (low > borders.back() && low < w.rows) borders.push_back(low);
+  }
+  borders.push_back(w.rows);
+  return borders;
+}
+
+// Fails if a task found a faulty row: the first one, whatever the threads' order.
+void check_faults(const std::vector<int64_t>& faults, const BitmaskMatrix& w) {
+  const int64_t row = *std::min_element(faults.begin(), faults.end());
+  if (row < w.rows) fail_row(w.bitmasks, w.row_offsets, row, {w.rows, w.cols}, w.nnz);
+}
+
+void stream(const LinearKernels& kernels, const BitmaskMatrix& w, const void* x, int64_t m, const void* bias, void* y, int64_t width) {
+  const int64_t groups = (w.cols + kGroup - 1) / kGroup;
+  const Tensor lanes = empty(std::vector<int64_t>{m * groups * kernels.group_bytes}, aoti_torch_dtype_uint8());
+  kernels.pack_rows(x, m, w.cols, mutable_bytes(lanes));
+
+  const int64_t bytes = w.nnz * width + w.rows * bitmask_bytes(w.cols);
+  const int64_t pieces = std::max(std::min(threads() * kTasksPerThread, bytes / kLeastStreamBytes), bytes / kMostStreamBytes);
+  const std::vector<int64_t> borders = split_by_bytes(w, width, pieces);
+  const int64_t count = static_cast<int64_t>(borders.size()) - 1;
+  std::vector<int64_t> faults(static_cast<size_t>(count), w.rows);
+  for_each_task(count, bytes / count, [&](int64_t index) {
+    const size_t task = static_cast<size_t>(index);
+    const int64_t row = kernels.stream(w, borders[task], borders[task + 1], const_bytes(lanes), m, bias, y);
+    if (row < borders[task + 1]) faults[task] = row;
+  });
+  check_faults(faults, w);
+}
+
+// Memory of this thread for multiply, kept from call to call: mapping it anew costs as much as a small product.
+void* scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    memory.reset(std::aligned_alloc(64, static_cast<size_t>(bytes + 63) / 64 * 64));
+    size = memory == nullptr ? 0 : bytes;
+    if (memory == nullptr) throw std::bad_alloc();
+  }
+  return memory.get();
+}
+
+void multiply(const LinearKernels& kernels, const BitmaskMatrix& w, const uint8_t* x, int64_t m, const void* bias, void* y, int64_t width) {
+  const int64_t groups = (w.cols + kGroup - 1) / kGroup;
+  const int64_t panel_bytes = kernels.panel_rows * groups * kernels.group_bytes;
+  const int64_t panel_count = (m + kernels.panel_rows - 1) / kernels.panel_rows;
+  const Tensor panels = empty(std::vector<int64_t>{panel_count * panel_bytes}, aoti_torch_dtype_uint8());
+  for_each_task(panel_count, 2 * panel_bytes, [&](int64_t index) {
+    const int64_t row = index * kernels.panel_rows;
+    kernels.pack_panel(x + row * w.cols * width, std::min(kernels.panel_rows, m - row), w.cols,
+                       mutable_bytes(panels) + index * panel_bytes);
+  });
+
+  const int64_t fair = (w.rows / (threads() * kTasksPerThread) + 31) / 32 * 32;
+  const int64_t tile = std::max<int64_t>(std::min(fair, kernels.tile_rows), 32);
+  const int64_t count = (w.rows + tile - 1) / tile;
+  std::vector<int64_t> faults(static_cast<size_t>(count), w.rows);
+  for_each_task(count, tile * w.cols * (width + m / 8), [&](int64_t index) {
+    const int64_t begin = index * tile, end = std::min(begin + tile, w.rows);
+    const int64_t row = kernels.multiply(w, begin, end, const_bytes(panels), m, bias, y, scratch(kernels.scratch_bytes));
+    if (row < end) faults[static_cast<size_t>(index)] = row;
+  });
+  check_faults(faults, w);
+}
+
+Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, int64_t in_features,
+              const std::optional<Tensor>& bias) {
+  const int32_t dtype = dtype_of(values);
+  const LinearKernels& kernels = cpu::kernels().linear[linear_dtype(values)];
+  check_dtype("x", dtype_of(x), "the dtype of values", dtype);
+  check_dtype("bitmasks", dtype_of(bitmasks), "torch.uint8", aoti_torch_dtype_uint8());
+  check_dtype("row_offsets", dtype_of(row_offsets), "torch.int64", aoti_torch_dtype_int64());
+  const std::vector<int64_t> shape{row_offsets.numel(), in_features};
+  const Geometry g = geometry(shape);
+  check_part_sizes(values.sizes(), bitmasks.sizes(), row_offsets.sizes(), shape, g);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  const std::vector<int64_t> bias_sizes = bias ? std::vector<int64_t>(bias->sizes().begin(), bias->sizes().end()) : sizes;
+  check_linear_sizes(sizes, g, bias ? &bias_sizes : nullptr);
+  if (bias) check_dtype("bias", dtype_of(*bias), "the dtype of values", dtype);
+
+  const Tensor x_rows = contiguous("x", x), packed = contiguous("values", values), masks = contiguous("bitmasks", bitmasks);
+  const Tensor offsets = contiguous("row_offsets", row_offsets);
+  const Tensor offset = bias ? contiguous("bias", *bias) : offsets;
+  const BitmaskMatrix w{const_bytes(packed), const_bytes(masks), static_cast<const int64_t*>(offsets.const_data_ptr()), g.rows, g.cols,
+                        values.numel()};
+  sizes.back() = g.rows;
+  const int64_t m = geometry(x.sizes()).rows;
+  geometry(sizes);
+  const Tensor y = empty(sizes, dtype);
+  if (g.rows == 0 || m == 0) return y;
+  if (w.row_offsets[0] != 0) fail_row(w.bitmasks, w.row_offsets, 0, g, w.nnz);
+  const int64_t width = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+  const void* const bias_data = bias ? const_bytes(offset) : nullptr;
+  if (m <= kernels.streaming_rows) {
+    stream(kernels, w, const_bytes(x_rows), m, bias_data, mutable_bytes(y), width);
+  } else {
+    multiply(kernels, w, const_bytes(x_rows), m, bias_data, mutable_bytes(y), width);
+  }
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bitmask, CPU, m) { m.impl("linear", TORCH_BOX(&linear)); }
+
+}  // namespace bitmask

@@ -17,18 +17,20 @@ struct Candidate {
 #if defined(__x86_64__)
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-         __builtin_cpu_supports("popcnt");
+         __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vbmi2");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 bool always() { return true; }
 
 // Best first. To add an instruction set, add its line.
 constexpr Candidate kCandidates[] = {
 #if defined(__x86_64__)
+    {"avx512_bf16", has_avx512_bf16, kernels_avx512_bf16},
     {"avx512", has_avx512, kernels_avx512},
     {"avx2", has_avx2, kernels_avx2},
 #elif defined(__aarch64__)

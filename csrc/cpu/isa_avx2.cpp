@@ -6,21 +6,21 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,popcnt"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt"))), apply_to = function)
 #else
-#pragma GCC target("avx2,bmi,bmi2,popcnt")
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt")
 #endif
 
 namespace bitmask::cpu {
 namespace {
 #include "tables.h"
+#include "generic/elements.h"
 #include "simd_avx2.h"
 #include "generic/codec.h"
 #include "generic/lanes.h"
 #include "generic/linear.h"
 #include "generic/table.h"
-constexpr Kernels kTable =
-    make_kernels<PortableLanes<Float32Element>, PortableLanes<Bfloat16Element>, PortableLanes<Float16Element>>("avx2");
+constexpr Kernels kTable = make_kernels<Float32Lanes, Bfloat16Lanes, Float16Lanes>("avx2");
 }  // namespace
 const Kernels& kernels_avx2() { return kTable; }
 }  // namespace bitmask::cpu

@@ -3,6 +3,10 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 takes the intrinsics' own undefined vectors for ours (bug 105593)
+#endif
 #include <immintrin.h>
 
 #if defined(__clang__)
@@ -13,13 +17,13 @@
 
 namespace bitmask::cpu {
 namespace {
+#include "generic/elements.h"
 #include "simd_avx512.h"
 #include "generic/codec.h"
 #include "generic/lanes.h"
 #include "generic/linear.h"
 #include "generic/table.h"
-constexpr Kernels kTable =
-    make_kernels<PortableLanes<Float32Element>, PortableLanes<Bfloat16Element>, PortableLanes<Float16Element>>("avx512");
+constexpr Kernels kTable = make_kernels<Float32Lanes, WidenedBfloat16Lanes, Float16Lanes>("avx512");
 }  // namespace
 const Kernels& kernels_avx512() { return kTable; }
 }  // namespace bitmask::cpu

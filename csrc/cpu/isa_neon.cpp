@@ -7,13 +7,13 @@
 namespace bitmask::cpu {
 namespace {
 #include "tables.h"
+#include "generic/elements.h"
 #include "simd_neon.h"
 #include "generic/codec.h"
 #include "generic/lanes.h"
 #include "generic/linear.h"
 #include "generic/table.h"
-constexpr Kernels kTable =
-    make_kernels<PortableLanes<Float32Element>, PortableLanes<Bfloat16Element>, PortableLanes<Float16Element>>("neon");
+constexpr Kernels kTable = make_kernels<Float32Lanes, Bfloat16Lanes, Float16Lanes>("neon");
 }  // namespace
 const Kernels& kernels_neon() { return kTable; }
 }  // namespace bitmask::cpu

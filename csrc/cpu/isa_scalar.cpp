@@ -3,6 +3,7 @@
 
 namespace bitmask::cpu {
 namespace {
+#include "generic/elements.h"
 #include "simd_scalar.h"
 #include "generic/codec.h"
 #include "generic/lanes.h"

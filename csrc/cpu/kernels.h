@@ -78,6 +78,7 @@ const Kernels& kernels_scalar();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_avx512_bf16();
 #elif defined(__aarch64__)
 const Kernels& kernels_neon();
 #endif

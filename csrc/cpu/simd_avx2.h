@@ -112,3 +112,107 @@ struct Simd {
     return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xd8)));
   }
 };
+
+// ---- Lanes of the linear kernels (generic/lanes.h says what they hold): eight columns a vector, multiplied in fp32
+
+struct Float32Operands {
+  using Sum = float;
+  using Sums = __m256;
+  using Lanes = __m256;
+  static constexpr int kDepth = 1;
+  static constexpr int kLanes = 8;
+  static constexpr int kPanelRows = 6;
+  static constexpr int kStreamedRows = 4;
+  static constexpr int kStreamSums = 4;
+
+  static Lanes load(const uint8_t* src) { return _mm256_loadu_ps(reinterpret_cast<const float*>(src)); }
+  static void store(Lanes lanes, uint8_t* dst) { _mm256_storeu_ps(reinterpret_cast<float*>(dst), lanes); }
+  static Lanes broadcast(const uint8_t* src) { return _mm256_broadcast_ss(reinterpret_cast<const float*>(src)); }
+  static Sums multiply_add(Lanes a, Lanes b, Sums sums) { return _mm256_fmadd_ps(a, b, sums); }
+  static Sums zero() { return _mm256_setzero_ps(); }
+  static Sums add(Sums a, Sums b) { return _mm256_add_ps(a, b); }
+  static Sums load_sums(const uint8_t* src) { return load(src); }
+  static void store_sums(Sums sums, uint8_t* dst) { store(sums, dst); }
+
+  static Sum reduce(Sums sums) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+
+  // Pairs of rows are interleaved by lanes, then by pairs of lanes; what is then left to exchange are halves of vectors.
+  static void transpose(const uint8_t* src, int64_t stride, uint8_t* dst) {
+    __m256 pairs[8], quads[8];
+    for (int row = 0; row < 8; row += 2) {
+      const __m256 even = load(src + row * stride);
+      const __m256 odd = load(src + (row + 1) * stride);
+      pairs[row] = _mm256_unpacklo_ps(even, odd);
+      pairs[row + 1] = _mm256_unpackhi_ps(even, odd);
+    }
+    for (int row = 0; row < 8; row += 4) {
+      for (int half = 0; half < 2; ++half) {
+        quads[row + 2 * half] = _mm256_shuffle_ps(pairs[row + half], pairs[row + half + 2], 0x44);
+        quads[row + 2 * half + 1] = _mm256_shuffle_ps(pairs[row + half], pairs[row + half + 2], 0xee);
+      }
+    }
+    for (int lane = 0; lane < 4; ++lane) {
+      store(_mm256_permute2f128_ps(quads[lane], quads[4 + lane], 0x20), dst + lane * 32);
+      store(_mm256_permute2f128_ps(quads[lane], quads[4 + lane], 0x31), dst + (lane + 4) * 32);
+    }
+  }
+};
+
+struct Float32Lanes : Float32Operands {
+  using Element = Float32Element;
+
+  static const uint8_t* expand(const uint8_t* src, uint64_t mask, Lanes (&lanes)[8]) {
+    alignas(32) uint8_t dense[kGroup * 4];
+    src = Simd::expand<4>(src, mask, dense);
+    for (int vector = 0; vector < 8; ++vector) lanes[vector] = load(dense + vector * 32);
+    return src;
+  }
+  static void round(Sums sums, uint8_t* dst) { store(sums, dst); }
+};
+
+struct Float16Lanes : Float32Operands {
+  using Element = Float16Element;
+
+  static const uint8_t* expand(const uint8_t* src, uint64_t mask, Lanes (&lanes)[8]) {
+    alignas(32) uint8_t dense[kGroup * 2];
+    src = Simd::expand<2>(src, mask, dense);
+    for (int vector = 0; vector < 8; ++vector) lanes[vector] = _mm256_cvtph_ps(load_eight(dense + vector * 16));
+    return src;
+  }
+  static void round(Sums sums, uint8_t* dst) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm256_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+ private:
+  static __m128i load_eight(const uint8_t* src) { return _mm_load_si128(reinterpret_cast<const __m128i*>(src)); }
+};
+
+struct Bfloat16Lanes : Float32Operands {
+  using Element = Bfloat16Element;
+
+  static const uint8_t* expand(const uint8_t* src, uint64_t mask, Lanes (&lanes)[8]) {
+    alignas(32) uint8_t dense[kGroup * 2];
+    src = Simd::expand<2>(src, mask, dense);
+    for (int vector = 0; vector < 8; ++vector) {
+      const __m128i halves = _mm_load_si128(reinterpret_cast<const __m128i*>(dense + vector * 16));
+      lanes[vector] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
+    return src;
+  }
+
+  // Adds half of the last kept bit, less one where that bit is 0, so that ties go to even; a NaN is made quiet instead.
+  static void round(Sums sums, uint8_t* dst) {
+    const __m256i bits = _mm256_castps_si256(sums);
+    const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), last);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(sums, sums, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm256_castsi256_si128(packed));
+  }
+};

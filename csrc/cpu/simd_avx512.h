@@ -3,6 +3,12 @@
 // Compressed vectors are stored whole and overlap: a compressing store to memory is microcode on Zen 4, and a masked one is slower than
 // the bytes it saves. Zero-masked compress and expand wait for the old value of their destination on Zen 4 and 5, so both merge into a
 // zero that the compiler cannot recognise.
+inline __m512i opaque_zero() {
+  __m512i zero = _mm512_setzero_si512();
+  asm volatile("" : "+v"(zero));
+  return zero;
+}
+
 struct Simd {
   template <int W>
   static uint64_t nonzero(const uint8_t* src, const ZeroTest& test) {
@@ -26,23 +32,20 @@ struct Simd {
   template <int W>
   static const uint8_t* expand(const uint8_t* src, uint64_t mask, uint8_t* dst) {
     const __m512i zero = opaque_zero();
-    for (int vector = 0; vector < W; ++vector) {
-      const uint64_t lanes = lanes_of<W>(mask, vector);
-      const __m512i dense = expand_lanes<W>(zero, lanes, load(src));
-      _mm512_storeu_si512(dst + vector * 64, dense);
-      src += __builtin_popcountll(lanes) * W;
-    }
-    return src;
+    for (int vector = 0; vector < W; ++vector) _mm512_storeu_si512(dst + vector * 64, expand_vector<W>(zero, src, mask, vector));
+    return src + __builtin_popcountll(mask) * W;
+  }
+
+  // The vector-th 64 bytes of a group. Where its elements lie is counted from the start of the group, not from the vector before: so only
+  // one addition a group waits for the group before.
+  template <int W>
+  static __m512i expand_vector(__m512i zero, const uint8_t* src, uint64_t mask, int vector) {
+    const uint64_t before = vector == 0 ? 0 : mask << (64 - vector * (64 / W));
+    return expand_lanes<W>(zero, lanes_of<W>(mask, vector), load(src + __builtin_popcountll(before) * W));
   }
 
  private:
   static __m512i load(const uint8_t* src) { return _mm512_loadu_si512(src); }
-
-  static __m512i opaque_zero() {
-    __m512i zero = _mm512_setzero_si512();
-    asm volatile("" : "+v"(zero));
-    return zero;
-  }
 
   // The mask bits of the vector-th 64 bytes of a group.
   template <int W>
@@ -83,4 +86,117 @@ struct Simd {
     if constexpr (W == 8) return _mm512_mask_expand_epi64(zero, static_cast<__mmask8>(lanes), v);
     if constexpr (W == 16) return _mm512_mask_expand_epi64(zero, pairs(lanes), v);
   }
+};
+
+// ---- Lanes of the linear kernels (generic/lanes.h says what they hold)
+
+// Sixteen fp32 sums.
+struct Float32Sums {
+  using Sum = float;
+  using Sums = __m512;
+  static constexpr int kLanes = 16;
+  static constexpr int kPanelRows = 12;
+  static constexpr int kStreamedRows = 8;
+  static constexpr int kStreamSums = 16;
+
+  static Sums zero() { return _mm512_setzero_ps(); }
+  static Sums add(Sums a, Sums b) { return _mm512_add_ps(a, b); }
+  static Sum reduce(Sums sums) { return _mm512_reduce_add_ps(sums); }
+  static Sums load_sums(const uint8_t* src) { return _mm512_loadu_ps(src); }
+  static void store_sums(Sums sums, uint8_t* dst) { _mm512_storeu_ps(dst, sums); }
+
+  // Sixteen rows of 32-bit lanes: pairs of rows are interleaved by lanes, then by pairs of lanes; what is then left to exchange are whole
+  // quarters of vectors.
+  static void transpose(const uint8_t* src, int64_t stride, uint8_t* dst) {
+    __m512i pairs[16], quads[16];
+    for (int row = 0; row < 16; row += 2) {
+      const __m512i even = _mm512_loadu_si512(src + row * stride);
+      const __m512i odd = _mm512_loadu_si512(src + (row + 1) * stride);
+      pairs[row] = _mm512_unpacklo_epi32(even, odd);
+      pairs[row + 1] = _mm512_unpackhi_epi32(even, odd);
+    }
+    for (int row = 0; row < 16; row += 4) {
+      for (int half = 0; half < 2; ++half) {
+        quads[row + 2 * half] = _mm512_unpacklo_epi64(pairs[row + half], pairs[row + half + 2]);
+        quads[row + 2 * half + 1] = _mm512_unpackhi_epi64(pairs[row + half], pairs[row + half + 2]);
+      }
+    }
+    for (int lane = 0; lane < 4; ++lane) {  // quads[4 i + lane] holds lanes lane, lane + 4, ... of rows 4 i to 4 i + 3
+      const __m512i low02 = _mm512_shuffle_i32x4(quads[lane], quads[4 + lane], 0x88);
+      const __m512i low13 = _mm512_shuffle_i32x4(quads[lane], quads[4 + lane], 0xdd);
+      const __m512i high02 = _mm512_shuffle_i32x4(quads[8 + lane], quads[12 + lane], 0x88);
+      const __m512i high13 = _mm512_shuffle_i32x4(quads[8 + lane], quads[12 + lane], 0xdd);
+      _mm512_storeu_si512(dst + lane * 64, _mm512_shuffle_i32x4(low02, high02, 0x88));
+      _mm512_storeu_si512(dst + (lane + 4) * 64, _mm512_shuffle_i32x4(low13, high13, 0x88));
+      _mm512_storeu_si512(dst + (lane + 8) * 64, _mm512_shuffle_i32x4(low02, high02, 0xdd));
+      _mm512_storeu_si512(dst + (lane + 12) * 64, _mm512_shuffle_i32x4(low13, high13, 0xdd));
+    }
+  }
+};
+
+// One column in each lane, multiplied in fp32.
+struct Float32Operands : Float32Sums {
+  using Lanes = __m512;
+  static constexpr int kDepth = 1;
+
+  static Lanes load(const uint8_t* src) { return _mm512_loadu_ps(src); }
+  static void store(Lanes lanes, uint8_t* dst) { _mm512_storeu_ps(dst, lanes); }
+  static Lanes broadcast(const uint8_t* src) { return _mm512_set1_ps(load_as<float>(src)); }
+  static Sums multiply_add(Lanes a, Lanes b, Sums sums) { return _mm512_fmadd_ps(a, b, sums); }
+};
+
+struct Float32Lanes : Float32Operands {
+  using Element = Float32Element;
+
+  static const uint8_t* expand(const uint8_t* src, uint64_t mask, Lanes (&lanes)[4]) {
+    const __m512i zero = opaque_zero();
+    for (int vector = 0; vector < 4; ++vector) lanes[vector] = _mm512_castsi512_ps(Simd::expand_vector<4>(zero, src, mask, vector));
+    return src + __builtin_popcountll(mask) * 4;
+  }
+  static void round(Sums sums, uint8_t* dst) { _mm512_storeu_ps(dst, sums); }
+};
+
+struct Float16Lanes : Float32Operands {
+  using Element = Float16Element;
+
+  static const uint8_t* expand(const uint8_t* src, uint64_t mask, Lanes (&lanes)[4]) {
+    const __m512i zero = opaque_zero();
+    for (int vector = 0; vector < 2; ++vector) {
+      const __m512i halves = Simd::expand_vector<2>(zero, src, mask, vector);
+      lanes[2 * vector] = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+      lanes[2 * vector + 1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+    }
+    return src + __builtin_popcountll(mask) * 2;
+  }
+  static void round(Sums sums, uint8_t* dst) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm512_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+};
+
+// bf16 widened to fp32, for machines without AVX512_BF16.
+struct WidenedBfloat16Lanes : Float32Operands {
+  using Element = Bfloat16Element;
+
+  static const uint8_t* expand(const uint8_t* src, uint64_t mask, Lanes (&lanes)[4]) {
+    const __m512i zero = opaque_zero();
+    for (int vector = 0; vector < 2; ++vector) {
+      const __m512i halves = Simd::expand_vector<2>(zero, src, mask, vector);
+      lanes[2 * vector] = widen(_mm512_castsi512_si256(halves));
+      lanes[2 * vector + 1] = widen(_mm512_extracti64x4_epi64(halves, 1));
+    }
+    return src + __builtin_popcountll(mask) * 2;
+  }
+
+  // Adds half of the last kept bit, less one where that bit is 0, so that ties go to even; a NaN is made quiet instead.
+  static void round(Sums sums, uint8_t* dst) {
+    const __m512i bits = _mm512_castps_si512(sums);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+    const __mmask16 nan = _mm512_cmp_ps_mask(sums, sums, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16)));
+  }
+
+ private:
+  static Lanes widen(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
 };

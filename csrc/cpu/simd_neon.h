@@ -138,3 +138,82 @@ struct Simd {
     return vgetq_lane_u64(vreinterpretq_u64_u8(vpaddq_u8(nibbles, nibbles)), 0);
   }
 };
+
+// ---- Lanes of the linear kernels (generic/lanes.h says what they hold): four columns a vector, multiplied in fp32
+
+struct Float32Operands {
+  using Sum = float;
+  using Sums = float32x4_t;
+  using Lanes = float32x4_t;
+  static constexpr int kDepth = 1;
+  static constexpr int kLanes = 4;
+  static constexpr int kPanelRows = 12;
+  static constexpr int kStreamedRows = 4;
+  static constexpr int kStreamSums = 4;
+
+  static Lanes load(const uint8_t* src) { return vreinterpretq_f32_u8(vld1q_u8(src)); }
+  static void store(Lanes lanes, uint8_t* dst) { vst1q_u8(dst, vreinterpretq_u8_f32(lanes)); }
+  static Lanes broadcast(const uint8_t* src) { return vdupq_n_f32(load_as<float>(src)); }
+  static Sums multiply_add(Lanes a, Lanes b, Sums sums) { return vfmaq_f32(sums, a, b); }
+  static Sums zero() { return vdupq_n_f32(0); }
+  static Sums add(Sums a, Sums b) { return vaddq_f32(a, b); }
+  static Sum reduce(Sums sums) { return vaddvq_f32(sums); }
+  static Sums load_sums(const uint8_t* src) { return load(src); }
+  static void store_sums(Sums sums, uint8_t* dst) { store(sums, dst); }
+
+  static void transpose(const uint8_t* src, int64_t stride, uint8_t* dst) {
+    const float32x4x2_t low = vtrnq_f32(load(src), load(src + stride));
+    const float32x4x2_t high = vtrnq_f32(load(src + 2 * stride), load(src + 3 * stride));
+    for (int lane = 0; lane < 2; ++lane) {
+      store(vcombine_f32(vget_low_f32(low.val[lane]), vget_low_f32(high.val[lane])), dst + lane * 16);
+      store(vcombine_f32(vget_high_f32(low.val[lane]), vget_high_f32(high.val[lane])), dst + (lane + 2) * 16);
+    }
+  }
+};
+
+struct Float32Lanes : Float32Operands {
+  using Element = Float32Element;
+
+  static const uint8_t* expand(const uint8_t* src, uint64_t mask, Lanes (&lanes)[16]) {
+    uint8_t dense[kGroup * 4];
+    src = Simd::expand<4>(src, mask, dense);
+    for (int vector = 0; vector < 16; ++vector) lanes[vector] = load(dense + vector * 16);
+    return src;
+  }
+  static void round(Sums sums, uint8_t* dst) { store(sums, dst); }
+};
+
+struct Float16Lanes : Float32Operands {
+  using Element = Float16Element;
+
+  static const uint8_t* expand(const uint8_t* src, uint64_t mask, Lanes (&lanes)[16]) {
+    uint8_t dense[kGroup * 2];
+    src = Simd::expand<2>(src, mask, dense);
+    for (int vector = 0; vector < 16; ++vector) lanes[vector] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(dense + vector * 8)));
+    return src;
+  }
+  static void round(Sums sums, uint8_t* dst) { vst1_u8(dst, vreinterpret_u8_f16(vcvt_f16_f32(sums))); }
+};
+
+struct Bfloat16Lanes : Float32Operands {
+  using Element = Bfloat16Element;
+
+  static const uint8_t* expand(const uint8_t* src, uint64_t mask, Lanes (&lanes)[16]) {
+    uint8_t dense[kGroup * 2];
+    src = Simd::expand<2>(src, mask, dense);
+    for (int vector = 0; vector < 16; ++vector) {
+      lanes[vector] = vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(dense + vector * 8)), 16));
+    }
+    return src;
+  }
+
+  // Adds half of the last kept bit, less one where that bit is 0, so that ties go to even; a NaN is made quiet instead.
+  static void round(Sums sums, uint8_t* dst) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(sums);
+    const uint32x4_t last = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), last);
+    const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    const uint32x4_t number = vceqq_f32(sums, sums);
+    vst1_u8(dst, vreinterpret_u8_u16(vshrn_n_u32(vbslq_u32(number, rounded, quiet), 16)));
+  }
+};

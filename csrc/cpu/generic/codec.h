@@ -18,12 +18,17 @@
 // How far ahead of the dense stream to prefetch: hardware prefetchers stop at the 4 KB page end.
 constexpr int64_t kPrefetchBytes = 4096;
 
-// Asks for the cache lines of the group kPrefetchBytes ahead of `src`. The address may lie past the data, or `src` be null: a prefetch
-// does not fault, but pointer arithmetic would be undefined, hence the integer.
+// Asks for the cache lines of the kBytes that lie `ahead` of `src`. The address may lie past the data, or `src` be null: a prefetch does
+// not fault, but pointer arithmetic would be undefined, hence the integer.
+template <int kBytes>
+inline void prefetch_bytes(const uint8_t* src, int64_t ahead) {
+  const uintptr_t from = reinterpret_cast<uintptr_t>(src) + static_cast<uintptr_t>(ahead);
+  for (uintptr_t line = 0; line < kBytes; line += 64) __builtin_prefetch(reinterpret_cast<const void*>(from + line));
+}
+
 template <int W>
 inline void prefetch_group(const uint8_t* src) {
-  const uintptr_t ahead = reinterpret_cast<uintptr_t>(src) + kPrefetchBytes;
-  for (uintptr_t line = 0; line < kGroup * W; line += 64) __builtin_prefetch(reinterpret_cast<const void*>(ahead + line));
+  prefetch_bytes<kGroup * W>(src, kPrefetchBytes);
 }
 
 inline void copy_bytes(void* dst, const void* src, int64_t bytes) {

@@ -14,7 +14,8 @@ constexpr int kStrips = 2;            // vectors of W rows in registers, beside 
 constexpr int64_t kBlockLanes = 512;  // lanes of a row that multiply expands at a time
 constexpr int64_t kTileRows = 128;    // rows of W in a tile: kTileRows * kBlockLanes * 4 bytes take a quarter of a second-level cache
 constexpr int64_t kBlockRows = 504;   // rows of x for which multiply keeps sums; a multiple of every kPanelRows
-constexpr int kChains = 8;            // independent sums that hide the latency of an addition
+constexpr int64_t kTilePrefetchBytes = 384;
+constexpr int kChains = 8;  // independent sums that hide the latency of an addition
 
 template <class L>
 constexpr int64_t kLaneBytes = sizeof(typename L::Sum);
@@ -57,13 +58,17 @@ struct RowReader {
     if (!kBounded || end - src >= kGroup * kWidth) {
       src = L::expand(src, mask, lanes);
     } else {
-      uint8_t packed[kGroup * kWidth] = {};
-      copy_bytes(packed, src, end - src);
-      const int64_t taken = L::expand(packed, mask, lanes) - packed;
-      const int64_t kept = taken < end - src ? taken : end - src;
-      src += kept;
-      absent += taken - kept;
+      next_near_end(mask, lanes);
     }
+  }
+
+  __attribute__((noinline, cold)) void next_near_end(uint64_t mask, typename L::Lanes (&lanes)[kVectors<L>]) {
+    uint8_t packed[kGroup * kWidth] = {};
+    copy_bytes(packed, src, end - src);
+    const int64_t taken = L::expand(packed, mask, lanes) - packed;
+    const int64_t kept = taken < end - src ? taken : end - src;
+    src += kept;
+    absent += taken - kept;
   }
 
   // Elements read, or asked for, since `start`.
@@ -127,76 +132,105 @@ void pack_panel(const void* x, int64_t rows, int64_t cols, void* panel) {
 
 // ---- Few rows of x
 
-// Products of one row of W with M rows of x, whose lanes are x_stride bytes apart; returns the number of values the row took.
-template <class L, int M, bool kBounded>
-inline int64_t dot_row(const BitmaskMatrix& w, int64_t row, int64_t start, const uint8_t* x, int64_t x_stride, typename L::Sum (&y)[M]) {
-  constexpr int kOwn = M >= kChains ? 1 : kChains / M;  // chains of each row of x
+// Products of R rows of W with M rows of x, whose lanes are x_stride bytes apart. `taken` tells the number of values each row of W took.
+// What lies `ahead` bytes after the values read is prefetched: at least as far as these R rows reach, so that none is asked for twice.
+template <class L, int R, int M, bool kBounded>
+inline void dot_rows(const BitmaskMatrix& w, int64_t row, const int64_t (&starts)[R], int64_t ahead, const uint8_t* x, int64_t x_stride,
+                     typename L::Sum (&y)[R][M], int64_t (&taken)[R]) {
+  constexpr int kOwn = R * M >= kChains ? 1 : kChains / (R * M);  // chains of each product
   constexpr int kUnroll = kOwn > kVectors<L> ? kOwn / kVectors<L> : 1;
-  typename L::Sums sums[M][kOwn];
-  for (auto& chains : sums) {
-    for (auto& chain : chains) chain = L::zero();
-  }
-  RowReader<L, kBounded> reader = reader_at<L, kBounded>(w, start);
-  const uint8_t* const first = reader.src;
+  typename L::Sums sums[R][M][kOwn];
+  RowReader<L, kBounded> readers[R];
+  const uint8_t* first[R];
   const uint8_t* bits = w.bitmasks + row * bitmask_bytes(w.cols);
-  const auto step = [&](uint64_t mask, int at) __attribute__((always_inline)) {
-    typename L::Lanes lanes[kVectors<L>];
-    prefetch_group<(L::Element::kWidth + 1) / 2>(reader.src);
-    reader.next(mask, lanes);
+  for (int r = 0; r < R; ++r) {
+    readers[r] = reader_at<L, kBounded>(w, starts[r]);
+    first[r] = readers[r].src;
+    for (auto& chains : sums[r]) {
+      for (auto& chain : chains) chain = L::zero();
+    }
+  }
+  const auto step = [&](int64_t columns, int at) __attribute__((always_inline)) {
+    typename L::Lanes lanes[R][kVectors<L>];
+    for (int r = 0; r < R; ++r) {
+      prefetch_bytes<(L::Element::kWidth + 1) / 2 * 64>(readers[r].src, ahead);
+      readers[r].next(load_mask(bits + r * bitmask_bytes(w.cols), columns), lanes[r]);
+    }
     for (int vector = 0; vector < kVectors<L>; ++vector) {
       for (int i = 0; i < M; ++i) {
-        typename L::Sums& chain = sums[i][(at * kVectors<L> + vector) % kOwn];
-        chain = L::multiply_add(lanes[vector], L::load(x + i * x_stride + vector * L::kLanes * kLaneBytes<L>), chain);
+        const typename L::Lanes operand = L::load(x + i * x_stride + vector * L::kLanes * kLaneBytes<L>);
+        for (int r = 0; r < R; ++r) {
+          typename L::Sums& chain = sums[r][i][(at * kVectors<L> + vector) % kOwn];
+          chain = L::multiply_add(lanes[r][vector], operand, chain);
+        }
       }
     }
     x += kGroupBytes<L>;
+    bits += 8;
   };
   int64_t group = 0;
   for (; group + kUnroll <= w.cols / kGroup; group += kUnroll) {
-    for (int at = 0; at < kUnroll; ++at) step(load_mask(bits + (group + at) * 8, kGroup), at);
+    for (int at = 0; at < kUnroll; ++at) step(kGroup, at);
   }
-  for (; group < w.cols / kGroup; ++group) step(load_mask(bits + group * 8, kGroup), 0);
-  if (w.cols % kGroup != 0) step(load_mask(bits + group * 8, w.cols % kGroup), 0);
-  for (int i = 0; i < M; ++i) {
-    for (int chain = 1; chain < kOwn; ++chain) sums[i][0] = L::add(sums[i][0], sums[i][chain]);
-    y[i] = L::reduce(sums[i][0]);
+  for (; group < w.cols / kGroup; ++group) step(kGroup, 0);
+  if (w.cols % kGroup != 0) step(w.cols % kGroup, 0);
+  for (int r = 0; r < R; ++r) {
+    taken[r] = readers[r].taken_since(first[r]);
+    for (int i = 0; i < M; ++i) {
+      for (int chain = 1; chain < kOwn; ++chain) sums[r][i][0] = L::add(sums[r][i][0], sums[r][i][chain]);
+      y[r][i] = L::reduce(sums[r][i][0]);
+    }
   }
-  return reader.taken_since(first);
+}
+
+// R rows from `row` on: the first faulty one, or row + R.
+template <class L, int R, int M, bool kBounded>
+inline int64_t stream_rows(const BitmaskMatrix& w, int64_t row, const int64_t (&starts)[R], const int64_t (&counts)[R], const uint8_t* x,
+                           const uint8_t* bias, uint8_t* y) {
+  using Element = typename L::Element;
+  typename L::Sum products[R][M];
+  int64_t taken[R];
+  const int64_t reach = (starts[R - 1] + counts[R - 1] - starts[0]) * Element::kWidth;
+  dot_rows<L, R, M, kBounded>(w, row, starts, reach > kPrefetchBytes ? reach : kPrefetchBytes, x, groups_of(w.cols) * kGroupBytes<L>,
+                              products, taken);
+  for (int r = 0; r < R; ++r, ++row) {
+    if (taken[r] != counts[r] || !padding_is_zero(w, row)) return row;
+    const typename L::Sum offset = bias == nullptr ? 0 : Element::widen(bias + row * Element::kWidth);
+    for (int i = 0; i < M; ++i) Element::narrow(products[r][i] + offset, y + (i * w.rows + row) * Element::kWidth);
+  }
+  return row;
 }
 
 template <class L, int M>
-int64_t stream_rows(const BitmaskMatrix& w, int64_t begin, int64_t end, const uint8_t* lanes, const uint8_t* bias, uint8_t* y) {
-  using Element = typename L::Element;
-  const int64_t x_stride = groups_of(w.cols) * kGroupBytes<L>;
-  for (int64_t row = begin; row < end; ++row) {
-    int64_t start, count;
-    if (!find_row(w, row, &start, &count)) return row;
-    typename L::Sum products[M];
-    const bool near_end = w.nnz - start < w.cols + kGroup;
-    const int64_t taken = near_end ? dot_row<L, M, true>(w, row, start, lanes, x_stride, products)
-                                   : dot_row<L, M, false>(w, row, start, lanes, x_stride, products);
-    if (taken != count || !padding_is_zero(w, row)) return row;
-    const typename L::Sum offset = bias == nullptr ? 0 : Element::widen(bias + row * Element::kWidth);
-    for (int i = 0; i < M; ++i) Element::narrow(products[i] + offset, y + (i * w.rows + row) * Element::kWidth);
+int64_t stream_all(const BitmaskMatrix& w, int64_t begin, int64_t end, const uint8_t* lanes, const uint8_t* bias, uint8_t* y) {
+  constexpr int kFit = L::kStreamSums / M;
+  constexpr int R = M < kFit ? M : kFit;  // one row of x: the one stream of bytes that memory delivers fastest
+  for (int64_t row = begin; row < end;) {
+    int64_t starts[R], counts[R];
+    int together = 0;  // rows whose offsets are in order
+    while (together < R && row + together < end && find_row(w, row + together, &starts[together], &counts[together])) ++together;
+    if (together == 0) return row;
+    int64_t next;
+    if (together == R && w.nnz - starts[R - 1] >= w.cols + kGroup) {
+      next = stream_rows<L, R, M, false>(w, row, starts, counts, lanes, bias, y);
+      together = R;
+    } else {
+      const int64_t start[1] = {starts[0]}, count[1] = {counts[0]};
+      next = stream_rows<L, 1, M, true>(w, row, start, count, lanes, bias, y);
+      together = 1;
+    }
+    if (next < row + together) return next;
+    row = next;
   }
   return end;
 }
 
-template <class L>
+template <class L, int M = L::kStreamedRows>
 int64_t stream(const BitmaskMatrix& w, int64_t begin, int64_t end, const void* lanes, int64_t m, const void* bias, void* y) {
-  const uint8_t* const x = static_cast<const uint8_t*>(lanes);
-  const uint8_t* const offsets = static_cast<const uint8_t*>(bias);
-  uint8_t* const out = static_cast<uint8_t*>(y);
-  switch (m) {
-    case 1:
-      return stream_rows<L, 1>(w, begin, end, x, offsets, out);
-    case 2:
-      return stream_rows<L, 2>(w, begin, end, x, offsets, out);
-    case 3:
-      return stream_rows<L, 3>(w, begin, end, x, offsets, out);
-    default:
-      return stream_rows<L, 4>(w, begin, end, x, offsets, out);
+  if constexpr (M > 1) {
+    if (m < M) return stream<L, M - 1>(w, begin, end, lanes, m, bias, y);
   }
+  return stream_all<L, M>(w, begin, end, static_cast<const uint8_t*>(lanes), static_cast<const uint8_t*>(bias), static_cast<uint8_t*>(y));
 }
 
 // ---- More rows of x
@@ -204,11 +238,8 @@ int64_t stream(const BitmaskMatrix& w, int64_t begin, int64_t end, const void* l
 // Memory of one call of multiply.
 template <class L>
 struct Scratch {
-  static constexpr int64_t kStripRows = L::kLanes;
-  static constexpr int64_t kStripBytes = kBlockLanes * L::kLanes * kLaneBytes<L>;
-
-  alignas(64) uint8_t rows[kStripBytes];                         // [kLanes rows of W][kBlockLanes]: as expanded
-  alignas(64) uint8_t tile[kTileRows / L::kLanes][kStripBytes];  // of each strip, [kBlockLanes][kLanes rows of W]
+  alignas(64) uint8_t rows[L::kLanes][kGroupBytes<L>];                                       // one group of each row of a strip
+  alignas(64) uint8_t tile[kTileRows / L::kLanes][kBlockLanes * L::kLanes * kLaneBytes<L>];  // of each strip, [kBlockLanes][kLanes rows]
   alignas(64) typename L::Sum bias[kTileRows];
   alignas(64) typename L::Sum sums[kBlockRows * kTileRows];  // [rows of x][rows of W]
 };
@@ -221,25 +252,37 @@ struct TileReader {
   int64_t counts[kTileRows];
 };
 
-// Expands `groups` groups, from the group-th on, of the strip of rows that begins at the row-th of the tile.
+// Expands one group of each of `rows` <= kLanes rows of W into a transposed block of the tile; absent rows are zero. All rows advance
+// together, as that many streams.
 template <class L>
-void expand_strip(const BitmaskMatrix& w, TileReader<L>& reader, int64_t begin, int64_t row, int64_t rows, int64_t group, int64_t groups,
-                  uint8_t* expanded) {
-  for (int64_t i = 0; i < L::kLanes; ++i) {
-    uint8_t* dst = expanded + i * kBlockLanes * kLaneBytes<L>;
-    if (row + i >= rows) {
-      __builtin_memset(dst, 0, static_cast<size_t>(groups * kGroupBytes<L>));
-      continue;
+inline void expand_block(const uint8_t* bits, int64_t row_bytes, int64_t columns, int64_t rows, RowReader<L, true>* readers,
+                         uint8_t (&expanded)[L::kLanes][kGroupBytes<L>], uint8_t* block) {
+  constexpr int64_t kVector = L::kLanes * kLaneBytes<L>;
+  for (int64_t i = 0; i < rows; ++i, bits += row_bytes) {
+    typename L::Lanes lanes[kVectors<L>];
+    prefetch_bytes<(L::Element::kWidth + 1) / 2 * 64>(readers[i].src, kTilePrefetchBytes);
+    readers[i].next(load_mask(bits, columns), lanes);
+    for (int vector = 0; vector < kVectors<L>; ++vector) L::store(lanes[vector], expanded[i] + vector * kVector);
+  }
+  for (int vector = 0; vector < kVectors<L>; ++vector) {
+    L::transpose(expanded[0] + vector * kVector, kGroupBytes<L>, block + vector * L::kLanes * kVector);
+  }
+}
+
+// Expands `groups` groups, from the group-th on, of a strip of rows.
+template <class L>
+void expand_strip(const BitmaskMatrix& w, int64_t row, int64_t rows, int64_t group, int64_t groups, RowReader<L, true>* readers,
+                  uint8_t (&expanded)[L::kLanes][kGroupBytes<L>], uint8_t* strip) {
+  const int64_t row_bytes = bitmask_bytes(w.cols);
+  const uint8_t* bits = w.bitmasks + row * row_bytes + group * 8;
+  const int64_t whole = groups < w.cols / kGroup - group ? groups : w.cols / kGroup - group;
+  if (rows < L::kLanes) __builtin_memset(expanded, 0, sizeof(expanded));
+  for (int64_t i = 0; i < groups; ++i, bits += 8, strip += L::kLanes * kGroupBytes<L>) {
+    if (i < whole) {
+      expand_block<L>(bits, row_bytes, kGroup, rows, readers, expanded, strip);
+    } else {
+      expand_block<L>(bits, row_bytes, w.cols % kGroup, rows, readers, expanded, strip);
     }
-    RowReader<L, true> values = reader.rows[row + i];
-    const uint8_t* const bits = w.bitmasks + (begin + row + i) * bitmask_bytes(w.cols);
-    for (int64_t g = group; g < group + groups; ++g, dst += kGroupBytes<L>) {
-      typename L::Lanes lanes[kVectors<L>];
-      const int64_t columns = w.cols - g * kGroup;
-      values.next(load_mask(bits + g * 8, columns < kGroup ? columns : kGroup), lanes);
-      for (int vector = 0; vector < kVectors<L>; ++vector) L::store(lanes[vector], dst + vector * L::kLanes * kLaneBytes<L>);
-    }
-    reader.rows[row + i] = values;
   }
 }
 
@@ -314,11 +357,9 @@ int64_t multiply_block(const BitmaskMatrix& w, int64_t begin, int64_t end, const
     const int64_t groups = groups_of(w.cols) - group < kGroups ? groups_of(w.cols) - group : kGroups;
     const int64_t lanes = groups * kGroup / L::kDepth;
     for (int64_t strip = 0; strip < strips; ++strip) {
-      expand_strip<L>(w, reader, begin, strip * L::kLanes, rows, group, groups, scratch.rows);
-      for (int64_t lane = 0; lane < lanes; lane += L::kLanes) {
-        L::transpose(scratch.rows + lane * kLaneBytes<L>, kBlockLanes * kLaneBytes<L>,
-                     scratch.tile[strip] + lane * L::kLanes * kLaneBytes<L>);
-      }
+      const int64_t first = strip * L::kLanes;
+      const int64_t present = rows - first < L::kLanes ? (rows < first ? 0 : rows - first) : L::kLanes;
+      expand_strip<L>(w, begin + first, present, group, groups, reader.rows + first, scratch.rows, scratch.tile[strip]);
     }
     for (int64_t i = 0; i < m; i += L::kPanelRows) {
       const uint8_t* const panel = panels + (i * groups_of(w.cols) + group * L::kPanelRows) * kGroupBytes<L>;
@@ -352,5 +393,6 @@ int64_t multiply(const BitmaskMatrix& w, int64_t begin, int64_t end, const void*
 
 template <class L>
 constexpr LinearKernels linear_kernels() {
-  return {kGroupBytes<L>, 4, L::kPanelRows, kTileRows, sizeof(Scratch<L>), pack_rows<L>, pack_panel<L>, stream<L>, multiply<L>};
+  return {kGroupBytes<L>, L::kStreamedRows, L::kPanelRows, kTileRows,  sizeof(Scratch<L>),
+          pack_rows<L>,   pack_panel<L>,    stream<L>,     multiply<L>};
 }

@@ -1,0 +1,21 @@
+// bf16 multiplied in pairs by AVX512_BF16: a lane is two columns, and one instruction adds both their products to an fp32 sum. It rounds
+// once for each product and addition, to nearest even, and takes subnormals for zeros.
+struct Bfloat16PairLanes : Float32Sums {
+  using Element = Bfloat16Element;
+  using Lanes = __m512i;
+  static constexpr int kDepth = 2;
+
+  static const uint8_t* expand(const uint8_t* src, uint64_t mask, Lanes (&lanes)[2]) {
+    const __m512i zero = opaque_zero();
+    for (int vector = 0; vector < 2; ++vector) lanes[vector] = Simd::expand_vector<2>(zero, src, mask, vector);
+    return src + __builtin_popcountll(mask) * 2;
+  }
+
+  static Lanes load(const uint8_t* src) { return _mm512_loadu_si512(src); }
+  static void store(Lanes lanes, uint8_t* dst) { _mm512_storeu_si512(dst, lanes); }
+  static Lanes broadcast(const uint8_t* src) { return _mm512_set1_epi32(load_as<int32_t>(src)); }
+  static Sums multiply_add(Lanes a, Lanes b, Sums sums) {
+    return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  static void round(Sums sums, uint8_t* dst) { WidenedBfloat16Lanes::round(sums, dst); }
+};

@@ -291,7 +291,8 @@ template <class L, int MR>
 void product(const uint8_t* panel, const uint8_t* strip0, const uint8_t* strip1, int64_t lanes, uint8_t* sums) {
   constexpr int64_t kVector = L::kLanes * kLaneBytes<L>;
   constexpr int64_t kStride = kTileRows * kLaneBytes<L>;
-  typename L::Sums acc[MR][kStrips];
+  typename L::Sums acc[MR][kStrips];  // in registers: every loop over it is unrolled
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
     acc[i][0] = L::load_sums(sums + i * kStride);
     acc[i][1] = L::load_sums(sums + i * kStride + kVector);
@@ -306,6 +307,7 @@ void product(const uint8_t* panel, const uint8_t* strip0, const uint8_t* strip1,
       acc[i][1] = L::multiply_add(w1, x, acc[i][1]);
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
     L::store_sums(acc[i][0], sums + i * kStride);
     L::store_sums(acc[i][1], sums + i * kStride + kVector);

@@ -70,14 +70,17 @@ void check_part_sizes(const Sizes& values, const Sizes& bitmasks, const Sizes& r
   if (g.rows == 0 && values[0] != 0) fail("values: got ", values[0], " elements, expected 0 for a tensor without rows");
 }
 
-// Fails unless x [..., in_features] and bias [out_features] fit the weight.
+// Fails unless the last dimension has the size that the weight asks for; `feature` names it.
 template <typename Sizes>
-void check_linear_sizes(const Sizes& x, const Geometry& weight, const Sizes* bias) {
-  if (x.size() == 0) fail("x: got a scalar, expected [..., ", weight.cols, "] (in_features)");
-  if (x[x.size() - 1] != weight.cols) fail("x: got size ", to_text(x), ", expected [..., ", weight.cols, "] (in_features)");
-  if (bias != nullptr && (bias->size() != 1 || (*bias)[0] != weight.rows)) {
-    fail("bias: got size ", to_text(*bias), ", expected [", weight.rows, "] (out_features)");
+void check_last_size(const char* name, const Sizes& sizes, int64_t expected, const char* feature) {
+  if (sizes.size() == 0 || sizes[sizes.size() - 1] != expected) {
+    fail(name, ": got size ", to_text(sizes), ", expected [..., ", expected, "] (", feature, ")");
   }
+}
+
+template <typename Sizes>
+void check_bias_size(const Sizes& sizes, int64_t rows) {
+  if (sizes.size() != 1 || sizes[0] != rows) fail("bias: got size ", to_text(sizes), ", expected [", rows, "] (out_features)");
 }
 
 // Fails with what is wrong in a row that a kernel found faulty. `end` is the next row's offset, or nnz after the last row.

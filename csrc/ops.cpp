@@ -15,6 +15,7 @@
 #include "cpu/kernels.h"
 #include "layout.h"
 #include "parallel.h"
+#include "proof.h"
 #include "tensors.h"
 
 namespace bitmask {
@@ -247,23 +248,28 @@ Tensor decompress(const Tensor& values, const Tensor& bitmasks, const Tensor& ro
   return dense;
 }
 
-void validate(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, IntHeaderOnlyArrayRef shape) {
-  prove(values, bitmasks, row_offsets, std::vector<int64_t>(shape.begin(), shape.end()));
+void validate_parts(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, IntHeaderOnlyArrayRef shape) {
+  validate(values, bitmasks, row_offsets, std::vector<int64_t>(shape.begin(), shape.end()));
 }
 
 }  // namespace
+
+void validate(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, const std::vector<int64_t>& shape) {
+  prove(values, bitmasks, row_offsets, shape);
+}
 
 STABLE_TORCH_LIBRARY(bitmask, m) {
   m.def("compress(Tensor dense, bool keep_negative_zero) -> (Tensor values, Tensor bitmasks, Tensor row_offsets)");
   m.def("decompress(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) -> Tensor");
   m.def("linear(Tensor x, Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt in_features, Tensor? bias=None) -> Tensor");
+  m.def("linear_backward_input(Tensor grad, Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt in_features) -> Tensor");
   m.def("validate(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitmask, CPU, m) {
   m.impl("compress", TORCH_BOX(&compress));
   m.impl("decompress", TORCH_BOX(&decompress));
-  m.impl("validate", TORCH_BOX(&validate));
+  m.impl("validate", TORCH_BOX(&validate_parts));
 }
 
 }  // namespace bitmask

@@ -9,6 +9,7 @@
 #include "cpu/kernels.h"
 #include "layout.h"
 #include "parallel.h"
+#include "proof.h"
 #include "tensors.h"
 
 namespace bitmask {
@@ -21,6 +22,7 @@ using cpu::LinearKernels;
 constexpr int64_t kLeastStreamBytes = 32 << 10;
 constexpr int64_t kMostStreamBytes = 4 << 20;
 constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kLeastTileRows = 32;
 
 cpu::LinearDtype linear_dtype(const Tensor& values) {
   switch (static_cast<ScalarType>(dtype_of(values))) {
@@ -36,6 +38,8 @@ cpu::LinearDtype linear_dtype(const Tensor& values) {
       fail("values: got torch scalar type ", dtype_of(values), ", expected float32, bfloat16, float16 or float64");
   }
 }
+
+int64_t groups_of(int64_t cols) { return (cols + kGroup - 1) / kGroup; }
 
 int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
@@ -64,10 +68,9 @@ void check_faults(const std::vector<int64_t>& faults, const BitmaskMatrix& w) {
   if (row < w.rows) fail_row(w.bitmasks, w.row_offsets, row, {w.rows, w.cols}, w.nnz);
 }
 
-void stream(const LinearKernels& kernels, const BitmaskMatrix& w, const void* x, int64_t m, const void* bias, void* y, int64_t width) {
-  const int64_t groups = (w.cols + kGroup - 1) / kGroup;
-  const Tensor lanes = empty(std::vector<int64_t>{m * groups * kernels.group_bytes}, aoti_torch_dtype_uint8());
-  kernels.pack_rows(x, m, w.cols, mutable_bytes(lanes));
+void stream(const LinearKernels& kernels, const BitmaskMatrix& w, const Tensor& x, int64_t m, const void* bias, void* y, int64_t width) {
+  const Tensor lanes = empty(std::vector<int64_t>{m * groups_of(w.cols) * kernels.group_bytes}, aoti_torch_dtype_uint8());
+  kernels.pack_rows(const_bytes(x), m, w.cols, mutable_bytes(lanes));
 
   const int64_t bytes = w.nnz * width + w.rows * bitmask_bytes(w.cols);
   const int64_t pieces = std::max(std::min(threads() * kTasksPerThread, bytes / kLeastStreamBytes), bytes / kMostStreamBytes);
@@ -97,22 +100,31 @@ void* scratch(int64_t bytes) {
   return memory.get();
 }
 
-void multiply(const LinearKernels& kernels, const BitmaskMatrix& w, const uint8_t* x, int64_t m, const void* bias, void* y, int64_t width) {
-  const int64_t groups = (w.cols + kGroup - 1) / kGroup;
-  const int64_t panel_bytes = kernels.panel_rows * groups * kernels.group_bytes;
-  const int64_t panel_count = (m + kernels.panel_rows - 1) / kernels.panel_rows;
-  const Tensor panels = empty(std::vector<int64_t>{panel_count * panel_bytes}, aoti_torch_dtype_uint8());
-  for_each_task(panel_count, 2 * panel_bytes, [&](int64_t index) {
-    const int64_t row = index * kernels.panel_rows;
-    kernels.pack_panel(x + row * w.cols * width, std::min(kernels.panel_rows, m - row), w.cols,
-                       mutable_bytes(panels) + index * panel_bytes);
+// Rows [m, cols] repacked into panels by `pack`, in parallel.
+Tensor pack_panels(void (*pack)(const void*, int64_t, int64_t, void*), int64_t panel_rows, int64_t group_bytes, const Tensor& rows,
+                   int64_t m, int64_t cols, int64_t width) {
+  const int64_t panel_bytes = panel_rows * groups_of(cols) * group_bytes;
+  const int64_t count = (m + panel_rows - 1) / panel_rows;
+  const Tensor panels = empty(std::vector<int64_t>{count * panel_bytes}, aoti_torch_dtype_uint8());
+  const uint8_t* const source = const_bytes(rows);
+  uint8_t* const packed = mutable_bytes(panels);
+  for_each_task(count, 2 * panel_bytes, [&](int64_t index) {
+    const int64_t row = index * panel_rows;
+    pack(source + row * cols * width, std::min(panel_rows, m - row), cols, packed + index * panel_bytes);
   });
+  return panels;
+}
 
-  const int64_t fair = (w.rows / (threads() * kTasksPerThread) + 31) / 32 * 32;
-  const int64_t tile = std::max<int64_t>(std::min(fair, kernels.tile_rows), 32);
+// Bytes that a task of multiply is taken to touch when waves are made: arithmetic costs time as well.
+int64_t product_bytes(int64_t elements, int64_t m, int64_t width) { return elements * (width + m / 8); }
+
+void multiply(const LinearKernels& kernels, const BitmaskMatrix& w, const Tensor& x, int64_t m, const void* bias, void* y, int64_t width) {
+  const Tensor panels = pack_panels(kernels.pack_panel, kernels.panel_rows, kernels.group_bytes, x, m, w.cols, width);
+  const int64_t fair = (w.rows / (threads() * kTasksPerThread) + kLeastTileRows - 1) / kLeastTileRows * kLeastTileRows;
+  const int64_t tile = std::max(std::min(fair, kernels.tile_rows), kLeastTileRows);
   const int64_t count = (w.rows + tile - 1) / tile;
   std::vector<int64_t> faults(static_cast<size_t>(count), w.rows);
-  for_each_task(count, tile * w.cols * (width + m / 8), [&](int64_t index) {
+  for_each_task(count, product_bytes(tile * w.cols, m, width), [&](int64_t index) {
     const int64_t begin = index * tile, end = std::min(begin + tile, w.rows);
     const int64_t row = kernels.multiply(w, begin, end, const_bytes(panels), m, bias, y, scratch(kernels.scratch_bytes));
     if (row < end) faults[static_cast<size_t>(index)] = row;
@@ -120,44 +132,89 @@ void multiply(const LinearKernels& kernels, const BitmaskMatrix& w, const uint8_
   check_faults(faults, w);
 }
 
-Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, int64_t in_features,
-              const std::optional<Tensor>& bias) {
-  const int32_t dtype = dtype_of(values);
+// The parts of a weight and what else an op needs to know of it, checked but for what its rows hold.
+struct Weight {
+  Tensor values, bitmasks, row_offsets;
+  int32_t dtype;
+  int64_t width;
+  BitmaskMatrix matrix;
+  const LinearKernels& kernels;
+};
+
+Weight weight_of(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, int64_t in_features) {
   const LinearKernels& kernels = cpu::kernels().linear[linear_dtype(values)];
-  check_dtype("x", dtype_of(x), "the dtype of values", dtype);
   check_dtype("bitmasks", dtype_of(bitmasks), "torch.uint8", aoti_torch_dtype_uint8());
   check_dtype("row_offsets", dtype_of(row_offsets), "torch.int64", aoti_torch_dtype_int64());
   const std::vector<int64_t> shape{row_offsets.numel(), in_features};
   const Geometry g = geometry(shape);
   check_part_sizes(values.sizes(), bitmasks.sizes(), row_offsets.sizes(), shape, g);
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  const std::vector<int64_t> bias_sizes = bias ? std::vector<int64_t>(bias->sizes().begin(), bias->sizes().end()) : sizes;
-  check_linear_sizes(sizes, g, bias ? &bias_sizes : nullptr);
-  if (bias) check_dtype("bias", dtype_of(*bias), "the dtype of values", dtype);
-
-  const Tensor x_rows = contiguous("x", x), packed = contiguous("values", values), masks = contiguous("bitmasks", bitmasks);
+  const Tensor packed = contiguous("values", values), masks = contiguous("bitmasks", bitmasks);
   const Tensor offsets = contiguous("row_offsets", row_offsets);
-  const Tensor offset = bias ? contiguous("bias", *bias) : offsets;
-  const BitmaskMatrix w{const_bytes(packed), const_bytes(masks), static_cast<const int64_t*>(offsets.const_data_ptr()), g.rows, g.cols,
-                        values.numel()};
-  sizes.back() = g.rows;
+  const int32_t dtype = dtype_of(values);
+  const BitmaskMatrix matrix{const_bytes(packed), const_bytes(masks), static_cast<const int64_t*>(offsets.const_data_ptr()), g.rows, g.cols,
+                             values.numel()};
+  return {packed, masks, offsets, dtype, static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)), matrix, kernels};
+}
+
+Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, int64_t in_features,
+              const std::optional<Tensor>& bias) {
+  const Weight weight = weight_of(values, bitmasks, row_offsets, in_features);
+  const BitmaskMatrix& w = weight.matrix;
+  check_dtype("x", dtype_of(x), "the dtype of values", weight.dtype);
+  check_last_size("x", x.sizes(), w.cols, "in_features");
+  if (bias) check_dtype("bias", dtype_of(*bias), "the dtype of values", weight.dtype);
+  if (bias) check_bias_size(bias->sizes(), w.rows);
+  const Tensor rows = contiguous("x", x);
+  const Tensor offset = bias ? contiguous("bias", *bias) : rows;
   const int64_t m = geometry(x.sizes()).rows;
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = w.rows;
   geometry(sizes);
-  const Tensor y = empty(sizes, dtype);
-  if (g.rows == 0 || m == 0) return y;
-  if (w.row_offsets[0] != 0) fail_row(w.bitmasks, w.row_offsets, 0, g, w.nnz);
-  const int64_t width = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+  const Tensor y = empty(sizes, weight.dtype);
+  if (w.rows == 0 || m == 0) return y;
+  if (w.row_offsets[0] != 0) fail_row(w.bitmasks, w.row_offsets, 0, {w.rows, w.cols}, w.nnz);
   const void* const bias_data = bias ? const_bytes(offset) : nullptr;
-  if (m <= kernels.streaming_rows) {
-    stream(kernels, w, const_bytes(x_rows), m, bias_data, mutable_bytes(y), width);
-  } else {
-    multiply(kernels, w, const_bytes(x_rows), m, bias_data, mutable_bytes(y), width);
-  }
+  const auto run = m <= weight.kernels.streaming_rows ? stream : multiply;
+  run(weight.kernels, w, rows, m, bias_data, mutable_bytes(y), weight.width);
+  return y;
+}
+
+Tensor linear_backward_input(const Tensor& grad, const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets,
+                             int64_t in_features) {
+  const Weight weight = weight_of(values, bitmasks, row_offsets, in_features);
+  const BitmaskMatrix& w = weight.matrix;
+  const LinearKernels& kernels = weight.kernels;
+  check_dtype("grad", dtype_of(grad), "the dtype of values", weight.dtype);
+  check_last_size("grad", grad.sizes(), w.rows, "out_features");
+  validate(weight.values, weight.bitmasks, weight.row_offsets, {w.rows, w.cols});
+  const Tensor g = contiguous("grad", grad);
+  const int64_t m = geometry(grad.sizes()).rows;
+  std::vector<int64_t> sizes(grad.sizes().begin(), grad.sizes().end());
+  sizes.back() = w.cols;
+  geometry(sizes);
+  const Tensor y = empty(sizes, weight.dtype);
+  if (w.cols == 0 || m == 0) return y;
+
+  const Tensor panels = pack_panels(kernels.pack_gradient, kernels.panel_rows, kernels.gradient_group_bytes, g, m, w.rows, weight.width);
+  const int64_t fair = groups_of(w.cols) / (threads() * kTasksPerThread) * kGroup;
+  const int64_t columns = std::max(fair, 2 * kGroup);
+  const int64_t count = (w.cols + columns - 1) / columns;
+  std::vector<int64_t> faults(static_cast<size_t>(count), w.rows);
+  for_each_task(count, product_bytes(w.rows * columns, m, weight.width), [&](int64_t index) {
+    std::vector<uint8_t> readers(static_cast<size_t>(w.rows * kernels.reader_bytes));
+    const int64_t begin = index * columns, end = std::min(begin + columns, w.cols);
+    faults[static_cast<size_t>(index)] = kernels.multiply_transposed(w, begin, end, const_bytes(panels), m, mutable_bytes(y),
+                                                                     readers.data(), scratch(kernels.gradient_scratch_bytes));
+  });
+  check_faults(faults, w);
   return y;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(bitmask, CPU, m) { m.impl("linear", TORCH_BOX(&linear)); }
+STABLE_TORCH_LIBRARY_IMPL(bitmask, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_backward_input", TORCH_BOX(&linear_backward_input));
+}
 
 }  // namespace bitmask

@@ -25,7 +25,7 @@ namespace {
 #include "generic/lanes.h"
 #include "generic/linear.h"
 #include "generic/table.h"
-constexpr Kernels kTable = make_kernels<Float32Lanes, Bfloat16PairLanes, Float16Lanes>("avx512_bf16");
+constexpr Kernels kTable = make_kernels<Float32Lanes, Bfloat16PairLanes, Float16Lanes, WidenedBfloat16Lanes>("avx512_bf16");
 }  // namespace
 const Kernels& kernels_avx512_bf16() { return kTable; }
 }  // namespace bitmask::cpu

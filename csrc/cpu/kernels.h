@@ -55,6 +55,16 @@ struct LinearKernels {
   // For more rows of x: a tile of W is expanded into the cache, and a register-blocked product reuses it for every row of x.
   int64_t (*multiply)(const BitmaskMatrix& w, int64_t begin, int64_t end, const void* panels, int64_t m, const void* bias, void* y,
                       void* scratch);
+
+  // The gradient of x: y = g W, [m, cols] from g [m, rows]. Does the columns [begin, end) of W, begin a multiple of a group, and returns
+  // the first row whose offsets cannot be, or w.rows. It sees only parts of rows, so the caller proves W; unproven, y is worthless.
+  // `readers` is memory of reader_bytes for each row of W.
+  int64_t gradient_group_bytes;  // of a row of g in a panel
+  int64_t gradient_scratch_bytes;
+  int64_t reader_bytes;
+  void (*pack_gradient)(const void* g, int64_t m, int64_t rows, void* panel);
+  int64_t (*multiply_transposed)(const BitmaskMatrix& w, int64_t begin, int64_t end, const void* panels, int64_t m, void* y, void* readers,
+                                 void* scratch);
 };
 
 // Dtypes that have linear kernels, in the order of Kernels::linear.

@@ -15,7 +15,7 @@ constexpr int64_t kBlockLanes = 512;  // lanes of a row that multiply expands at
 constexpr int64_t kTileRows = 128;    // rows of W in a tile: kTileRows * kBlockLanes * 4 bytes take a quarter of a second-level cache
 constexpr int64_t kBlockRows = 504;   // rows of x for which multiply keeps sums; a multiple of every kPanelRows
 constexpr int64_t kTilePrefetchBytes = 384;
-constexpr int kChains = 8;  // independent sums that hide the latency of an addition
+constexpr int kChains = 4;  // independent sums that hide the latency of an addition
 
 template <class L>
 constexpr int64_t kLaneBytes = sizeof(typename L::Sum);

@@ -2,14 +2,8 @@
 // it passes is expanded by every kernel table that this machine can run. The kernels' promise to stay within bounds whatever the bitmasks
 // say is tried on all data, proven or not. Every buffer is exactly as large as promised, so that AddressSanitizer sees each byte too far.
 //
-// Input, numbers least significant byte first:
-//
-//   0     log2 of the element width (mod 5)
-//   1     rows (mod 8)                             2, 3  columns (mod 321)
-//   4, 5  number of values (mod rows * columns + 2)
-//   6     flags: 1 derive the row offsets from the bitmasks   2 clear the padding bits   4 as many values as the bitmasks mark
-//                top four bits: the row where a second thread would begin
-//   7     row offsets (8 bytes a row, absent with flag 1), bitmasks, values; missing bytes are made up
+// Input: log2 of the element width (mod 5), then parts with fewer than 8 rows as fuzzing.h says. The top four bits of the flags are the row
+// where a second thread would begin.
 #include <algorithm>
 #include <cinttypes>
 #include <cstddef>
@@ -17,87 +11,28 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <vector>
 
 #include "../../csrc/cpu/kernels.h"
+#include "fuzzing.h"
 
 using namespace bitmask;
+using namespace bitmask::fuzzing;
 using cpu::CodecKernels;
 using cpu::Kernels;
 
 namespace {
 
-// Memory of exactly the size asked for that begins a cache line, as torch allocates it.
-template <class T>
-struct LineAllocator {
-  using value_type = T;
-  static constexpr std::align_val_t kLine{64};
-  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
-  void deallocate(T* items, size_t) { ::operator delete(items, kLine); }
-  friend bool operator==(LineAllocator, LineAllocator) { return true; }
-  friend bool operator!=(LineAllocator, LineAllocator) { return false; }
-};
-
-using Bytes = std::vector<uint8_t, LineAllocator<uint8_t>>;
-
-class Reader {
- public:
-  Reader(const uint8_t* data, size_t size) : data_(data), size_(size) {}
-  uint8_t byte() { return at_ < size_ ? data_[at_++] : static_cast<uint8_t>(++at_ * 37 | 1); }
-  int64_t number(int bytes) {
-    uint64_t value = 0;
-    for (int i = 0; i < bytes; ++i) value |= uint64_t{byte()} << (8 * i);
-    return static_cast<int64_t>(value);
-  }
-  Bytes take(int64_t count) {
-    Bytes bytes(static_cast<size_t>(count));
-    for (uint8_t& value : bytes) value = byte();
-    return bytes;
-  }
-
- private:
-  const uint8_t* data_;
-  size_t size_, at_ = 0;
-};
-
-struct Input {
-  int width_log2, width;
-  int64_t rows, cols, row_bytes, nnz;
+struct Input : Parts {
+  int width_log2;
   int64_t split;  // rows from here on are expanded by themselves
-  std::vector<int64_t> row_offsets;
-  Bytes bitmasks, values;
-
-  bool bit(int64_t row, int64_t col) const { return (bitmasks[static_cast<size_t>(row * row_bytes + col / 8)] >> (col % 8) & 1) != 0; }
 };
 
 Input read_input(const uint8_t* data, size_t size) {
   Reader reader(data, size);
-  Input input;
-  input.width_log2 = reader.byte() % kWidths;
-  input.width = 1 << input.width_log2;
-  input.rows = reader.byte() % 8;
-  input.cols = reader.number(2) % 321;
-  input.row_bytes = bitmask_bytes(input.cols);
-  input.nnz = reader.number(2) % (input.rows * input.cols + 2);
-  const int flags = reader.byte();
-  input.split = input.rows == 0 ? 0 : (flags >> 4) % input.rows;
-  if ((flags & 1) == 0) {
-    for (int64_t row = 0; row < input.rows; ++row) input.row_offsets.push_back(reader.number(8));
-  }
-  input.bitmasks = reader.take(input.rows * input.row_bytes);
-  int64_t marked = 0;
-  for (int64_t row = 0; row < input.rows; ++row) {
-    if ((flags & 1) != 0) input.row_offsets.push_back(marked);
-    for (int64_t col = 0; col < input.row_bytes * 8; ++col) {
-      uint8_t& byte = input.bitmasks[static_cast<size_t>(row * input.row_bytes + col / 8)];
-      if (col >= input.cols && (flags & 2) != 0) byte = static_cast<uint8_t>(byte & ~(1 << (col % 8)));
-      marked += input.bit(row, col);
-    }
-  }
-  if ((flags & 4) != 0) input.nnz = marked;
-  input.values = reader.take(input.nnz * input.width);
-  return input;
+  const int width_log2 = reader.byte() % kWidths;
+  const Parts parts = read_parts(reader, 1 << width_log2, 8);
+  return {parts, width_log2, parts.rows == 0 ? 0 : (parts.flags >> 4) % parts.rows};
 }
 
 void require(bool ok, const Kernels& kernels, const Input& input, const char* promise) {
@@ -105,19 +40,6 @@ void require(bool ok, const Kernels& kernels, const Input& input, const char* pr
   std::fprintf(stderr, "%s, width %d, [%" PRId64 ", %" PRId64 "], nnz %" PRId64 ": %s\n", kernels.isa, input.width, input.rows, input.cols,
                input.nnz, promise);
   std::abort();
-}
-
-// The first row that breaks a rule of the layout, or the number of rows.
-int64_t first_faulty_reference(const Input& input) {
-  for (int64_t row = 0; row < input.rows; ++row) {
-    const int64_t start = input.row_offsets[static_cast<size_t>(row)];
-    const int64_t stop = row + 1 < input.rows ? input.row_offsets[static_cast<size_t>(row + 1)] : input.nnz;
-    if (start < 0 || stop < start || stop > input.nnz) return row;
-    int64_t marked = 0, padding = 0;
-    for (int64_t col = 0; col < input.row_bytes * 8; ++col) (col < input.cols ? marked : padding) += input.bit(row, col);
-    if (padding != 0 || marked != stop - start) return row;
-  }
-  return input.rows;
 }
 
 // What expanding the values from the first-th on must give: marked elements past the last value are zero.
@@ -189,22 +111,12 @@ void test_proven(const Kernels& kernels, const Input& input, const Bytes& expect
   require(bitmasks == rebuilt && counts == recounted, kernels, input, "build_bitmasks marks other elements than the reference");
 }
 
-// The tables that this machine can run.
-std::vector<const Kernels*> runnable_tables() {
-  std::vector<const Kernels*> tables;
-  for (int i = 0; i < cpu::isa_count(); ++i) {
-    cpu::force_isa(cpu::isa_name(i));
-    tables.push_back(&cpu::kernels());
-  }
-  return tables;
-}
-
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const std::vector<const Kernels*> tables = runnable_tables();
   const Input input = read_input(data, size);
-  const int64_t faulty = first_faulty_reference(input);
+  const int64_t faulty = first_faulty_reference(input, 0, input.rows);
   const bool proven = faulty == input.rows;
   const Bytes from_first = expand_reference(input, 0);
   const Bytes from_offset = proven && input.rows > 0 ? expand_reference(input, input.row_offsets[0]) : Bytes();

@@ -5,11 +5,11 @@
 #
 #   host      every kernel table that this machine can run, built as the extension is: for any CPU of this architecture
 #   sanitize  the same under AddressSanitizer and UndefinedBehaviorSanitizer
-#   planted   each table reads past a buffer on purpose, which AddressSanitizer must report
+#   planted   kernels of each table read past a buffer on purpose, which AddressSanitizer must report
 #   extension the Python tests of the ops on an extension built with both sanitizers, and a planted error that must be reported
 #   neon      AArch64 build, run by qemu
 #   baseline  x86-64 build on emulated CPUs without AVX and without AVX-512: it must start there and use what there is
-#   fuzz      replays tests/fuzz/regressions, then fuzzes for SECONDS (60); inputs that fail are kept in tests/fuzz/regressions
+#   fuzz      replays tests/fuzz/regressions, then fuzzes for SECONDS (60), a share for each target; inputs that fail are kept there
 #
 # Needs g++, clang++ with its sanitizer and libFuzzer runtimes, an AArch64 cross g++ with a static libc, and qemu-user. CXX, CLANGXX,
 # AARCH64_CXX, QEMU_AARCH64 and QEMU_X86_64 name other programs. Everything built goes to build/native.
@@ -19,8 +19,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 BUILD=build/native
 WARNINGS=(-std=c++17 -Wall -Wextra -Werror)
 SANITIZERS=(-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all)
-TEST=tests/native/test_kernels.cpp
-REGRESSIONS=tests/fuzz/regressions
+TESTS='tests/native/test_*.cpp'
+FUZZ_TARGETS=(decompress linear)
 
 fail() {
   echo "run.sh: $*" >&2
@@ -42,22 +42,39 @@ tool() {
   fail "none of these is installed: $* (set $variable to name another)"
 }
 
-# build OUTPUT MAIN COMPILER FLAGS...: compiles the kernels and the program MAIN, as many files at a time as there are processors.
-build() {
-  local output=$BUILD/$1 main=$2
+# compile OBJECTS SOURCES COMPILER FLAGS...: compiles the kernels and SOURCES, a pattern, as many files at a time as there are processors.
+compile() {
+  local objects=$BUILD/$1.o pattern=$2
   shift 2
-  rm -rf "$output.o" "$output"
-  mkdir -p "$output.o"
-  printf '%s\0' csrc/cpu/*.cpp "$main" |
+  rm -rf "$objects"
+  mkdir -p "$objects"
+  # shellcheck disable=SC2086
+  printf '%s\0' csrc/cpu/*.cpp $pattern |
     xargs -0 -P "$(nproc)" -I{} sh -c 'source=$1 objects=$2; shift 2; "$@" -c "$source" -o "$objects/$(basename "$source").o"' \
-      sh {} "$output.o" "$@" "${WARNINGS[@]}" || fail "$output does not compile"
-  "$@" "$output.o"/*.o -o "$output"
+      sh {} "$objects" "$@" "${WARNINGS[@]}" || fail "$objects does not compile"
+}
+
+# build OUTPUT COMPILER FLAGS...: the program of all tests.
+build() {
+  local output=$1
+  shift
+  compile "$output" "$TESTS" "$@"
+  "$@" "$BUILD/$output.o"/*.o -o "$BUILD/$output"
+}
+
+# The program of all tests under both sanitizers, built once.
+build_sanitized() {
+  [[ -z ${SANITIZED:-} ]] || return 0
+  local clangxx
+  clangxx=$(tool CLANGXX clang++-16 clang++-14 clang++)
+  build sanitize "$clangxx" "${SANITIZERS[@]}" -fsanitize=address,undefined
+  SANITIZED=yes
 }
 
 run_host() {
   local cxx isa
   cxx=$(tool CXX g++ clang++)
-  build host "$TEST" "$cxx" -O3
+  build host "$cxx" -O3
   "$BUILD/host"
   for isa in $("$BUILD/host" --list) unheard-of; do
     BITMASK_ISA=$isa "$BUILD/host" --dispatch
@@ -65,22 +82,21 @@ run_host() {
 }
 
 run_sanitize() {
-  local clangxx
-  clangxx=$(tool CLANGXX clang++-16 clang++-14 clang++)
-  build sanitize "$TEST" "$clangxx" "${SANITIZERS[@]}" -fsanitize=address,undefined
+  build_sanitized
   "$BUILD/sanitize"
 }
 
 run_planted() {
-  local clangxx isa
-  clangxx=$(tool CLANGXX clang++-16 clang++-14 clang++)
-  build planted "$TEST" "$clangxx" "${SANITIZERS[@]}" -fsanitize=address,undefined -DBITMASK_PLANTED_ERROR
-  for isa in $("$BUILD/planted" --list); do
-    local report=$BUILD/planted.$isa.txt
-    if BITMASK_ISA=$isa "$BUILD/planted" > "$report" 2>&1; then fail "$isa: the planted error went unnoticed"; fi
-    grep -q "reading past a buffer with $isa\$" "$report" || fail "$isa: was not run; see $report"
-    grep -q 'ERROR: AddressSanitizer: heap-buffer-overflow' "$report" || fail "$isa: failed otherwise than planned; see $report"
-    echo "$isa: AddressSanitizer reports the planted error"
+  local isa error
+  build_sanitized
+  for isa in $("$BUILD/sanitize" --list); do
+    for error in expand stream multiply; do
+      local report=$BUILD/planted.$isa.$error.txt
+      if BITMASK_ISA=$isa "$BUILD/sanitize" --plant "$error" > "$report" 2>&1; then fail "$isa: the error planted in $error went unnoticed"; fi
+      grep -q "reading past a buffer with $isa in $error\$" "$report" || fail "$isa: was not run; see $report"
+      grep -q 'ERROR: AddressSanitizer: heap-buffer-overflow' "$report" || fail "$isa: failed otherwise than planned; see $report"
+    done
+    echo "$isa: AddressSanitizer reports the planted errors"
   done
 }
 
@@ -96,7 +112,9 @@ run_extension() {
   # Python itself is not instrumented, so the runtime comes first by preloading; leaks at exit are Python's own.
   preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
   sanitized() { (cd "$tree" && PYTHONPATH=. LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 "$python" "$@"); }
-  sanitized -m pytest -q -p no:cacheprovider -k "not compile and not opcheck" tests/test_ops.py
+  local -a tests=(tests/test_ops.py)
+  [[ -f tests/test_linear.py ]] && tests+=(tests/test_linear.py)
+  sanitized -m pytest -q -p no:cacheprovider -k "not compile and not opcheck" "${tests[@]}"
   local report=$BUILD/extension.planted.txt
   if sanitized tests/native/planted_extension.py > "$report" 2>&1; then fail "extension: the planted error went unnoticed"; fi
   grep -q 'ERROR: AddressSanitizer: heap-buffer-overflow' "$report" || fail "extension: failed otherwise than planned; see $report"
@@ -107,8 +125,8 @@ run_neon() {
   local cxx qemu
   cxx=$(tool AARCH64_CXX aarch64-linux-gnu-g++)
   qemu=$(tool QEMU_AARCH64 qemu-aarch64 qemu-aarch64-static)
-  build neon "$TEST" "$cxx" -O3 -static
-  "$qemu" "$BUILD/neon" neon scalar
+  build neon "$cxx" -O3 -static
+  "$qemu" "$BUILD/neon" --brief neon scalar
 }
 
 run_baseline() {
@@ -116,34 +134,48 @@ run_baseline() {
   [[ $(uname -m) == x86_64 ]] || fail "baseline: needs an x86-64 machine, this is $(uname -m)"
   cxx=$(tool CXX g++ clang++)
   qemu=$(tool QEMU_X86_64 qemu-x86_64 qemu-x86_64-static)
-  build baseline "$TEST" "$cxx" -O3 -static
-  "$qemu" -cpu Westmere "$BUILD/baseline" scalar
+  build baseline "$cxx" -O3 -static
+  "$qemu" -cpu Westmere "$BUILD/baseline" --brief scalar
   # A Haswell less the features that emulation warns it lacks; no kernel uses them.
-  "$qemu" -cpu Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid "$BUILD/baseline" avx2 scalar
+  "$qemu" -cpu Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid "$BUILD/baseline" --brief avx2 scalar
+}
+
+# fuzz TARGET SECONDS
+fuzz() {
+  local program=$BUILD/fuzz_$1 regressions=tests/fuzz/regressions/$1 corpus=$BUILD/corpus/$1 seconds=$2
+  local -a kept
+  mkdir -p "$regressions"
+  mapfile -d '' kept < <(find "$regressions" -type f -print0)
+  if ((${#kept[@]} > 0)); then
+    "$program" "${kept[@]}" > "$BUILD/replay.txt" 2>&1 || {
+      tail -n 60 "$BUILD/replay.txt"
+      fail "$1: a kept input fails again; the whole report is in $BUILD/replay.txt"
+    }
+  fi
+  echo "$1: ${#kept[@]} kept inputs replayed"
+  rm -rf "$corpus"
+  mkdir -p "$BUILD/corpus"
+  cp -r "tests/fuzz/corpus/$1" "$corpus"
+  "$program" -max_total_time="$seconds" -max_len=4096 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
+    -artifact_prefix="$regressions/" "$corpus" > "$BUILD/fuzz_$1.txt" 2>&1 || {
+    tail -n 60 "$BUILD/fuzz_$1.txt"
+    fail "$1: fuzzing found a fault; the whole report is in $BUILD/fuzz_$1.txt"
+  }
+  grep '^stat::' "$BUILD/fuzz_$1.txt"
 }
 
 run_fuzz() {
-  local seconds=$1 clangxx corpus
+  local clangxx target
   clangxx=$(tool CLANGXX clang++-16 clang++-14 clang++)
-  build fuzz tests/fuzz/fuzz_decompress.cpp "$clangxx" "${SANITIZERS[@]}" -fsanitize=fuzzer,address,undefined
-  local -a kept
-  mapfile -d '' kept < <(find "$REGRESSIONS" -type f ! -name README.md -print0)
-  if ((${#kept[@]} > 0)); then
-    "$BUILD/fuzz" "${kept[@]}" > "$BUILD/replay.txt" 2>&1 || {
-      tail -n 60 "$BUILD/replay.txt"
-      fail "a kept input fails again; the whole report is in $BUILD/replay.txt"
-    }
-  fi
-  echo "${#kept[@]} kept inputs replayed"
-  corpus=$BUILD/corpus
-  rm -rf "$corpus"
-  cp -r tests/fuzz/corpus/decompress "$corpus"
-  "$BUILD/fuzz" -max_total_time="$seconds" -max_len=4096 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
-    -artifact_prefix="$REGRESSIONS/" "$corpus" > "$BUILD/fuzz.txt" 2>&1 || {
-    tail -n 60 "$BUILD/fuzz.txt"
-    fail "fuzzing found a fault; the whole report is in $BUILD/fuzz.txt"
-  }
-  grep '^stat::' "$BUILD/fuzz.txt"
+  compile fuzz 'tests/fuzz/fuzz_*.cpp' "$clangxx" "${SANITIZERS[@]}" -fsanitize=fuzzer,address,undefined
+  for target in "${FUZZ_TARGETS[@]}"; do
+    local -a objects=("$BUILD/fuzz.o/fuzz_$target.cpp.o")
+    mapfile -O 1 -t objects < <(find "$BUILD/fuzz.o" -type f ! -name 'fuzz_*')
+    "$clangxx" -fsanitize=fuzzer,address,undefined "${objects[@]}" -o "$BUILD/fuzz_$target"
+  done
+  for target in "${FUZZ_TARGETS[@]}"; do
+    fuzz "$target" $((($1 + ${#FUZZ_TARGETS[@]} - 1) / ${#FUZZ_TARGETS[@]}))
+  done
 }
 
 WHAT=${1:-all}

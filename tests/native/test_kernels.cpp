@@ -1,13 +1,14 @@
 // Tests the CPU kernels without torch: every kernel table that this machine can run, every element width, against slow references.
 //
-//   test_kernels [ISA...]    ISAs that must be found here, best first; none given: whichever there are
-//   test_kernels --list      prints the names of those ISAs
-//   test_kernels --dispatch  tests the choice of the table only, with BITMASK_ISA as it is
+//   test_kernels [--brief] [ISA...]  ISAs that must be found here, best first; none given: whichever there are. Brief: for emulators
+//   test_kernels --list              prints the names of those ISAs
+//   test_kernels --dispatch          tests the choice of the table only, with BITMASK_ISA as it is
+//   test_kernels --plant ERROR       has the kernels in use read past a buffer, which AddressSanitizer must report: expand, stream,
+//   multiply
 //
-// Buffers are exactly as large as the kernels were promised. AddressSanitizer watches their ends; builds without it put canary bytes
-// around them instead. Prints each failed check and "N passed, M failed".
+// The codec is tested here, linear in test_linear.cpp. Buffers are exactly as large as the kernels were promised. AddressSanitizer watches
+// their ends; builds without it put canary bytes around them instead. Prints each failed check and "N passed, M failed".
 #include <cinttypes>
-#include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -16,90 +17,14 @@
 #include <vector>
 
 #include "../../csrc/cpu/kernels.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#define BITMASK_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define BITMASK_ASAN 1
-#endif
-#endif
+#include "testing.h"
 
 using namespace bitmask;
+using namespace bitmask::testing;
 using cpu::CodecKernels;
 using cpu::Kernels;
-using std::size_t;
 
 namespace {
-
-// ---------------------------------------------------------------------------------------------------------------- checks
-
-int64_t passed = 0, failed = 0;
-std::string place;  // what is being tested: ISA, element kind, shape
-
-__attribute__((format(printf, 2, 3))) void check(bool ok, const char* format, ...) {
-  ok ? ++passed : ++failed;
-  if (ok || failed > 50) return;
-  std::printf("FAILED %s: ", place.c_str());
-  va_list arguments;
-  va_start(arguments, format);
-  std::vprintf(format, arguments);
-  va_end(arguments);
-  std::printf("\n");
-}
-
-// ---------------------------------------------------------------------------------------------------------------- data
-
-uint64_t random_state = 0x9e3779b97f4a7c15;
-
-uint64_t random_word() {  // xorshift64*
-  random_state ^= random_state >> 12;
-  random_state ^= random_state << 25;
-  random_state ^= random_state >> 27;
-  return random_state * 0x2545f4914f6cdd1d;
-}
-
-int64_t random_below(int64_t bound) { return static_cast<int64_t>(random_word() % static_cast<uint64_t>(bound)); }
-
-using Bytes = std::vector<uint8_t>;
-
-// Heap memory of exactly `size` bytes, `skew` bytes past a 64-byte boundary. Empty buffers have a null pointer, as empty tensors do.
-class Buffer {
- public:
-  explicit Buffer(int64_t size, int skew = 0) : size_(static_cast<size_t>(size)), front_(kCanary + static_cast<size_t>(skew)) {
-    void* block = nullptr;
-    if (posix_memalign(&block, 64, front_ + size_ + kCanary) != 0) std::abort();
-    block_ = static_cast<uint8_t*>(block);
-    std::memset(block_, kCanaryByte, front_ + size_ + kCanary);
-  }
-  explicit Buffer(const Bytes& bytes, int skew = 0) : Buffer(static_cast<int64_t>(bytes.size()), skew) {
-    if (size_ != 0) std::memcpy(data(), bytes.data(), size_);
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(block_); }
-
-  uint8_t* data() { return size_ == 0 ? nullptr : block_ + front_; }
-  Bytes bytes() const { return Bytes(block_ + front_, block_ + front_ + size_); }
-  bool canaries_intact() const {
-    for (size_t i = 0; i < front_ + size_ + kCanary; ++i) {
-      const bool inside = i >= front_ && i < front_ + size_;
-      if (!inside && block_[i] != kCanaryByte) return false;
-    }
-    return true;
-  }
-
- private:
-#if defined(BITMASK_ASAN)
-  static constexpr size_t kCanary = 0;  // the allocation's own red zones begin at once
-#else
-  static constexpr size_t kCanary = 128;
-#endif
-  static constexpr uint8_t kCanaryByte = 0xc5;
-
-  size_t size_, front_;
-  uint8_t* block_;
-};
 
 // ---------------------------------------------------------------------------------------------------------------- references
 
@@ -145,8 +70,6 @@ bool is_zero(const uint8_t* element, const Kind& kind) {
   }
   return true;
 }
-
-bool bit(const uint8_t* bits, int64_t index) { return (bits[index / 8] >> (index % 8) & 1) != 0; }
 
 // A [rows, cols] matrix of W-byte elements with its compressed form.
 struct Matrix {
@@ -204,28 +127,6 @@ Bytes pack_reference(const Bytes& dense, const Bytes& bitmasks, int64_t rows, in
   return values;
 }
 
-int64_t count_reference(const uint8_t* bits, int64_t bytes) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < bytes * 8; ++i) count += bit(bits, i);
-  return count;
-}
-
-int64_t first_faulty_reference(const Bytes& bitmasks, const std::vector<int64_t>& row_offsets, int64_t rows, int64_t cols, int64_t end,
-                               int64_t nnz) {
-  const int64_t row_bytes = (cols + 7) / 8;
-  for (int64_t row = 0; row < rows; ++row) {
-    const uint8_t* bits = bitmasks.data() + row * row_bytes;
-    const int64_t start = row_offsets[static_cast<size_t>(row)];
-    const int64_t next = row + 1 < rows ? row_offsets[static_cast<size_t>(row + 1)] : end;
-    const bool ordered = 0 <= start && start <= next && next <= nnz;
-    if (!ordered || next - start != count_reference(bits, row_bytes)) return row;
-    for (int64_t col = cols; col < row_bytes * 8; ++col) {
-      if (bit(bits, col)) return row;
-    }
-  }
-  return rows;
-}
-
 // ---------------------------------------------------------------------------------------------------------------- matrices
 
 // How many elements are not zero: a share of all, or one alone.
@@ -271,9 +172,6 @@ Matrix make_matrix(const Kind& kind, int64_t rows, int64_t cols, const Density& 
 }
 
 // ---------------------------------------------------------------------------------------------------------------- codec
-
-// Distances from a cache-line boundary: on it, off every boundary, and on a boundary of half the vector only.
-constexpr int kSkews[] = {0, 1, 32};
 
 void test_build(const CodecKernels& codec, const Kind& kind, const Matrix& matrix, int skew) {
   Buffer dense(matrix.dense, skew), bitmasks(static_cast<int64_t>(matrix.bitmasks.size()), skew), counts(matrix.rows * 8);
@@ -508,30 +406,41 @@ void test_isas() {
   }
 }
 
-#if defined(BITMASK_PLANTED_ERROR)
-// Has the kernels in use read one byte past a buffer: a build under AddressSanitizer must not survive this.
-void read_past_a_buffer() {
-  Buffer values(63), dense(64), bitmasks(Bytes(8, 0xff));
-  std::printf("reading past a buffer with %s\n", cpu::kernels().isa);
+// Has the kernels in use read a byte past the values: a build under AddressSanitizer must not survive this.
+void read_past_a_buffer(const char* error) {
+  const Kernels& kernels = cpu::kernels();
+  const cpu::LinearKernels& linear = kernels.linear[cpu::kFloat32];
+  Buffer bytes(63), floats(255), bitmasks(Bytes(8, 0xff)), row_offsets(Bytes(8, 0)), dense(256),
+      panel(linear.panel_rows * linear.group_bytes);
+  Buffer scratch(linear.scratch_bytes);
+  std::memset(panel.data(), 0, static_cast<size_t>(linear.panel_rows * linear.group_bytes));
+  const cpu::BitmaskMatrix lying{floats.data(), bitmasks.data(), reinterpret_cast<const int64_t*>(row_offsets.data()), 1, 64, 64};
+  std::printf("reading past a buffer with %s in %s\n", kernels.isa, error);
   std::fflush(stdout);
-  cpu::kernels().codec[0].expand_values(values.data(), 64, bitmasks.data(), 1, 64, dense.data());
+  if (std::strcmp(error, "expand") == 0) kernels.codec[0].expand_values(bytes.data(), 64, bitmasks.data(), 1, 64, dense.data());
+  if (std::strcmp(error, "stream") == 0) linear.stream(lying, 0, 1, panel.data(), 1, nullptr, dense.data());
+  if (std::strcmp(error, "multiply") == 0) linear.multiply(lying, 0, 1, panel.data(), 1, nullptr, dense.data(), scratch.data());
 }
-#endif
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const char* option = argc == 2 ? argv[1] : "";
+  const char* option = argc > 1 ? argv[1] : "";
   if (std::strcmp(option, "--list") == 0) {
     for (int i = 0; i < cpu::isa_count(); ++i) std::printf("%s\n", cpu::isa_name(i));
     return 0;
   }
-#if defined(BITMASK_PLANTED_ERROR)
-  read_past_a_buffer();
-#endif
-  const bool dispatch_only = std::strcmp(option, "--dispatch") == 0;
-  test_dispatch(dispatch_only ? 0 : argc - 1, argv + 1);
-  if (!dispatch_only) test_isas();
+  if (std::strcmp(option, "--plant") == 0 && argc == 3) {
+    read_past_a_buffer(argv[2]);
+    return 0;
+  }
+  const bool dispatch_only = std::strcmp(option, "--dispatch") == 0, brief = std::strcmp(option, "--brief") == 0;
+  const int names = brief ? 2 : 1;
+  test_dispatch(dispatch_only ? 0 : argc - names, argv + names);
+  if (!dispatch_only) {
+    test_isas();
+    test_linear(brief);
+  }
   std::printf("%" PRId64 " passed, %" PRId64 " failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }

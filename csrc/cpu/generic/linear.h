@@ -34,8 +34,9 @@ constexpr int64_t groups_of(int64_t cols) { return cols / kGroup + (cols % kGrou
 inline bool find_row(const BitmaskMatrix& w, int64_t row, int64_t* start, int64_t* count) {
   *start = w.row_offsets[row];
   const int64_t end = row + 1 < w.rows ? w.row_offsets[row + 1] : w.nnz;
+  if (*start < 0 || *start > end || end > w.nnz) return false;
   *count = end - *start;
-  return *start >= 0 && *start <= end && end <= w.nnz;
+  return true;
 }
 
 inline bool padding_is_zero(const BitmaskMatrix& w, int64_t row) {
@@ -118,6 +119,7 @@ template <class L>
 void pack_panel(const void* x, int64_t rows, int64_t cols, void* panel) {
   constexpr int64_t kStep = L::kPanelRows * kLaneBytes<L>;
   constexpr int64_t kLanesOfGroup = kGroup / L::kDepth;
+  if (cols == 0) return;  // the panel may be a null pointer
   for (int64_t row = 0; row < L::kPanelRows; ++row) {
     const uint8_t* const src = static_cast<const uint8_t*>(x) + row * cols * L::Element::kWidth;
     uint8_t* dst = static_cast<uint8_t*>(panel) + row * kLaneBytes<L>;
@@ -349,7 +351,10 @@ int64_t multiply_block(const BitmaskMatrix& w, int64_t begin, int64_t end, const
   TileReader<L> reader;
   for (int64_t i = 0; i < rows; ++i) {
     int64_t start;
-    if (!find_row(w, begin + i, &start, &reader.counts[i])) return begin + i;
+    if (!find_row(w, begin + i, &start, &reader.counts[i])) {  // the bitmask of an earlier row may be faulty too
+      const uint8_t* const bitmasks = w.bitmasks + begin * bitmask_bytes(w.cols);
+      return begin + first_faulty_row(bitmasks, w.row_offsets + begin, i, w.cols, w.row_offsets[begin + i], w.nnz);
+    }
     reader.rows[i] = reader_at<L, true>(w, start);
     reader.first[i] = reader.rows[i].src;
   }

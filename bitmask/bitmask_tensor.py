@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -104,8 +105,6 @@ class BitmaskTensor(Tensor):
     values = _part("values")
     bitmasks = _part("bitmasks")
     row_offsets = _part("row_offsets")
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -343,6 +342,15 @@ class BitmaskTensor(Tensor):
         return all(part.is_shared() for part in self._parts())  # type: ignore[no-untyped-call]
 
     @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Catch F.linear, which autograd would take apart; everything else goes on as if this method were not here."""
+        kwargs = kwargs or {}
+        result = _linear(*args, **kwargs) if func is torch.nn.functional.linear else NotImplemented
+        return _proceed(func, types, args, kwargs) if result is NotImplemented else result
+
+    @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -351,6 +359,15 @@ class BitmaskTensor(Tensor):
         handler = HANDLERS.get(func)
         result = func.decompose(*args, **kwargs) if handler is None else handler(func, *args, **kwargs)
         return _run_dense(func, args, kwargs) if result is NotImplemented else result
+
+
+_proceed: Any = torch._C._disabled_torch_function_impl  # calls a function past every __torch_function__
+
+
+@torch._dynamo.allow_in_graph
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """F.linear of a compressed weight, or NotImplemented."""
+    return HANDLERS[torch.ops.aten.linear.default](torch.nn.functional.linear, x, weight, bias)
 
 
 def _mark_parameter(tensor: BitmaskTensor, is_parameter: bool) -> BitmaskTensor:
@@ -390,6 +407,16 @@ def _run_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     is_view = any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)
     caveat = "; writing to the result will not change the BitmaskTensor" if is_view else ""
     warnings.warn(
-        f"{func} has no kernel for BitmaskTensor and ran on a dense copy{caveat}", DecompressWarning, stacklevel=3
+        f"{func} has no kernel for BitmaskTensor and ran on a dense copy{caveat}",
+        DecompressWarning,
+        stacklevel=_stack_level() + 1,
     )
     return func(*args, **kwargs)
+
+
+def _stack_level() -> int:
+    """The stack level, for a caller of this function, of the code outside this file that it works for."""
+    level, frame = 0, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals is globals():
+        level, frame = level + 1, frame.f_back
+    return level

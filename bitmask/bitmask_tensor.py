@@ -105,6 +105,7 @@ class BitmaskTensor(Tensor):
     values = _part("values")
     bitmasks = _part("bitmasks")
     row_offsets = _part("row_offsets")
+    _stored = _part("values")  # torch.export sees an inner tensor only under a name that torch.Tensor does not have
 
     @staticmethod
     def __new__(
@@ -243,14 +244,14 @@ class BitmaskTensor(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         """Names of the inner tensors, for torch.compile and friends."""
-        return ["values", "bitmasks", "row_offsets"], None
+        return ["_stored", "bitmasks", "row_offsets"], None
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: None, outer_size: Sequence[int], outer_stride: Sequence[int]
     ) -> BitmaskTensor:
         """The inverse of `__tensor_flatten__`."""
-        return BitmaskTensor(inner["values"], inner["bitmasks"], inner["row_offsets"], outer_size)
+        return BitmaskTensor(inner["_stored"], inner["bitmasks"], inner["row_offsets"], outer_size)
 
     def _stable_hash_for_caching(self) -> str:
         """What torch.compile's cache may key on: everything but the data."""
@@ -347,8 +348,9 @@ class BitmaskTensor(Tensor):
     ) -> Any:
         """Catch F.linear, which autograd would take apart; everything else goes on as if this method were not here."""
         kwargs = kwargs or {}
-        result = _linear(*args, **kwargs) if func is torch.nn.functional.linear else NotImplemented
-        return _proceed(func, types, args, kwargs) if result is NotImplemented else result
+        if func is torch.nn.functional.linear:
+            return _linear(*args, **kwargs)
+        return _proceed(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -364,10 +366,12 @@ class BitmaskTensor(Tensor):
 _proceed: Any = torch._C._disabled_torch_function_impl  # calls a function past every __torch_function__
 
 
-@torch._dynamo.allow_in_graph
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """F.linear of a compressed weight, or NotImplemented."""
-    return HANDLERS[torch.ops.aten.linear.default](torch.nn.functional.linear, x, weight, bias)
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _linear(*args: Any, **kwargs: Any) -> Any:
+    """F.linear by its handler; opaque to torch.compile, which traces the ops inside afterwards."""
+    linear = torch.nn.functional.linear
+    result = HANDLERS[torch.ops.aten.linear.default](linear, *args, **kwargs)
+    return _proceed(linear, (), args, kwargs) if result is NotImplemented else result
 
 
 def _mark_parameter(tensor: BitmaskTensor, is_parameter: bool) -> BitmaskTensor:

@@ -110,17 +110,16 @@ def _unbind(func: Any, tensor: BitmaskTensor, dim: int = 0) -> Any:
     return [_select(func, tensor, 0, index) for index in range(tensor.shape[0])]
 
 
-def _linear(func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """Straight from the parts; mistakes come out as the RuntimeError that they are for a dense weight."""
-    others_plain = not isinstance(x, BitmaskTensor) and not isinstance(bias, BitmaskTensor)
-    if not isinstance(weight, BitmaskTensor) or not isinstance(x, Tensor) or not others_plain:
+    if not isinstance(weight, BitmaskTensor) or isinstance(input, BitmaskTensor) or isinstance(bias, BitmaskTensor):
         return NotImplemented
     with torch._C.DisableTorchFunctionSubclass():
         if weight.ndim != 2 or weight.dtype not in ops.LINEAR_DTYPES:
             return NotImplemented
         parts, columns = weight._parts(), weight.shape[1]
     try:
-        return ops.linear(x, *parts, columns, bias)
+        return ops.linear(input, *parts, columns, bias)
     except FormatError:
         raise
     except (TypeError, ValueError) as error:

@@ -139,7 +139,7 @@ def validate(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Seque
 
 
 def _linear(*args: Any) -> Any:
-    """The native op, past autograd where nothing takes part in it: a formula in Python costs more than a small product."""
+    """The native op, past autograd where nothing needs it: a formula in Python costs more than a small product."""
     op = torch.ops.bitmask.linear.default
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         return op(*args)
@@ -299,14 +299,18 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, Tensor | None]:
     needs_x, *_, needs_bias = ctx.needs_input_grad
-    grad_x = _backward_input(grad, *ctx.saved_tensors, ctx.in_features) if needs_x else None
+    grad_x = None
+    if needs_x:
+        values, bitmasks, row_offsets = ctx.saved_tensors
+        grad_x = _backward_input(grad, values, bitmasks, row_offsets, ctx.in_features)
     return grad_x, None, None, None, None, grad.sum_to_size(ctx.bias_shape) if needs_bias else None
 
 
 def _backward_input(grad: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, in_features: int) -> Tensor:
     """Gradient of x [..., in_features] from that of the output [..., out_features]."""
     # Until there is torch.ops.bitmask.linear_backward_input(grad, values, bitmasks, row_offsets, in_features):
-    return grad @ torch.ops.bitmask.decompress(values, bitmasks, row_offsets, [row_offsets.shape[0], in_features])
+    weight: Tensor = torch.ops.bitmask.decompress(values, bitmasks, row_offsets, [row_offsets.shape[0], in_features])
+    return grad @ weight
 
 
 def _autocast_linear(
@@ -333,5 +337,5 @@ has_side_effect(torch.ops.bitmask.validate.default)  # else a compiler drops the
 torch.library.register_autograd("bitmask::compress", _compress_backward, setup_context=_compress_setup)
 torch.library.register_autograd("bitmask::decompress", _decompress_backward, setup_context=_decompress_setup)
 torch.library.register_autograd("bitmask::linear", _linear_backward, setup_context=_linear_setup)
-_autocast = torch.library.Library("bitmask", "FRAGMENT")  # as long as it lives, so does what it registers
+_autocast: Any = torch.library.Library("bitmask", "FRAGMENT")  # type: ignore[no-untyped-call]  # unregisters as it dies
 _autocast.impl("linear", _autocast_linear, "AutocastCPU")

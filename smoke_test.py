@@ -42,7 +42,9 @@ def failures_of(isa: str) -> list[str]:
         "compress": same(parts, reference.compress(dense)),
         "decompress": torch.equal(ops.decompress(*parts, dense.shape), dense),
         "validate": refuses(parts, dense.shape),
+        "linear": all(multiplies(parts, dense.shape[1], rows) for rows in (1, 8)),
         "BitmaskTensor": torch.equal(tensor[3:7].to_dense(), dense[3:7]),
+        "BitmaskLinear": layer_agrees(dense),
     }
     bitmask.set_isa(None)
     return [name for name, passed in checks.items() if not passed]
@@ -56,6 +58,20 @@ def refuses(parts: Parts, shape: torch.Size) -> bool:
     except bitmask.FormatError:
         return True
     return False
+
+
+def multiplies(parts: Parts, columns: int, rows: int) -> bool:
+    """Whether linear agrees with the reference on so many rows of x."""
+    x = torch.randn(rows, columns)
+    return torch.allclose(ops.linear(x, *parts, columns), reference.linear(x, *parts, columns), atol=1e-4)
+
+
+def layer_agrees(dense: torch.Tensor) -> bool:
+    """Whether a compressed layer does what the dense one does."""
+    layer = torch.nn.Linear(dense.shape[1], dense.shape[0])
+    layer.load_state_dict({"weight": dense, "bias": torch.ones(dense.shape[0])})
+    x = torch.randn(5, dense.shape[1])
+    return torch.allclose(bitmask.BitmaskLinear.from_dense(layer)(x), layer(x), atol=1e-4)
 
 
 def main() -> None:

@@ -7,13 +7,17 @@ import torch  # noqa: F401  # first: the native library needs torch's to be load
 import bitmask.handlers as _handlers  # noqa: F401  # fills in what BitmaskTensor does by torch op
 from bitmask._C import available_isas, build_info, get_isa, set_isa
 from bitmask.bitmask_tensor import BitmaskTensor, DecompressWarning
+from bitmask.linear import BitmaskLinear
+from bitmask.models import CompressionReport, compress_, compression_report, decompress_
 from bitmask.ops import FormatError, compress, decompress
 from bitmask.reference import NaiveBitmaskTensor
 
 __version__ = version("bitmask")
 
 __all__ = [
+    "BitmaskLinear",
     "BitmaskTensor",
+    "CompressionReport",
     "DecompressWarning",
     "FormatError",
     "NaiveBitmaskTensor",
@@ -21,7 +25,10 @@ __all__ = [
     "available_isas",
     "build_info",
     "compress",
+    "compress_",
+    "compression_report",
     "decompress",
+    "decompress_",
     "get_isa",
     "set_isa",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -104,8 +105,7 @@ class BitmaskTensor(Tensor):
     values = _part("values")
     bitmasks = _part("bitmasks")
     row_offsets = _part("row_offsets")
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _stored = _part("values")  # torch.export sees an inner tensor only under a name that torch.Tensor does not have
 
     @staticmethod
     def __new__(
@@ -244,14 +244,14 @@ class BitmaskTensor(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         """Names of the inner tensors, for torch.compile and friends."""
-        return ["values", "bitmasks", "row_offsets"], None
+        return ["_stored", "bitmasks", "row_offsets"], None
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: None, outer_size: Sequence[int], outer_stride: Sequence[int]
     ) -> BitmaskTensor:
         """The inverse of `__tensor_flatten__`."""
-        return BitmaskTensor(inner["values"], inner["bitmasks"], inner["row_offsets"], outer_size)
+        return BitmaskTensor(inner["_stored"], inner["bitmasks"], inner["row_offsets"], outer_size)
 
     def _stable_hash_for_caching(self) -> str:
         """What torch.compile's cache may key on: everything but the data."""
@@ -343,6 +343,16 @@ class BitmaskTensor(Tensor):
         return all(part.is_shared() for part in self._parts())  # type: ignore[no-untyped-call]
 
     @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Catch F.linear, which autograd would take apart; everything else goes on as if this method were not here."""
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            return _linear(*args, **kwargs)
+        return _proceed(func, types, args, kwargs)
+
+    @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -351,6 +361,17 @@ class BitmaskTensor(Tensor):
         handler = HANDLERS.get(func)
         result = func.decompose(*args, **kwargs) if handler is None else handler(func, *args, **kwargs)
         return _run_dense(func, args, kwargs) if result is NotImplemented else result
+
+
+_proceed: Any = torch._C._disabled_torch_function_impl  # calls a function past every __torch_function__
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _linear(*args: Any, **kwargs: Any) -> Any:
+    """F.linear by its handler; opaque to torch.compile, which traces the ops inside afterwards."""
+    linear = torch.nn.functional.linear
+    result = HANDLERS[torch.ops.aten.linear.default](linear, *args, **kwargs)
+    return _proceed(linear, (), args, kwargs) if result is NotImplemented else result
 
 
 def _mark_parameter(tensor: BitmaskTensor, is_parameter: bool) -> BitmaskTensor:
@@ -390,6 +411,16 @@ def _run_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     is_view = any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)
     caveat = "; writing to the result will not change the BitmaskTensor" if is_view else ""
     warnings.warn(
-        f"{func} has no kernel for BitmaskTensor and ran on a dense copy{caveat}", DecompressWarning, stacklevel=3
+        f"{func} has no kernel for BitmaskTensor and ran on a dense copy{caveat}",
+        DecompressWarning,
+        stacklevel=_stack_level() + 1,
     )
     return func(*args, **kwargs)
+
+
+def _stack_level() -> int:
+    """The stack level, for a caller of this function, of the code outside this file that it works for."""
+    level, frame = 0, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals is globals():
+        level, frame = level + 1, frame.f_back
+    return level

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from bitmask import ops
 from bitmask.bitmask_tensor import HANDLERS, BitmaskTensor
+from bitmask.ops import FormatError
 
 aten = torch.ops.aten
 
@@ -108,6 +110,22 @@ def _unbind(func: Any, tensor: BitmaskTensor, dim: int = 0) -> Any:
     return [_select(func, tensor, 0, index) for index in range(tensor.shape[0])]
 
 
+def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """Straight from the parts; mistakes come out as the RuntimeError that they are for a dense weight."""
+    if not isinstance(weight, BitmaskTensor) or isinstance(input, BitmaskTensor) or isinstance(bias, BitmaskTensor):
+        return NotImplemented
+    with torch._C.DisableTorchFunctionSubclass():
+        if weight.ndim != 2 or weight.dtype not in ops.LINEAR_DTYPES:
+            return NotImplemented
+        parts, columns = weight._parts(), weight.shape[1]
+    try:
+        return ops.linear(input, *parts, columns, bias)
+    except FormatError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(f"linear: {error}") from None
+
+
 def _is_pinned(func: Any, tensor: BitmaskTensor, device: Any = None) -> bool:
     return all(part.is_pinned() for part in tensor._parts())
 
@@ -135,6 +153,7 @@ HANDLERS.update(
         aten.split_with_sizes.default: _split,
         aten.unbind.int: _unbind,
         aten.is_pinned.default: _is_pinned,
+        aten.linear.default: _linear,
         **dict.fromkeys(
             (
                 aten.empty_like.default,

@@ -21,6 +21,7 @@ _DTYPE_NAMES = (
     "complex32 complex64 complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
 )
 DTYPES = frozenset(getattr(torch, name) for name in _DTYPE_NAMES.split() if hasattr(torch, name))
+LINEAR_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
 class FormatError(ValueError):
@@ -137,6 +138,81 @@ def validate(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Seque
     return sizes
 
 
+def _linear(*args: Any) -> Any:
+    """The native op, past autograd where nothing needs it: a formula in Python costs more than a small product."""
+    op = torch.ops.bitmask.linear.default
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _check_linear(
+    x: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, in_features: int, bias: Tensor | None
+) -> None:
+    """Raise what `linear` promises, for all that can be seen without looking at the contents of the parts."""
+    check_parts(values, bitmasks, row_offsets)
+    if values.dtype not in LINEAR_DTYPES:
+        raise TypeError(f"values: got dtype {values.dtype}, expected float32, bfloat16, float16 or float64")
+    rows = row_offsets.numel()
+    check_part_sizes(values, bitmasks, row_offsets, _check_shape([rows, in_features]))
+    for name, tensor in (("x", x),) if bias is None else (("x", x), ("bias", bias)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+        _check_strided(name, tensor)
+        if tensor.dtype != values.dtype:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {values.dtype}, the dtype of the weight")
+        if tensor.device != values.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {values.device}, the device of the weight")
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x: got size {list(x.shape)}, expected [..., {in_features}] (in_features of the weight)")
+    if bias is not None and list(bias.shape) != [rows]:
+        raise ValueError(f"bias: got size {list(bias.shape)}, expected [{rows}] (out_features of the weight)")
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    bitmasks: Tensor,
+    row_offsets: Tensor,
+    in_features: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`F.linear(x, weight, bias)` straight from the parts of a weight [out_features, in_features].
+
+    The parts are proven while they are used. Gradients flow to `x` and `bias`; the weight is frozen. Under autocast,
+    `x`, the values and `bias` are cast as for `F.linear`.
+
+    Args:
+        x: [..., in_features], in the dtype of `values`: float32, bfloat16, float16 or float64.
+        values: [nnz], with `bitmasks` uint8 [out_features, ceil(in_features / 8)] and `row_offsets` int64
+            [out_features].
+        in_features: columns of the weight.
+        bias: [out_features], in the dtype of `values`.
+
+    Returns:
+        [..., out_features] in the dtype of `x`; sums are kept in float32 (float64 for float64) and rounded once.
+
+    Raises:
+        FormatError: parts that contradict each other or `in_features`.
+        TypeError, ValueError: a tensor of the wrong kind, dtype, device or size.
+
+    >>> values, bitmasks, row_offsets = compress(torch.tensor([[1.0, 0.0, 2.0], [5.0, 3.0, 0.0]]))
+    >>> linear(torch.tensor([1.0, 10.0, 100.0]), values, bitmasks, row_offsets, 3)
+    tensor([201.,  35.])
+    """
+    if not type(values) is type(bitmasks) is type(row_offsets) is Tensor:
+        check_parts(values, bitmasks, row_offsets)
+    # The native op refuses every mistake; which one it was is asked afterwards, to keep small products fast.
+    try:
+        y: Tensor = _call(_linear, x, values, bitmasks, row_offsets, in_features, bias, invalid=FormatError)
+        return y
+    except (RuntimeError, TypeError, ValueError) as error:
+        failure = error
+    _check_linear(x, values, bitmasks, row_offsets, in_features, bias)
+    raise failure
+
+
 def bitmask_sizes(shape: Sequence[int]) -> list[int]:
     """Sizes of the bitmasks of a tensor of `shape`: the last dimension counts bytes."""
     return [*shape[:-1], ((shape[-1] if len(shape) > 0 else 1) + 7) // 8]
@@ -201,9 +277,65 @@ def _decompress_backward(ctx: Any, grad_dense: Tensor) -> tuple[Tensor, None, No
     return grad_dense.reshape(rows, cols).masked_select(mask), None, None, None
 
 
+def _fake_linear(
+    x: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, in_features: int, bias: Tensor | None = None
+) -> Tensor:
+    _check_linear(x, values, bitmasks, row_offsets, in_features, bias)
+    return x.new_empty([*x.shape[:-1], row_offsets.shape[0]])
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, values, bitmasks, row_offsets, in_features, bias = inputs
+    if ctx.needs_input_grad[1]:
+        raise TypeError(
+            "values: got a tensor that requires a gradient, expected one that does not: the compressed weight is "
+            "frozen; train the dense one (to_dense()) and compress it afterwards"
+        )
+    if ctx.needs_input_grad[0]:
+        ctx.save_for_backward(values, bitmasks, row_offsets)
+    ctx.in_features = in_features
+    ctx.bias_shape = None if bias is None else bias.shape
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, Tensor | None]:
+    needs_x, *_, needs_bias = ctx.needs_input_grad
+    grad_x = None
+    if needs_x:
+        values, bitmasks, row_offsets = ctx.saved_tensors
+        grad_x = _backward_input(grad, values, bitmasks, row_offsets, ctx.in_features)
+    return grad_x, None, None, None, None, grad.sum_to_size(ctx.bias_shape) if needs_bias else None
+
+
+def _backward_input(grad: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, in_features: int) -> Tensor:
+    """Gradient of x [..., in_features] from that of the output [..., out_features]."""
+    # Until there is torch.ops.bitmask.linear_backward_input(grad, values, bitmasks, row_offsets, in_features):
+    weight: Tensor = torch.ops.bitmask.decompress(values, bitmasks, row_offsets, [row_offsets.shape[0], in_features])
+    return grad @ weight
+
+
+def _autocast_linear(
+    x: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, in_features: int, bias: Tensor | None = None
+) -> Tensor:
+    """Cast what autocast casts for F.linear: floating-point numbers, but for float64."""
+    dtype = torch.get_autocast_dtype("cpu")
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+        y: Tensor = torch.ops.bitmask.linear(
+            cast(x), cast(values), bitmasks, row_offsets, in_features, None if bias is None else cast(bias)
+        )
+        return y
+
+
 torch.library.register_fake("bitmask::compress", _fake_compress)
 torch.library.register_fake("bitmask::decompress", _fake_decompress)
+torch.library.register_fake("bitmask::linear", _fake_linear)
 torch.library.register_fake("bitmask::validate", _fake_validate)
 has_side_effect(torch.ops.bitmask.validate.default)  # else a compiler drops the call: it returns nothing
 torch.library.register_autograd("bitmask::compress", _compress_backward, setup_context=_compress_setup)
 torch.library.register_autograd("bitmask::decompress", _decompress_backward, setup_context=_decompress_setup)
+torch.library.register_autograd("bitmask::linear", _linear_backward, setup_context=_linear_setup)
+_autocast: Any = torch.library.Library("bitmask", "FRAGMENT")  # type: ignore[no-untyped-call]  # unregisters as it dies
+_autocast.impl("linear", _autocast_linear, "AutocastCPU")

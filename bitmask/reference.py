@@ -79,6 +79,20 @@ def decompress(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Seq
     return octets.reshape(-1).view(values.dtype).reshape(list(shape))
 
 
+def linear(
+    x: Tensor,
+    values: Tensor,
+    bitmasks: Tensor,
+    row_offsets: Tensor,
+    in_features: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Twin of `bitmask.ops.linear` for valid parts: calculated in float64 and rounded once, to the dtype of `x`."""
+    weight = decompress(values, bitmasks, row_offsets, [row_offsets.numel(), in_features])
+    y = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    return y.to(x.dtype)
+
+
 class NaiveBitmaskTensor:
     """The face of `BitmaskTensor` over the reference ops; not a tensor.
 

@@ -1,5 +1,6 @@
 """BitmaskTensor as torch, modules, files and other processes see it."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -417,20 +418,14 @@ def test_safetensors_writes_no_wrong_file(compressed, dense, tmp_path):
 # Modules.
 
 
-@allows_decompression
 def test_linear_equals_dense(linear, dense):
     inputs = random_numbers(3, 20, density=1.0, seed=1).requires_grad_()
     outputs = linear(inputs)
-    assert torch.equal(outputs, F.linear(inputs, dense, linear.bias))
+    torch.testing.assert_close(outputs, F.linear(inputs, dense, linear.bias))
     outputs.sum().backward()
     torch.testing.assert_close(inputs.grad, dense.sum(0).expand(3, 20))
     assert linear.bias.grad is not None
     assert linear.weight.grad is None
-
-
-def test_linear_warns(linear):
-    with pytest.warns(DecompressWarning, match="no kernel for BitmaskTensor"):
-        linear(torch.zeros(3, 20))
 
 
 def test_parameter(linear, dense):
@@ -546,7 +541,6 @@ def test_load_state_dict_of_another_shape(linear, dense):
     assert_is_compressed(linear.weight, dense)
 
 
-@allows_decompression
 def test_optimizers_leave_the_weight_alone(linear, dense):
     optimizer = torch.optim.AdamW(linear.parameters(), lr=0.1, weight_decay=0.1)
     bias = linear.bias.detach().clone()
@@ -556,12 +550,11 @@ def test_optimizers_leave_the_weight_alone(linear, dense):
     assert not torch.equal(linear.bias, bias)
 
 
-@allows_decompression
 def test_functional_call_and_autocast(linear, dense):
     inputs = random_numbers(3, 20, density=1.0)
     assert torch.equal(torch.func.functional_call(linear, dict(linear.named_parameters()), (inputs,)), linear(inputs))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(F.linear(inputs, linear.weight), F.linear(inputs, dense))
+        torch.testing.assert_close(F.linear(inputs, linear.weight), F.linear(inputs, dense))
 
 
 # Writing.
@@ -796,8 +789,9 @@ def test_fallbacks_are_right_and_warn(dense, compressed, name):
 
 
 @pytest.mark.filterwarnings("always::bitmask.DecompressWarning")
-def test_warning_points_at_the_caller(compressed):
-    with pytest.warns(DecompressWarning) as caught:
+@pytest.mark.parametrize("guard", [contextlib.nullcontext, torch._C.DisableTorchFunctionSubclass])
+def test_warning_points_at_the_caller(compressed, guard):
+    with pytest.warns(DecompressWarning) as caught, guard():
         _ = compressed + 1
     assert [warning.filename for warning in caught] == [__file__]
 
@@ -1011,7 +1005,7 @@ def test_inference_mode(dense):
 
 def test_flatten_and_unflatten(dense, compressed):
     names, context = compressed.__tensor_flatten__()
-    assert names == ["values", "bitmasks", "row_offsets"]
+    assert all(getattr(compressed, name) is part for name, part in zip(names, parts_of(compressed), strict=True))
     inner = {name: getattr(compressed, name) for name in names}
     assert_is_compressed(
         BitmaskTensor.__tensor_unflatten__(inner, context, compressed.shape, compressed.stride()), dense
@@ -1032,10 +1026,9 @@ def test_compiled_to_dense(fresh_dynamo, dense, compressed):
     assert torch.equal(compiled(BitmaskTensor.from_dense(other)), other * 2)
 
 
-@allows_decompression
 def test_compiled_linear(fresh_dynamo, linear):
     inputs = random_numbers(3, 20, density=1.0)
-    assert torch.allclose(torch.compile(linear, backend="aot_eager")(inputs), linear(inputs))
+    assert torch.equal(torch.compile(linear, backend="aot_eager", fullgraph=True)(inputs), linear(inputs))
 
 
 def test_share_memory(dense, compressed):

@@ -32,7 +32,9 @@ def test_the_rules_find_the_files_they_are_about():
     """A moved folder must not leave the tests below with nothing to check."""
     assert {"isa_scalar.cpp", "isa_avx2.cpp", "isa_avx512.cpp", "isa_neon.cpp"} <= {path.name for path in ISA_FILES}
     assert {"simd_scalar.h", "simd_neon.h", "codec.h"} <= {path.name for path in VOCABULARY_FILES}
-    assert {"ops.py", "reference.py", "bitmask_tensor.py"} <= {path.name for path in PYTHON_FILES}
+    assert {"ops.py", "reference.py", "bitmask_tensor.py", "linear.py", "models.py"} <= {
+        path.name for path in PYTHON_FILES
+    }
 
 
 # C++ and CUDA.

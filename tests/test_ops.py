@@ -14,7 +14,9 @@ from conftest import (
     assert_parts_equal,
     available_memory,
     element_size,
+    mutate,
     octets_of,
+    parts_are_valid,
     random_dense,
     random_numbers,
     special_words,
@@ -724,39 +726,6 @@ def test_format_error_is_a_value_error():
 
 
 # Mutations.
-
-
-def parts_are_valid(values, bitmasks, row_offsets, shape):
-    """The rules of the layout, spelled out anew in plain Python."""
-    rows, cols = math.prod(shape[:-1]), shape[-1]
-    row_bytes = -(-cols // 8)
-    if values.ndim != 1 or list(bitmasks.shape) != [rows, row_bytes] or list(row_offsets.shape) != [rows]:
-        return False
-    offsets = [*row_offsets.tolist(), values.numel()]
-    words = [int.from_bytes(bytes(row), "little") for row in bitmasks.tolist()]
-    counts_fit = all(offsets[row + 1] - offsets[row] == word.bit_count() for row, word in enumerate(words))
-    return offsets[0] == 0 and counts_fit and all(word < 1 << cols for word in words)
-
-
-def mutate(values, bitmasks, row_offsets, shape, randint):
-    """One small random change, to a copy; some changes leave the parts valid."""
-    values, bitmasks, row_offsets, shape = values.clone(), bitmasks.clone(), row_offsets.clone(), list(shape)
-    kind = randint(7)
-    if kind == 0:
-        bitmasks.view(-1)[randint(bitmasks.numel())] ^= 1 << randint(8)
-    elif kind == 1:
-        bitmasks.view(-1)[randint(bitmasks.numel())] = randint(256)
-    elif kind == 2:
-        row_offsets[randint(row_offsets.numel())] += randint(5) - 2
-    elif kind == 3:
-        row_offsets.view(UINT8)[randint(row_offsets.numel() * 8)] ^= 1 << randint(8)
-    elif kind == 4:
-        values = torch.cat([values, values])[: max(values.numel() + randint(5) - 2, 0)]
-    elif kind == 5:
-        values.view(UINT8)[randint(values.nbytes)] ^= 1 << randint(8)
-    else:
-        shape[randint(2)] += randint(3) - 1
-    return values, bitmasks, row_offsets, shape
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,258 @@
+"""Whole models: compressing the weights of their linear layers in place, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
+from tqdm import tqdm
+
+from bitmask import ops
+from bitmask.bitmask_tensor import BitmaskTensor
+from bitmask.linear import BitmaskLinear, frozen_parameter
+
+Filter = Callable[[str, nn.Module], bool]
+
+# Where a layer remembers whether its weight took a gradient before it was compressed.
+_TRAINABLE = "_weight_was_trainable"
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One weight of linear layers, and every place in the model that holds it."""
+
+    layers: dict[str, nn.Linear]
+    elsewhere: list[str]
+
+    @property
+    def tensor(self) -> Tensor:
+        return next(iter(self.layers.values())).weight
+
+
+@dataclass(frozen=True)
+class CompressionRow:
+    """One weight in a CompressionReport.
+
+    Attributes:
+        layers: names of the linear layers that have this weight; several, if it is tied.
+        sparsity: fraction of zeros (of elements not stored, if compressed); NaN where there is no kernel to count them.
+        dense_nbytes, compressed_nbytes: what it takes in either form, whichever it has now.
+        compressed: whether it is compressed now.
+        reason: why it is not; empty if it is.
+    """
+
+    layers: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sparsity: float
+    dense_nbytes: int
+    compressed_nbytes: int
+    compressed: bool
+    reason: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes now."""
+        return self.compressed_nbytes if self.compressed else self.dense_nbytes
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What compressing does for each linear weight of a model; `str()` gives a table.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    >>> _ = model[0].weight.data.fill_(0)
+    >>> print(compression_report(compress_(model, progress=False)))
+    layer    shape    dtype    sparsity  dense MB  compressed MB  kept dense, because
+    0      64 x 64  float32      1.0000     0.016          0.001
+    2       2 x 64  float32      0.0000     0.001          0.001  it would not shrink
+    total                                   0.017          0.002  with what is kept dense
+    """
+
+    rows: list[CompressionRow]
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of all these weights, if all were dense."""
+        return sum(row.dense_nbytes for row in self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all these weights now."""
+        return sum(row.nbytes for row in self.rows)
+
+    def __str__(self) -> str:
+        """An aligned table with totals; a weight that is kept dense shows what it would take compressed."""
+        header = ("layer", "shape", "dtype", "sparsity", "dense MB", "compressed MB", "kept dense, because")
+        lines = [header, *(_cells(row) for row in self.rows)]
+        totals = (_megabytes(self.dense_nbytes), _megabytes(self.nbytes))
+        lines.append(("total", "", "", "", *totals, "with what is kept dense"))
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        left = (0, len(header) - 1)
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if column in left else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+
+def compress_(
+    model: nn.Module, filter_fn: Filter | None = None, min_sparsity: float | None = None, progress: bool = True
+) -> nn.Module:
+    """Compress the weights of a model's linear layers in place, where that makes them smaller; returns the model.
+
+    Each becomes a BitmaskTensor parameter, which is frozen. Modules, names, hooks, and `state_dict` keys stay; tied
+    weights stay tied. `compression_report` says which weights stay dense and why: those that are also used by something
+    other than the `forward` of `nn.Linear`, are computed from other parameters, or would not shrink.
+
+    Args:
+        model: of which weights may be replaced; an optimizer that holds them has to be made anew.
+        filter_fn: called with the name and module of each linear layer; where it is false, the weight stays dense.
+        min_sparsity: the least fraction of zeros that is worth it, 0 to 1; by default any that makes it smaller.
+        progress: show a progress bar.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: `min_sparsity` outside 0 to 1.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    >>> _ = nn.init.sparse_(model[0].weight, sparsity=0.75)
+    >>> compress_(model, progress=False)[0].weight
+    BitmaskTensor(shape=(64, 64), dtype=torch.float32, device='cpu', nbytes=16384, nnz=1024, sparsity=0.7500,
+    compressed_nbytes=5120)
+    """
+    if min_sparsity is not None and not 0 <= min_sparsity <= 1:
+        raise ValueError(f"min_sparsity: got {min_sparsity}, expected 0 to 1")
+    for weight in tqdm(_linear_weights(model), desc="Compressing", unit="weight", disable=not progress):
+        if isinstance(weight.tensor, BitmaskTensor) or _reason_against(weight):
+            continue
+        if filter_fn is not None and not all(filter_fn(name, layer) for name, layer in weight.layers.items()):
+            continue
+        if min_sparsity is None or _sparsity(weight.tensor) >= min_sparsity:
+            _compress(weight)
+    return model
+
+
+def decompress_(model: nn.Module, progress: bool = True) -> nn.Module:
+    """Undo `compress_`: the weights of linear layers become dense parameters, in place; returns the model.
+
+    Tied weights stay tied, and those that took a gradient take one again. A BitmaskLinear stays compressed: it has
+    `to_dense`.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    >>> before = nn.init.sparse_(model[0].weight, sparsity=0.75)
+    >>> after = decompress_(compress_(model, progress=False), progress=False)[0].weight
+    >>> torch.equal(after, before), after.requires_grad
+    (True, True)
+    """
+    for weight in tqdm(_linear_weights(model), desc="Decompressing", unit="weight", disable=not progress):
+        bound = any(isinstance(layer, BitmaskLinear) for layer in weight.layers.values())
+        if isinstance(weight.tensor, BitmaskTensor) and not bound:
+            trainable = any([layer.__dict__.pop(_TRAINABLE, False) for layer in weight.layers.values()])
+            _replace(weight, nn.Parameter(weight.tensor.to_dense(), requires_grad=trainable))
+    return model
+
+
+def compression_report(model: nn.Module) -> CompressionReport:
+    """What `compress_` did, or would do, for each weight of the linear layers of a model."""
+    return CompressionReport([_row(weight) for weight in _linear_weights(model)])
+
+
+def _linear_weights(model: nn.Module) -> list[_Weight]:
+    """Each distinct weight of the model's linear layers, once, with all that holds it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    weights: dict[int, _Weight] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            weight = module._parameters.get("weight")
+            key = id(module if weight is None else weight)
+            weights.setdefault(key, _Weight({}, [])).layers[name or "(model)"] = module
+    for name, module in model.named_modules():
+        for slot, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if id(tensor) in weights and not (isinstance(module, nn.Linear) and slot == "weight"):
+                weights[id(tensor)].elsewhere.append(f"{name}.{slot} ({type(module).__name__})".removeprefix("."))
+    return [weight for weight in weights.values() if not is_lazy(weight.tensor)]
+
+
+def _reason_against(weight: _Weight) -> str:
+    """Why a dense weight cannot or should not be compressed; empty if nothing speaks against it."""
+    tensor = weight.tensor
+    if weight.elsewhere:
+        return f"it is also {', '.join(weight.elsewhere)}"
+    for name, layer in weight.layers.items():
+        if layer._parameters.get("weight") is None:
+            return "it is computed from other parameters"
+        if isinstance(layer, NonDynamicallyQuantizableLinear):
+            return "nn.MultiheadAttention uses it without calling the layer"
+        if type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__:
+            return f"{name} ({type(layer).__name__}) has a forward of its own"
+    if not _can_be_measured(tensor):
+        kind = "" if type(tensor) is nn.Parameter else f"{type(tensor).__name__} "
+        return f"there is no kernel for a {kind}weight of {_name_of(tensor.dtype)} on {tensor.device.type}"
+    return "" if _compressed_nbytes(tensor) < tensor.nbytes else "it would not shrink"
+
+
+def _can_be_measured(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in ops.LINEAR_DTYPES and tensor.device.type == "cpu"
+
+
+def _sparsity(tensor: Tensor) -> float:
+    return 1 - int(torch.count_nonzero(tensor)) / tensor.numel() if tensor.numel() > 0 else 0.0
+
+
+def _compressed_nbytes(tensor: Tensor) -> int:
+    rows = len(tensor)
+    return int(torch.count_nonzero(tensor)) * tensor.itemsize + math.prod(ops.bitmask_sizes(tensor.shape)) + 8 * rows
+
+
+def _compress(weight: _Weight) -> None:
+    for layer in weight.layers.values():
+        layer.__dict__[_TRAINABLE] = weight.tensor.requires_grad
+    _replace(weight, frozen_parameter(BitmaskTensor.from_dense(weight.tensor)))
+
+
+def _replace(weight: _Weight, parameter: nn.Parameter) -> None:
+    for layer in weight.layers.values():
+        layer.weight = parameter
+
+
+def _row(weight: _Weight) -> CompressionRow:
+    tensor = weight.tensor
+    compressed = isinstance(tensor, BitmaskTensor)
+    sparsity, nbytes = math.nan, tensor.nbytes
+    if isinstance(tensor, BitmaskTensor):
+        sparsity, nbytes = tensor.sparsity, tensor.compressed_nbytes
+    elif _can_be_measured(tensor):
+        sparsity, nbytes = _sparsity(tensor), _compressed_nbytes(tensor)
+    reason = "" if compressed else _reason_against(weight) or "compress_ was not asked to, or told not to"
+    return CompressionRow(
+        tuple(weight.layers), tuple(tensor.shape), tensor.dtype, sparsity, tensor.nbytes, nbytes, compressed, reason
+    )
+
+
+def _cells(row: CompressionRow) -> tuple[str, ...]:
+    return (
+        " = ".join(row.layers),
+        " x ".join(map(str, row.shape)),
+        _name_of(row.dtype),
+        f"{row.sparsity:.4f}",
+        _megabytes(row.dense_nbytes),
+        _megabytes(row.compressed_nbytes),
+        row.reason,
+    )
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.3f}"

@@ -18,7 +18,6 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from bitmask import ops
 from bitmask.bitmask_tensor import HANDLERS, BitmaskTensor
-from bitmask.ops import FormatError
 
 aten = torch.ops.aten
 
@@ -111,19 +110,14 @@ def _unbind(func: Any, tensor: BitmaskTensor, dim: int = 0) -> Any:
 
 
 def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """Straight from the parts; mistakes come out as the RuntimeError that they are for a dense weight."""
+    """Straight from the parts."""
     if not isinstance(weight, BitmaskTensor) or isinstance(input, BitmaskTensor) or isinstance(bias, BitmaskTensor):
         return NotImplemented
     with torch._C.DisableTorchFunctionSubclass():
         if weight.ndim != 2 or weight.dtype not in ops.LINEAR_DTYPES:
             return NotImplemented
         parts, columns = weight._parts(), weight.shape[1]
-    try:
-        return ops.linear(input, *parts, columns, bias)
-    except FormatError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise RuntimeError(f"linear: {error}") from None
+    return ops.linear(input, *parts, columns, bias)
 
 
 def _is_pinned(func: Any, tensor: BitmaskTensor, device: Any = None) -> bool:

@@ -306,11 +306,26 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None,
     return grad_x, None, None, None, None, grad.sum_to_size(ctx.bias_shape) if needs_bias else None
 
 
-def _backward_input(grad: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, in_features: int) -> Tensor:
+def _backward_input(grad: Tensor, *weight: Any) -> Tensor:
     """Gradient of x [..., in_features] from that of the output [..., out_features]."""
-    # Until there is torch.ops.bitmask.linear_backward_input(grad, values, bitmasks, row_offsets, in_features):
-    weight: Tensor = torch.ops.bitmask.decompress(values, bitmasks, row_offsets, [row_offsets.shape[0], in_features])
-    return grad @ weight
+    grad_x: Tensor = _call(torch.ops.bitmask.linear_backward_input, grad, *weight, invalid=FormatError)
+    return grad_x
+
+
+def _fake_linear_backward_input(
+    grad: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, in_features: int
+) -> Tensor:
+    return grad.new_empty([*grad.shape[:-1], in_features])
+
+
+def _backward_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:4])
+    ctx.in_features = inputs[4]
+
+
+def _backward_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    """The product with the transposed weight is linear, too: its gradient is the product with the weight."""
+    return _call(torch.ops.bitmask.linear, grad, *ctx.saved_tensors, ctx.in_features), None, None, None, None
 
 
 def _autocast_linear(
@@ -332,10 +347,14 @@ def _autocast_linear(
 torch.library.register_fake("bitmask::compress", _fake_compress)
 torch.library.register_fake("bitmask::decompress", _fake_decompress)
 torch.library.register_fake("bitmask::linear", _fake_linear)
+torch.library.register_fake("bitmask::linear_backward_input", _fake_linear_backward_input)
 torch.library.register_fake("bitmask::validate", _fake_validate)
 has_side_effect(torch.ops.bitmask.validate.default)  # else a compiler drops the call: it returns nothing
 torch.library.register_autograd("bitmask::compress", _compress_backward, setup_context=_compress_setup)
 torch.library.register_autograd("bitmask::decompress", _decompress_backward, setup_context=_decompress_setup)
 torch.library.register_autograd("bitmask::linear", _linear_backward, setup_context=_linear_setup)
+torch.library.register_autograd(
+    "bitmask::linear_backward_input", _backward_input_backward, setup_context=_backward_input_setup
+)
 _autocast: Any = torch.library.Library("bitmask", "FRAGMENT")  # type: ignore[no-untyped-call]  # unregisters as it dies
 _autocast.impl("linear", _autocast_linear, "AutocastCPU")

@@ -93,6 +93,14 @@ def linear(
     return y.to(x.dtype)
 
 
+def linear_backward_input(
+    grad: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, in_features: int
+) -> Tensor:
+    """Twin of the op of that name: the gradient of x [..., in_features], from that of y [..., out_features]."""
+    weight = decompress(values, bitmasks, row_offsets, [row_offsets.numel(), in_features])
+    return (grad.double() @ weight.double()).to(grad.dtype)
+
+
 class NaiveBitmaskTensor:
     """The face of `BitmaskTensor` over the reference ops; not a tensor.
 

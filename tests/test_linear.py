@@ -464,7 +464,7 @@ def test_autocast_leaves_float64_alone():
             F.linear(torch.ones(2, 20).double(), BitmaskTensor.from_dense(torch.eye(20).double())).dtype
             == torch.float64
         )
-        with pytest.raises(RuntimeError, match="x: got dtype"):
+        with pytest.raises(TypeError, match="x: got dtype"):
             F.linear(torch.ones(2, 20), BitmaskTensor.from_dense(torch.eye(20).double()))
 
 
@@ -528,19 +528,19 @@ def test_functional_linear_without_a_kernel_runs_on_a_dense_copy(call, mode):
 @pytest.mark.parametrize(
     ("x", "bias", "error", "message"),
     [
-        (torch.ones(2, 20).double(), None, RuntimeError, "x: got dtype torch.float64, expected torch.float32"),
-        (torch.ones(2, 19), None, RuntimeError, r"x: got size \[2, 19\], expected \[..., 20\]"),
-        (torch.ones(()), None, RuntimeError, r"x: got size \[\], expected \[..., 20\]"),
-        (torch.ones(2, 20), torch.ones(7), RuntimeError, r"bias: got size \[7\], expected \[6\]"),
-        (torch.ones(2, 20), torch.ones(6).half(), RuntimeError, "bias: got dtype torch.float16, expected"),
+        (torch.ones(2, 20).double(), None, TypeError, "x: got dtype torch.float64, expected torch.float32"),
+        (torch.ones(2, 19), None, ValueError, r"x: got size \[2, 19\], expected \[..., 20\]"),
+        (torch.ones(()), None, ValueError, r"x: got size \[\], expected \[..., 20\]"),
+        (torch.ones(2, 20), torch.ones(7), ValueError, r"bias: got size \[7\], expected \[6\]"),
+        (torch.ones(2, 20), torch.ones(6).half(), TypeError, "bias: got dtype torch.float16, expected"),
         ([1.0], None, TypeError, "must be Tensor, not list"),
     ],
 )
-def test_mistakes_are_the_errors_of_a_dense_weight(x, bias, error, message):
+def test_mistakes_that_a_dense_weight_refuses_too(x, bias, error, message):
     weight = BitmaskTensor.from_dense(random_numbers(6, 20))
     with pytest.raises(error, match=message):
         F.linear(x, weight, bias)
-    with pytest.raises(error):
+    with pytest.raises((RuntimeError, TypeError)):
         F.linear(x, weight.to_dense(), bias)
 
 

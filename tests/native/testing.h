@@ -10,17 +10,18 @@
 #include <string>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#define BITMASK_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define BITMASK_ASAN 1
-#endif
-#endif
-
 namespace bitmask::testing {
 
 using std::size_t;
+
+// Whether AddressSanitizer is watching.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+#elif defined(__has_feature)
+constexpr bool kSanitized = __has_feature(address_sanitizer);
+#else
+constexpr bool kSanitized = false;
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------- checks
 
@@ -84,11 +85,7 @@ class Buffer {
   }
 
  private:
-#if defined(BITMASK_ASAN)
-  static constexpr size_t kCanary = 0;  // the allocation's own red zones begin at once
-#else
-  static constexpr size_t kCanary = 128;
-#endif
+  static constexpr size_t kCanary = kSanitized ? 0 : 128;  // the allocation's own red zones begin at once
   size_t size_, front_;
   uint8_t* block_;
 };

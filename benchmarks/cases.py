@@ -105,9 +105,12 @@ def dense_input(workload: Workload, seed: int = 0) -> Tensor:
 
 def rotated_inputs(workload: Workload, nbytes: int) -> list[Tensor]:
     """Enough inputs that a call on each touches about `nbytes`, so that none is still in a cache when read again."""
-    first = dense_input(workload)
     touched = 2 * workload.dense_nbytes
-    count = min(_MOST_INPUTS, -(-nbytes // touched))
+    return rolled(dense_input(workload), min(_MOST_INPUTS, -(-nbytes // touched)))
+
+
+def rolled(first: Tensor, count: int) -> list[Tensor]:
+    """`first` and count - 1 more with the same elements at other places."""
     bits = first.view(torch.uint8).flatten()
     step = 1001 * first.element_size()
-    return [first] + [bits.roll(i * step).view(first.dtype).view(workload.shape) for i in range(1, count)]
+    return [first] + [bits.roll(i * step).view(first.dtype).view(first.shape) for i in range(1, count)]

@@ -16,9 +16,13 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Result:
-    """One contender in one cell; suites derive theirs, and name in FIGURES the properties that JSON holds beside."""
+    """One contender in one cell, from which suites derive theirs.
+
+    FIGURES are the properties that JSON holds beside the fields, PARTS the fields that are dataclasses themselves.
+    """
 
     FIGURES: ClassVar[tuple[str, ...]] = ()
+    PARTS: ClassVar[Mapping[str, type]] = {"summary": Summary}
 
     contender: str
     dtype: str
@@ -35,7 +39,8 @@ class Result:
         """Read back the fields; figures are computed again."""
         values = {field.name: stored[field.name] for field in fields(cls)}
         tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return cls(**values | tuples | {"summary": Summary(**stored["summary"])})
+        parts = {name: part(**stored[name]) for name, part in cls.PARTS.items()}
+        return cls(**values | tuples | parts)
 
 
 _R = TypeVar("_R", bound=Result)

@@ -9,6 +9,8 @@ from typing import Any
 
 from benchmarks.report import Report
 
+COLUMNS = 2
+
 
 class NothingToPlotError(ValueError):
     """The report has no line to draw."""
@@ -21,13 +23,16 @@ def have_matplotlib() -> bool:
 
 @contextmanager
 def canvas(path: Path, panels: int, size: tuple[float, float], sharey: bool) -> Iterator[tuple[Any, Sequence[Any]]]:
-    """A figure of `size` inches and its panels, side by side; it is saved to `path` at the end."""
+    """A figure of `size` inches and its panels, two in a line; it is saved to `path` at the end."""
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(1, panels, figsize=size, sharey=sharey, squeeze=False)
+    columns = min(panels, COLUMNS)
+    figure, axes = pyplot.subplots(-(-panels // columns), columns, figsize=size, sharey=sharey, squeeze=False)
+    for unused in axes.flat[panels:]:
+        unused.remove()
     try:
-        yield figure, axes[0]
+        yield figure, axes.flat[:panels]
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     finally:
@@ -42,9 +47,10 @@ def finish_panel(panel: Any, title: str, xlabel: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def caption(figure: Any, report: Report[Any], bandwidth: str) -> None:
+def caption(figure: Any, report: Report[Any], bandwidth: str, with_peers: bool = False) -> None:
     """Say below the panels where the figures come from; `bandwidth` is what the suite compares with."""
     header = report.header
-    peers = [f"{name} {status}" for name, status in report.peers.items() if not status.startswith("skipped")]
+    found = report.peers.items() if with_peers else ()
+    peers = [f"{name} {status}" for name, status in found if not status.startswith("skipped")]
     text = f"{header.hardware()}; {bandwidth}\n{header.software()}; {'; '.join([*peers, header.date[:10]])}"
     figure.text(0.5, 0.02, text, ha="center", fontsize=8, color="0.35", linespacing=1.4)

@@ -31,7 +31,7 @@ def plot(report: Report[CodecResult], path: Path) -> None:
         figure.suptitle(f"{shape_name(shape)} {dtype}, {thread_count(threads)}: higher is faster")
         figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 0.09), ncols=4, frameon=False)
         bandwidth = report.header.copy_bandwidth[threads]
-        caption(figure, report, f"copy bandwidth {bandwidth:.1f} GB/s on {thread_count(threads)}")
+        caption(figure, report, f"copy bandwidth {bandwidth:.1f} GB/s on {thread_count(threads)}", with_peers=True)
         figure.subplots_adjust(left=0.07, right=0.98, top=0.87, bottom=0.31, wspace=0.06)
 
 

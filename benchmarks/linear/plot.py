@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.cases import Shape, shape_name
 from benchmarks.linear.result import BITMASK, DENSE, LinearResult
 from benchmarks.machine import thread_count
-from benchmarks.plot import NothingToPlotError, canvas, caption, finish_panel
+from benchmarks.plot import COLUMNS, NothingToPlotError, canvas, caption, finish_panel
 from benchmarks.report import Report, grouped
 
 _Slice = tuple[Shape, int]
@@ -32,17 +32,20 @@ def plot(report: Report[LinearResult], path: Path) -> None:
     panels = has_sparsities + len(by_dtype)
     if panels == 0:
         raise NothingToPlotError("a plot needs results at two sparsities or two numbers of rows")
-    with canvas(path, panels, (1 + 4.4 * panels, 5.4), sharey=False) as (figure, axes):
+    lines = -(-panels // COLUMNS)
+    size = 5.5 * min(panels, COLUMNS), 1.4 + 3.8 * lines
+    with canvas(path, panels, size, sharey=False) as (figure, axes):
         if has_sparsities:
             _draw_against_sparsity(axes[0], single)
         for panel, (dtype, group) in zip(axes[has_sparsities:], by_dtype, strict=True):
             _draw_against_rows(panel, dtype, group)
-        axes[0].set_ylabel("times faster (log scale)")
-        figure.suptitle(f"y = x Wᵀ, W {shape_name(shape)} cold, {thread_count(threads)}: higher is faster")
+        figure.suptitle(f"y = x Wᵀ, W {shape_name(shape)} cold, {thread_count(threads)}: times faster, log scale")
         bandwidth = results[0].read_bandwidth
         measured = "not measured" if bandwidth is None else f"{bandwidth:.1f} GB/s on {thread_count(threads)}"
         caption(figure, report, f"read bandwidth {measured}")
-        figure.subplots_adjust(left=0.25 / panels, right=0.985, top=0.86, bottom=0.2, wspace=0.16)
+        figure.subplots_adjust(
+            left=0.05, right=0.985, top=1 - 0.8 / size[1], bottom=1.15 / size[1], wspace=0.1, hspace=0.32
+        )
 
 
 def crossover(results: Sequence[LinearResult]) -> float | None:
@@ -79,7 +82,6 @@ def _draw_against_rows(panel: Any, dtype: str, results: Sequence[LinearResult]) 
     for index, (sparsity, points) in enumerate(grouped(results, lambda result: result.sparsity)):
         points = sorted(points, key=lambda point: point.rows)
         crossing = crossover(points)
-        where = "no crossover" if crossing is None else f"crossover at {crossing:.0f}"
         colour = f"C{3 + index}"
         panel.plot(
             [point.rows for point in points],
@@ -87,13 +89,19 @@ def _draw_against_rows(panel: Any, dtype: str, results: Sequence[LinearResult]) 
             color=colour,
             marker="o",
             markersize=4,
-            label=f"{sparsity:.0%}: {where}",
+            label=f"{sparsity:.0%}: {_verdict(points, crossing)}",
         )
         if crossing is not None:
             panel.plot([crossing], [1], color=colour, marker="X", markersize=9, linestyle="")
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _finish(panel, f"{dtype}: x {DENSE}", "rows of x", sorted({result.rows for result in results}))
+
+
+def _verdict(points: Sequence[LinearResult], crossing: float | None) -> str:
+    if crossing is not None:
+        return f"crossover at {crossing:.0f} rows"
+    return "faster throughout" if all(point.speedup >= 1 for point in points) else "no crossover"
 
 
 def _finish(panel: Any, title: str, xlabel: str, ticks: Sequence[int]) -> None:

@@ -89,7 +89,7 @@ def _selection(arguments: argparse.Namespace) -> Selection:
 
 
 def _parser(suites: dict[str, Suite[Any]]) -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:<10}{suite.summary}" for name, suite in suites.items())
+    listing = "\n".join(f"  {name:<12}{suite.summary}" for name, suite in suites.items())
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"suites:\n{listing}", formatter_class=argparse.RawDescriptionHelpFormatter
     )

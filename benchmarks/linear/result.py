@@ -73,7 +73,7 @@ class LinearResult(Result):
     def line(self) -> str:
         """The result on one line of plain text."""
         spread = f"[{self.summary.q1_ms:.3f}..{self.summary.q3_ms:.3f}]"
-        text = f"{self.contender:<18}{self.summary.median_ms:>10.3f} ms {spread:<21}{self.speedup:>6.2f}x {DENSE}"
+        text = f"{self.contender:<21}{self.summary.median_ms:>10.3f} ms {spread:<21}{self.speedup:>6.2f}x {DENSE}"
         if self.saturated_speedup is not None:
             text += f"{self.saturated_speedup:>7.2f}x saturated"
         if self.contender == BITMASK:

@@ -37,7 +37,6 @@ class Subject:
     compare: Callable[[Any, Any], Agreement]
 
 
-@torch.inference_mode()
 def measure(subject: Subject, threads: Sequence[int], say: Callable[[str], None]) -> list[ModelResult]:
     """Time the pruned model and its compressed twin in every phase.
 
@@ -46,10 +45,12 @@ def measure(subject: Subject, threads: Sequence[int], say: Callable[[str], None]
     """
     dense = subject.make()
     prune(dense, subject.sparsity)
-    subject.phases[0].start(dense)()  # so that what the libraries keep for themselves counts for both
+    with torch.inference_mode():
+        subject.phases[0].start(dense)()  # so that what the libraries keep for themselves counts for both
     sizes = {DENSE: _sizes(dense)}
     twin = compressed_twin(dense, subject.body)
-    agreement = subject.compare(dense, twin)
+    with torch.inference_mode():
+        agreement = subject.compare(dense, twin)
     say(f"\n{subject.name}, {subject.dtype}, {subject.sparsity:.0%} zeros: {agreement.words()}")
     timed = [(count, phase, _time(phase, dense, twin, count)) for count in threads for phase in subject.phases]
     del dense
@@ -81,7 +82,7 @@ def measure(subject: Subject, threads: Sequence[int], say: Callable[[str], None]
 
 
 def _time(phase: Phase, dense: Any, twin: Any, threads: int) -> list[Summary]:
-    with torch_threads(threads):
+    with torch.inference_mode(), torch_threads(threads):
         contenders = [_contender(phase.start(model)) for model in (dense, twin)]
         return interleave(contenders, 1, phase.budget)
 

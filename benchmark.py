@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,10 +12,9 @@ import bitmask
 from benchmarks.cases import DTYPES, Selection, parse_shape
 from benchmarks.machine import Header
 from benchmarks.memory import map_large_blocks_afresh
-from benchmarks.peers import find_peers
-from benchmarks.plot import NothingToPlotError, have_matplotlib, plot
-from benchmarks.report import Report
-from benchmarks.suites import Plan, Suite, find_suites
+from benchmarks.plot import NothingToPlotError, have_matplotlib
+from benchmarks.report import Report, Result
+from benchmarks.suites import Plan, Suite, UnavailableError, find_suites
 
 _Item = TypeVar("_Item")
 
@@ -32,55 +31,65 @@ def main() -> None:
     if arguments.isa and arguments.isa not in bitmask.available_isas():
         parser.error(f"--isa {arguments.isa}: this machine runs {', '.join(bitmask.available_isas())}")
     if arguments.table:
-        report = _stored(arguments, parser)
+        report = _stored(arguments, suites, parser)
         print(report.markdown_header(), suites[report.suite].tables(report), sep="\n\n")
     else:
-        report = _run(arguments, suites[arguments.suite])
+        report = _run(arguments, suites[arguments.suite], parser)
     if arguments.json:
         report.save(arguments.json)
     if arguments.plot:
-        try:
-            plot(report, arguments.plot)
-        except NothingToPlotError as error:
-            parser.error(f"--plot: {error}")
+        _plot(report, suites[report.suite], arguments.plot, parser)
 
 
-def _run(arguments: argparse.Namespace, suite: Suite) -> Report:
-    fresh_memory = map_large_blocks_afresh()
+def _run(arguments: argparse.Namespace, suite: Suite[Any], parser: argparse.ArgumentParser) -> Report[Result]:
+    fresh_memory = suite.fresh_memory and map_large_blocks_afresh()
     if arguments.isa:
         bitmask.set_isa(arguments.isa)
     threads = arguments.threads or tuple(suite.default_threads(torch.get_num_threads()))
     header = Header.of_this_run(threads, fresh_memory)
-    peers = find_peers()
-    print(*header.lines(), *(f"{'Peer':<16}{name} {status}" for name, status in peers.status.items()), sep="\n")
-    plan = Plan(header, _selection(arguments), peers, arguments.quick, only_isa=bool(arguments.isa))
-    results = suite.run(plan, lambda line: print(line, flush=True))
-    return Report(arguments.suite, header, peers.status, tuple(results))
-
-
-def _stored(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Report:
+    peers = dict(suite.peers())
+    print(*header.lines(), *(f"{'Peer':<16}{name} {status}" for name, status in peers.items()), sep="\n")
+    plan = Plan(header, _selection(arguments), arguments.quick, only_isa=bool(arguments.isa))
     try:
-        report = Report.load(arguments.table)
+        results = suite.run(plan, lambda line: print(line, flush=True))
+    except UnavailableError as error:
+        parser.error(f"--suite {arguments.suite}: {error}")
+    return Report(arguments.suite, header, peers, tuple(results))
+
+
+def _stored(
+    arguments: argparse.Namespace, suites: dict[str, Suite[Any]], parser: argparse.ArgumentParser
+) -> Report[Result]:
+    try:
+        report = Report.load(arguments.table, {name: suite.result for name, suite in suites.items()})
     except (OSError, ValueError) as error:
         parser.error(f"--table: {error}")
     wanted = _selection(arguments)
     results = tuple(
         result
         for result in report.results
-        if wanted.admits(result.shape, result.dtype, result.sparsity)
-        and (not arguments.threads or result.threads in arguments.threads)
+        if wanted.admits(result) and (not arguments.threads or result.threads in arguments.threads)
     )
     if not results:
         parser.error(f"--table: nothing in {arguments.table} matches the filters")
     return replace(report, results=results)
 
 
+def _plot(report: Report[Result], suite: Suite[Any], path: Path, parser: argparse.ArgumentParser) -> None:
+    if suite.plot is None:
+        parser.error(f"--plot: the suite {report.suite} has no plot")
+    try:
+        suite.plot(report, path)
+    except NothingToPlotError as error:
+        parser.error(f"--plot: {error}")
+
+
 def _selection(arguments: argparse.Namespace) -> Selection:
-    return Selection(arguments.shapes, arguments.dtypes, arguments.sparsities)
+    return Selection(arguments.shapes, arguments.dtypes, arguments.sparsities, arguments.rows)
 
 
-def _parser(suites: dict[str, Suite]) -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:<10}{suite.summary}" for name, suite in suites.items())
+def _parser(suites: dict[str, Suite[Any]]) -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:<12}{suite.summary}" for name, suite in suites.items())
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"suites:\n{listing}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -88,12 +97,13 @@ def _parser(suites: dict[str, Suite]) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds: to check that everything works")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--isa", metavar="NAME", help="run with this instruction set only")
-    parser.add_argument("--threads", type=_list_of(_threads), default=(), metavar="N[,M]", help="numbers of threads")
+    parser.add_argument("--threads", type=_list_of(_count), default=(), metavar="N[,M]", help="numbers of threads")
     parser.add_argument("--shapes", type=_list_of(parse_shape), default=(), metavar="RxC[,RxC]", help="which shapes")
     parser.add_argument("--dtypes", type=_list_of(_dtype), default=(), metavar="D[,D]", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--sparsities", type=_list_of(_sparsity), default=(), metavar="S[,S]", help="from 0 to 1")
+    parser.add_argument("--rows", type=_list_of(_count), default=(), metavar="M[,M]", help="rows of x, or batch sizes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write header and results to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed against sparsity (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results (needs matplotlib)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="run nothing, print tables of what --json wrote")
     return parser
 
@@ -108,10 +118,10 @@ def _list_of(item: Callable[[str], _Item]) -> Callable[[str], tuple[_Item, ...]]
     return parse
 
 
-def _threads(text: str) -> int:
+def _count(text: str) -> int:
     count = int(text)
     if count < 1:
-        raise ValueError(f"a number of threads is at least 1, got {text}")
+        raise ValueError(f"a number of threads or rows is at least 1, got {text}")
     return count
 
 

@@ -52,16 +52,20 @@ class Workload:
 
 @dataclass(frozen=True)
 class Selection:
-    """Shapes, dtypes and sparsities asked for; an empty one leaves the choice to the suite."""
+    """Shapes, dtypes, sparsities and rows asked for; an empty one leaves the choice to the suite."""
 
     shapes: tuple[Shape, ...] = ()
     dtypes: tuple[str, ...] = ()
     sparsities: tuple[float, ...] = ()
+    rows: tuple[int, ...] = ()
 
     def over(self, default: "Selection") -> "Selection":
         """This selection, with the gaps filled from `default`."""
         return Selection(
-            self.shapes or default.shapes, self.dtypes or default.dtypes, self.sparsities or default.sparsities
+            self.shapes or default.shapes,
+            self.dtypes or default.dtypes,
+            self.sparsities or default.sparsities,
+            self.rows or default.rows,
         )
 
     def workloads(self) -> Iterator[Workload]:
@@ -69,13 +73,10 @@ class Selection:
         for shape, dtype, sparsity in product(self.shapes, self.dtypes, self.sparsities):
             yield Workload(shape, dtype, sparsity)
 
-    def admits(self, shape: Shape, dtype: str, sparsity: float) -> bool:
+    def admits(self, result: object) -> bool:
         """Whether a stored result belongs to this selection (an empty field admits everything)."""
-        return (
-            (not self.shapes or shape in self.shapes)
-            and (not self.dtypes or dtype in self.dtypes)
-            and (not self.sparsities or sparsity in self.sparsities)
-        )
+        wanted = {"shape": self.shapes, "dtype": self.dtypes, "sparsity": self.sparsities, "rows": self.rows}
+        return all(not values or getattr(result, name, None) in values for name, values in wanted.items())
 
 
 def shape_name(shape: Shape) -> str:
@@ -104,9 +105,12 @@ def dense_input(workload: Workload, seed: int = 0) -> Tensor:
 
 def rotated_inputs(workload: Workload, nbytes: int) -> list[Tensor]:
     """Enough inputs that a call on each touches about `nbytes`, so that none is still in a cache when read again."""
-    first = dense_input(workload)
     touched = 2 * workload.dense_nbytes
-    count = min(_MOST_INPUTS, -(-nbytes // touched))
+    return rolled(dense_input(workload), min(_MOST_INPUTS, -(-nbytes // touched)))
+
+
+def rolled(first: Tensor, count: int) -> list[Tensor]:
+    """`first` and count - 1 more with the same elements at other places."""
     bits = first.view(torch.uint8).flatten()
     step = 1001 * first.element_size()
-    return [first] + [bits.roll(i * step).view(first.dtype).view(workload.shape) for i in range(1, count)]
+    return [first] + [bits.roll(i * step).view(first.dtype).view(first.shape) for i in range(1, count)]

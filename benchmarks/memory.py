@@ -1,8 +1,10 @@
-"""The memory results are written to: always mapped afresh, and, for a second yardstick, made of huge pages."""
+"""Memory: results mapped afresh, copies made of huge pages for a second yardstick, and what the process holds."""
 
 import ctypes
+import gc
 import mmap
 import platform
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 _M_TRIM_THRESHOLD = -1  # from malloc.h
 _M_MMAP_THRESHOLD = -3
 _FRESH_BLOCK_NBYTES = 256 * 1024
+_STATM = Path("/proc/self/statm")
 
 
 def map_large_blocks_afresh() -> bool:
@@ -34,3 +37,11 @@ def huge_page_clone(dense: Tensor) -> Tensor:
     if nbytes > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), mmap.MADV_HUGEPAGE)
     return result.copy_(dense)
+
+
+def resident_nbytes() -> int | None:
+    """Bytes of physical memory that the process holds, after it gave back what it freed; None where nobody says."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    return int(_STATM.read_text().split()[1]) * mmap.PAGESIZE if _STATM.exists() else None

@@ -1,19 +1,15 @@
-"""Speed against sparsity: one panel for compressing, one for decompressing, one line for each contender."""
+"""What every plot shares: a canvas without a display, a caption that says where its figures come from, and a file."""
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import Shape, shape_name
-from benchmarks.machine import thread_count
-from benchmarks.report import COMPRESS, COPY, DECOMPRESS, HUGE_PAGE_COPY, Report, Result
+from benchmarks.report import Report
 
-_MARKERS = "os^Dvp*X"
-_COLOURS = 7  # the eighth of the default cycle is grey, as the copies are
-_LINES = {COPY: "--", HUGE_PAGE_COPY: ":"}
-_Slice = tuple[Shape, str, int]
+COLUMNS = 2
 
 
 class NothingToPlotError(ValueError):
@@ -25,73 +21,36 @@ def have_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def plot(report: Report, path: Path) -> None:
-    """Draw the slice (shape, dtype, threads) of the report with the most contenders and sparsities; needs matplotlib.
-
-    Raises `NothingToPlotError` where no slice has two sparsities.
-    """
-    shape, dtype, threads = chosen = _widest_slice(report.results)
-    results = [result for result in report.results if _slice(result) == chosen]
+@contextmanager
+def canvas(path: Path, panels: int, size: tuple[float, float], sharey: bool) -> Iterator[tuple[Any, Sequence[Any]]]:
+    """A figure of `size` inches and its panels, two in a line; it is saved to `path` at the end."""
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5.6), sharey=True)
-    for panel, operation in zip(axes, (COMPRESS, DECOMPRESS), strict=True):
-        _draw_panel(panel, operation, [result for result in results if result.operation in (operation, COPY)])
-    axes[0].set_ylabel("GB/s of dense data (log scale)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.suptitle(f"{shape_name(shape)} {dtype}, {thread_count(threads)}: higher is faster")
-    figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 0.09), ncols=4, frameon=False)
-    figure.text(0.5, 0.02, _caption(report, threads), ha="center", fontsize=8, color="0.35", linespacing=1.4)
-    figure.subplots_adjust(left=0.07, right=0.98, top=0.87, bottom=0.31, wspace=0.06)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    columns = min(panels, COLUMNS)
+    figure, axes = pyplot.subplots(-(-panels // columns), columns, figsize=size, sharey=sharey, squeeze=False)
+    for unused in axes.flat[panels:]:
+        unused.remove()
+    try:
+        yield figure, axes.flat[:panels]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    finally:
+        pyplot.close(figure)
 
 
-def _slice(result: Result) -> _Slice:
-    return result.shape, result.dtype, result.threads
-
-
-def _widest_slice(results: Sequence[Result]) -> _Slice:
-    def width(chosen: _Slice) -> tuple[int, int, int]:
-        inside = [result for result in results if _slice(result) == chosen]
-        return len({result.label for result in inside}), len({result.sparsity for result in inside}), chosen[2]
-
-    slices = sorted({_slice(result) for result in results})
-    widest = max(slices, key=width, default=None)
-    if widest is None or width(widest)[1] < 2:
-        raise NothingToPlotError("a plot needs results at two sparsities or more: run --suite codec")
-    return widest
-
-
-def _draw_panel(panel: Any, operation: str, results: Sequence[Result]) -> None:
-    ordered = sorted(results, key=lambda result: result.sparsity)
-    labels = list(dict.fromkeys(result.label for result in results))
-    for index, label in enumerate(labels):
-        points = [result for result in ordered if result.label == label]
-        is_copy = points[0].operation == COPY
-        panel.plot(
-            [100 * point.sparsity for point in points],
-            [point.gb_per_s for point in points],
-            label=label,
-            color="0.45" if is_copy else f"C{index % _COLOURS}",
-            linestyle=_LINES[label] if is_copy else "-",
-            marker=None if is_copy else _MARKERS[index % len(_MARKERS)],
-            markersize=5,
-        )
-    panel.set_title(operation.capitalize())
-    panel.set_xlabel("zeros (%)")
-    panel.set_yscale("log")
-    panel.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0))
-    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.set_xticks(sorted({round(100 * result.sparsity) for result in results}))
+def finish_panel(panel: Any, title: str, xlabel: str) -> None:
+    """Give a panel its title and the looks of all the others."""
+    panel.set_title(title)
+    panel.set_xlabel(xlabel)
     panel.grid(True, which="major", alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _caption(report: Report, threads: int) -> str:
+def caption(figure: Any, report: Report[Any], bandwidth: str, with_peers: bool = False) -> None:
+    """Say below the panels where the figures come from; `bandwidth` is what the suite compares with."""
     header = report.header
-    bandwidth = f"copy bandwidth {header.copy_bandwidth[threads]:.1f} GB/s on {thread_count(threads)}"
-    peers = [f"{name} {status}" for name, status in report.peers.items() if not status.startswith("skipped")]
-    return f"{header.hardware()}; {bandwidth}\n{header.software()}; {'; '.join([*peers, header.date[:10]])}"
+    found = report.peers.items() if with_peers else ()
+    peers = [f"{name} {status}" for name, status in found if not status.startswith("skipped")]
+    text = f"{header.hardware()}; {bandwidth}\n{header.software()}; {'; '.join([*peers, header.date[:10]])}"
+    figure.text(0.5, 0.02, text, ha="center", fontsize=8, color="0.35", linespacing=1.4)

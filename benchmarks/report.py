@@ -1,103 +1,61 @@
-"""What was found: a timed cell, its figures, and how a run is written to JSON, read back and set as Markdown."""
+"""What was found: how the results of a run are written to JSON, read back and set as Markdown."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
-from benchmarks.cases import Shape
+from typing_extensions import Self
+
 from benchmarks.machine import Header
 from benchmarks.timer import Summary
-
-COPY = "copy"
-HUGE_PAGE_COPY = "copy, huge pages"
-COMPRESS = "compress"
-DECOMPRESS = "decompress"
 
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Result:
-    """One contender in one cell.
+    """One contender in one cell, from which suites derive theirs.
 
-    `moved_nbytes` is what must be read and written at the least, `copy_ms` the median of `dense.clone()` in the same
-    cell, and `copy_bandwidth` the GB/s of a copy between existing buffers with as many threads.
+    FIGURES are the properties that JSON holds beside the fields, PARTS the fields that are dataclasses themselves.
     """
 
+    FIGURES: ClassVar[tuple[str, ...]] = ()
+    PARTS: ClassVar[Mapping[str, type]] = {"summary": Summary}
+
     contender: str
-    isa: str | None
-    operation: str
-    shape: Shape
     dtype: str
     sparsity: float
     threads: int
     summary: Summary
-    dense_nbytes: int
-    compressed_nbytes: int
-    moved_nbytes: int
-    copy_ms: float
-    copy_bandwidth: float
-
-    @property
-    def label(self) -> str:
-        """The contender, with its instruction set."""
-        return f"{self.contender} {self.isa}" if self.isa else self.contender
-
-    @property
-    def gb_per_s(self) -> float:
-        """GB of dense data per second, at the median."""
-        return self.dense_nbytes / self.summary.median_ms / 1e6
-
-    @property
-    def copy_ratio(self) -> float:
-        """Time as a multiple of a copy's (less is faster)."""
-        return self.summary.median_ms / self.copy_ms
-
-    @property
-    def floor_ratio(self) -> float:
-        """What `copy_ratio` would be if only the bytes moved mattered."""
-        return self.moved_nbytes / (2 * self.dense_nbytes)
-
-    @property
-    def bandwidth_share(self) -> float:
-        """Bytes moved per second as a share of the machine's copy bandwidth."""
-        return self.moved_nbytes / self.summary.median_ms / 1e6 / self.copy_bandwidth
-
-    @property
-    def size_ratio(self) -> float:
-        """Compressed bytes as a share of dense bytes."""
-        return self.compressed_nbytes / self.dense_nbytes
-
-    def line(self) -> str:
-        """The cell on one line of plain text."""
-        spread = f"[{self.summary.q1_ms:.2f}..{self.summary.q3_ms:.2f}]"
-        time = f"{self.summary.median_ms:>9.2f} ms {spread:<17}"
-        ratio = f"{self.copy_ratio:>8.2f}x copy (floor {self.floor_ratio:.2f}x)"
-        speed = f"{self.gb_per_s:>7.2f} GB/s{ratio}{self.bandwidth_share:>6.0%} of bandwidth"
-        return f"{self.operation:<11}{self.label:<20}{time}{speed}"
 
     def to_json(self) -> dict[str, Any]:
         """Fields and figures."""
-        figures = ("gb_per_s", "copy_ratio", "floor_ratio", "bandwidth_share", "size_ratio")
-        return asdict(self) | {name: getattr(self, name) for name in figures}
+        return asdict(self) | {name: getattr(self, name) for name in self.FIGURES}
 
     @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> "Result":
+    def from_json(cls, stored: dict[str, Any]) -> Self:
         """Read back the fields; figures are computed again."""
-        fields = {name: stored[name] for name in cls.__dataclass_fields__}
-        return cls(**fields | {"shape": tuple(stored["shape"]), "summary": Summary(**stored["summary"])})
+        values = {field.name: stored[field.name] for field in fields(cls)}
+        tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        parts = {name: part(**stored[name]) for name, part in cls.PARTS.items()}
+        return cls(**values | tuples | parts)
+
+
+_R = TypeVar("_R", bound=Result)
+_Key = TypeVar("_Key")
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Generic[_R]):
     """A whole run of one suite; `peers` holds the version of each peer, or why it was skipped."""
 
     suite: str
     header: Header
     peers: dict[str, str]
-    results: tuple[Result, ...]
+    results: tuple[_R, ...]
 
     def save(self, path: Path) -> None:
         """Write the run as JSON."""
@@ -112,12 +70,18 @@ class Report:
         path.write_text(json.dumps(document, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "Report":
-        """Read a run that `save` wrote; `ValueError` where the file is something else."""
+    def load(cls, path: Path, kinds: Mapping[str, type[_R]]) -> "Report[_R]":
+        """Read a run that `save` wrote, `kinds` being the results of each suite.
+
+        `ValueError` where the file is something else.
+        """
         document = json.loads(path.read_text())
         if not isinstance(document, dict) or document.get("format") != _FORMAT:
             raise ValueError(f"{path} is not a benchmark report of format {_FORMAT}")
-        results = tuple(Result.from_json(stored) for stored in document["results"])
+        if document["suite"] not in kinds:
+            raise ValueError(f"{path} is of an unknown suite, {document['suite']!r}")
+        kind = kinds[document["suite"]]
+        results = tuple(kind.from_json(stored) for stored in document["results"])
         return cls(document["suite"], Header.from_json(document["header"]), document["peers"], results)
 
     def markdown_header(self) -> str:
@@ -128,6 +92,14 @@ class Report:
             f"{header.huge_pages()}.\n"
             f"Software: {header.software()}, {header.system}; {header.date[:10]}."
         )
+
+
+def grouped(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> list[tuple[_Key, list[_Item]]]:
+    """The items of each key, keys in the order in which they appear."""
+    groups: dict[_Key, list[_Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.items())
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,13 +2,20 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from benchmarks.cases import Selection
 from benchmarks.machine import Header
-from benchmarks.peers import Peers
 from benchmarks.report import Report, Result
+
+_R = TypeVar("_R", bound=Result)
+
+
+class UnavailableError(RuntimeError):
+    """A suite needs something that is not installed; the message says how to get it."""
 
 
 @dataclass(frozen=True)
@@ -17,26 +24,30 @@ class Plan:
 
     header: Header
     selection: Selection
-    peers: Peers
     quick: bool
     only_isa: bool
 
 
 @dataclass(frozen=True)
-class Suite:
-    """A set of benchmarks.
+class Suite(Generic[_R]):
+    """A set of benchmarks, and how its results are shown.
 
-    `default_threads` gets the number torch uses by default, `run` gets a plan and a function that prints a line while
-    it works, and `tables` sets the results as Markdown.
+    `default_threads` gets the number torch uses by default, `peers` tells the version of each peer or why it is
+    skipped, `run` gets a plan and a function that prints a line while it works, `tables` sets the results as Markdown,
+    and `plot` draws them. `fresh_memory` says whether every large result is to be mapped anew.
     """
 
     summary: str
+    result: type[_R]
     default_threads: Callable[[int], Sequence[int]]
-    run: Callable[[Plan, Callable[[str], None]], list[Result]]
-    tables: Callable[[Report], str]
+    peers: Callable[[], Mapping[str, str]]
+    run: Callable[[Plan, Callable[[str], None]], list[_R]]
+    tables: Callable[[Report[_R]], str]
+    plot: Callable[[Report[_R], Path], None] | None = None
+    fresh_memory: bool = True
 
 
-def find_suites() -> dict[str, Suite]:
+def find_suites() -> dict[str, Suite[Any]]:
     """Every suite by its name, which is that of its module."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     return {name: importlib.import_module(f"{__name__}.{name}").SUITE for name in names}

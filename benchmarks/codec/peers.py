@@ -4,6 +4,7 @@ Peers are optional: one that cannot be imported is skipped in a word. Each is us
 except that numpy works on the integers under the elements: it knows neither bfloat16 nor fp8, and is faster that way.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import warnings
@@ -73,6 +74,7 @@ def naive_codec() -> Codec:
     )
 
 
+@functools.cache
 def find_peers() -> Peers:
     """Every peer that can be imported here."""
     codecs: list[Codec] = []

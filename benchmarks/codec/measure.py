@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.cases import Workload
+from benchmarks.codec.peers import Codec
+from benchmarks.codec.result import COMPRESS, COPY, DECOMPRESS, HUGE_PAGE_COPY, CodecResult
 from benchmarks.memory import huge_page_clone
-from benchmarks.peers import Codec
-from benchmarks.report import COMPRESS, COPY, DECOMPRESS, HUGE_PAGE_COPY, Result
 from benchmarks.timer import Budget, Contender, interleave, torch_threads
 
 
@@ -47,7 +47,7 @@ def measure(
     codecs: Iterable[Codec],
     setting: Setting,
     say: Callable[[str], None],
-) -> list[Result]:
+) -> list[CodecResult]:
     """Time `dense.clone()` and the two directions of every codec; the copy comes first.
 
     Each codec must first bring `inputs[0]` back bit by bit: `say` tells of a peer that does not, and is left out, while
@@ -59,7 +59,7 @@ def measure(
         summaries = interleave([entry.contender for entry in entries], len(inputs), setting.budget)
     copy_ms = summaries[0].median_ms
     return [
-        Result(
+        CodecResult(
             contender=entry.name,
             isa=entry.isa,
             operation=entry.operation,

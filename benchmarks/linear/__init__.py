@@ -1,0 +1,1 @@
+"""Multiplying by sparse weights: contenders, one cell, its result and its plot."""

@@ -22,6 +22,10 @@ using cpu::LinearKernels;
 constexpr int64_t kLeastStreamBytes = 32 << 10;
 constexpr int64_t kMostStreamBytes = 4 << 20;
 constexpr int64_t kTasksPerThread = 4;
+
+// Packed bytes of x from which on threads share the packing.
+constexpr int64_t kLeastPackBytes = 1 << 20;
+
 constexpr int64_t kLeastTileRows = 32;
 
 cpu::LinearDtype linear_dtype(const Tensor& values) {
@@ -100,7 +104,7 @@ void* scratch(int64_t bytes) {
   return memory.get();
 }
 
-// Rows [m, cols] repacked into panels by `pack`, in parallel.
+// Rows [m, cols] repacked into panels by `pack`, in parallel where there is much of it.
 Tensor pack_panels(void (*pack)(const void*, int64_t, int64_t, void*), int64_t panel_rows, int64_t group_bytes, const Tensor& rows,
                    int64_t m, int64_t cols, int64_t width) {
   const int64_t panel_bytes = panel_rows * groups_of(cols) * group_bytes;
@@ -108,15 +112,21 @@ Tensor pack_panels(void (*pack)(const void*, int64_t, int64_t, void*), int64_t p
   const Tensor panels = empty(std::vector<int64_t>{count * panel_bytes}, aoti_torch_dtype_uint8());
   const uint8_t* const source = const_bytes(rows);
   uint8_t* const packed = mutable_bytes(panels);
-  for_each_task(count, 2 * panel_bytes, [&](int64_t index) {
+  const auto pack_one = [&](int64_t index) {
     const int64_t row = index * panel_rows;
     pack(source + row * cols * width, std::min(panel_rows, m - row), cols, packed + index * panel_bytes);
-  });
+  };
+  if (count * panel_bytes < kLeastPackBytes) {
+    for (int64_t index = 0; index < count; ++index) pack_one(index);
+  } else {
+    for_each_task(count, 2 * panel_bytes, pack_one);
+  }
   return panels;
 }
 
-// Bytes that a task of multiply is taken to touch when waves are made: arithmetic costs time as well.
-int64_t product_bytes(int64_t elements, int64_t m, int64_t width) { return elements * (width + m / 8); }
+// Bytes that a task of multiply is taken to touch when waves are made: arithmetic costs time as well, a vector unit about as much for 64
+// rows of x as memory for a byte.
+int64_t product_bytes(int64_t elements, int64_t m, int64_t width) { return elements * (width + m / 64); }
 
 void multiply(const LinearKernels& kernels, const BitmaskMatrix& w, const Tensor& x, int64_t m, const void* bias, void* y, int64_t width) {
   const Tensor panels = pack_panels(kernels.pack_panel, kernels.panel_rows, kernels.group_bytes, x, m, w.cols, width);

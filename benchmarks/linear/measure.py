@@ -39,7 +39,7 @@ class Reference:
         self._y = wide_x @ wide_weight.T
         sums = wide_x.abs() @ wide_weight.abs().T
         accumulated = math.sqrt(x.shape[1]) * torch.finfo(torch.float32).eps * sums
-        self._tolerance = 2 * torch.finfo(x.dtype).eps * self._y.abs() + accumulated
+        self._tolerance = torch.finfo(x.dtype).eps * self._y.abs() + accumulated
 
     def accepts(self, y: Tensor, lossy: bool) -> bool:
         """Whether `y` is as near as its dtype allows, or, if lossy, near enough to be of use."""

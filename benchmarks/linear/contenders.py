@@ -64,19 +64,13 @@ class Layers:
         return cls(workload, dense, [BitmaskTensor.from_dense(layer) for layer in dense])
 
 
-def bitmask_linear(x: Tensor, weight: BitmaskTensor) -> Tensor:
-    """`F.linear` on the compressed weight."""
-    y: Tensor = torch.ops.bitmask.linear(x, weight.values, weight.bitmasks, weight.row_offsets, weight.shape[1])
-    return y
-
-
 def products(layers: Layers, rows: int) -> list[Product]:
     """The dense weight, the same at the pace of memory (for one row, where it can be built), and bitmask."""
     dense_nbytes = layers.workload.dense_nbytes
     found = [Product(DENSE, functional.linear, layers.dense, dense_nbytes)]
     if rows == 1 and not saturated_status().startswith("skipped"):
         found.append(Product(SATURATED, saturated_linear, layers.dense, dense_nbytes))
-    return [*found, Product(BITMASK, bitmask_linear, layers.packed, layers.packed[0].compressed_nbytes)]
+    return [*found, Product(BITMASK, functional.linear, layers.packed, layers.packed[0].compressed_nbytes)]
 
 
 def peer_status() -> dict[str, str]:

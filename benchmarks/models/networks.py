@@ -7,9 +7,8 @@ from itertools import chain
 
 from torch import Tensor, nn
 
-from benchmarks.models.stand_in import compress_  # becomes: from bitmask import compress_
 from benchmarks.suites import UnavailableError
-from bitmask import BitmaskTensor
+from bitmask import BitmaskTensor, compress_
 from bitmask.prune import prune_by_magnitude
 
 

@@ -51,7 +51,7 @@ int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()
 // kernel will refuse, still give ranges that cover every row once.
 std::vector<int64_t> split_by_bytes(const BitmaskMatrix& w, int64_t width, int64_t pieces) {
   const int64_t row_bytes = bitmask_bytes(w.cols) + static_cast<int64_t>(sizeof(int64_t));
-  const auto bytes_before = [&](int64_t row) { return w.row_offsets[row] * width + row * row_bytes; };
+  const auto bytes_before = [&](int64_t row) { return std::clamp<int64_t>(w.row_offsets[row], 0, w.nnz) * width + row * row_bytes; };
   const int64_t total = w.nnz * width + w.rows * row_bytes;
   std::vector<int64_t> borders{0};
   for (int64_t piece = 1; piece < pieces; ++piece) {

@@ -28,6 +28,9 @@ constexpr int64_t kLeastPackBytes = 1 << 20;
 
 constexpr int64_t kLeastTileRows = 32;
 
+// Rows of x that reuse a tile too little to pay for one that outgrows the first cache.
+constexpr int64_t kFewRows = 32;
+
 cpu::LinearDtype linear_dtype(const Tensor& values) {
   switch (static_cast<ScalarType>(dtype_of(values))) {
     case ScalarType::Float:
@@ -131,7 +134,8 @@ int64_t product_bytes(int64_t elements, int64_t m, int64_t width) { return eleme
 void multiply(const LinearKernels& kernels, const BitmaskMatrix& w, const Tensor& x, int64_t m, const void* bias, void* y, int64_t width) {
   const Tensor panels = pack_panels(kernels.pack_panel, kernels.panel_rows, kernels.group_bytes, x, m, w.cols, width);
   const int64_t fair = (w.rows / (threads() * kTasksPerThread) + kLeastTileRows - 1) / kLeastTileRows * kLeastTileRows;
-  const int64_t tile = std::max(std::min(fair, kernels.tile_rows), kLeastTileRows);
+  const int64_t most = m <= kFewRows ? kLeastTileRows : kernels.tile_rows;
+  const int64_t tile = std::max(std::min(fair, most), kLeastTileRows);
   const int64_t count = (w.rows + tile - 1) / tile;
   std::vector<int64_t> faults(static_cast<size_t>(count), w.rows);
   for_each_task(count, product_bytes(tile * w.cols, m, width), [&](int64_t index) {

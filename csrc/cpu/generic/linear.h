@@ -13,9 +13,8 @@
 constexpr int kStrips = 2;            // vectors of W rows in registers, beside each other
 constexpr int64_t kBlockLanes = 512;  // lanes of a row that multiply expands at a time
 constexpr int64_t kTileRows = 128;    // rows of W in a tile: kTileRows * kBlockLanes * 4 bytes take a quarter of a second-level cache
-constexpr int64_t kBlockRows = 504;   // rows of x for which multiply keeps sums; a multiple of every kPanelRows
-constexpr int64_t kTilePrefetchBytes = 384;
-constexpr int kChains = 4;  // independent sums that hide the latency of an addition
+constexpr int64_t kBlockRows = 1020;  // rows of x for which multiply keeps sums; a multiple of every kPanelRows
+constexpr int kChains = 4;            // independent sums that hide the latency of an addition
 
 template <class L>
 constexpr int64_t kLaneBytes = sizeof(typename L::Sum);
@@ -246,23 +245,53 @@ struct Scratch {
   alignas(64) typename L::Sum sums[kBlockRows * kTileRows];  // [rows of x][rows of W]
 };
 
-// The readers of the rows of a tile, in the middle of their rows.
+// The rows [begin, begin + rows) of W and how far each has been read: strips of kLanes rows, the last ones perhaps absent.
 template <class L>
-struct TileReader {
-  RowReader<L, true> rows[kTileRows];
+struct Tile {
+  int64_t begin, rows, strips;
+  int64_t pace;  // bytes of values that a group of a row takes on average
+  RowReader<L, true> readers[kTileRows];
   const uint8_t* first[kTileRows];
   int64_t counts[kTileRows];
+
+  int64_t rows_of(int64_t strip) const {
+    const int64_t left = rows - strip * L::kLanes;
+    return left < 0 ? 0 : left < L::kLanes ? left : L::kLanes;
+  }
 };
 
+// Finds the rows of a tile; returns the first one whose offsets cannot be, or one before it whose bitmask is faulty, or `end`.
+template <class L>
+int64_t open_tile(const BitmaskMatrix& w, int64_t begin, int64_t end, Tile<L>& tile) {
+  tile.begin = begin;
+  tile.rows = end - begin;
+  tile.strips = (tile.rows + kStrips * L::kLanes - 1) / (kStrips * L::kLanes) * kStrips;
+  int64_t total = 0;
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    int64_t start;
+    if (!find_row(w, begin + i, &start, &tile.counts[i])) {
+      const uint8_t* const bitmasks = w.bitmasks + begin * bitmask_bytes(w.cols);
+      return begin + first_faulty_row(bitmasks, w.row_offsets + begin, i, w.cols, w.row_offsets[begin + i], w.nnz);
+    }
+    tile.readers[i] = reader_at<L, true>(w, start);
+    tile.first[i] = tile.readers[i].src;
+    total += tile.counts[i];
+  }
+  tile.pace = w.cols == 0 ? 0 : total * L::Element::kWidth / (tile.rows * groups_of(w.cols));
+  for (int64_t i = tile.rows; i < tile.strips * L::kLanes; ++i) tile.readers[i] = tile.readers[0];  // absent, but prefetched
+  return end;
+}
+
 // Expands one group of each of `rows` <= kLanes rows of W into a transposed block of the tile; absent rows are zero. All rows advance
-// together, as that many streams.
+// together, as that many streams, which are too short for the hardware to foresee: so each asks for a piece of the row that has its place
+// in the next strip, `ahead` bytes after where that one was left.
 template <class L>
 inline void expand_block(const uint8_t* bits, int64_t row_bytes, int64_t columns, int64_t rows, RowReader<L, true>* readers,
-                         uint8_t (&expanded)[L::kLanes][kGroupBytes<L>], uint8_t* block) {
+                         const RowReader<L, true>* next, int64_t ahead, uint8_t (&expanded)[L::kLanes][kGroupBytes<L>], uint8_t* block) {
   constexpr int64_t kVector = L::kLanes * kLaneBytes<L>;
   for (int64_t i = 0; i < rows; ++i, bits += row_bytes) {
     typename L::Lanes lanes[kVectors<L>];
-    prefetch_bytes<(L::Element::kWidth + 1) / 2 * 64>(readers[i].src, kTilePrefetchBytes);
+    prefetch_bytes<(L::Element::kWidth + 1) / 2 * 64>(next[i].src, ahead);
     readers[i].next(load_mask(bits, columns), lanes);
     for (int vector = 0; vector < kVectors<L>; ++vector) L::store(lanes[vector], expanded[i] + vector * kVector);
   }
@@ -271,19 +300,24 @@ inline void expand_block(const uint8_t* bits, int64_t row_bytes, int64_t columns
   }
 }
 
-// Expands `groups` groups, from the group-th on, of a strip of rows.
+// Expands `groups` groups, from the group-th on, of a strip of the tile.
 template <class L>
-void expand_strip(const BitmaskMatrix& w, int64_t row, int64_t rows, int64_t group, int64_t groups, RowReader<L, true>* readers,
-                  uint8_t (&expanded)[L::kLanes][kGroupBytes<L>], uint8_t* strip) {
-  const int64_t row_bytes = bitmask_bytes(w.cols);
-  const uint8_t* bits = w.bitmasks + row * row_bytes + group * 8;
-  const int64_t whole = groups < w.cols / kGroup - group ? groups : w.cols / kGroup - group;
-  if (rows < L::kLanes) __builtin_memset(expanded, 0, sizeof(expanded));
-  for (int64_t i = 0; i < groups; ++i, bits += 8, strip += L::kLanes * kGroupBytes<L>) {
-    if (i < whole) {
-      expand_block<L>(bits, row_bytes, kGroup, rows, readers, expanded, strip);
+void expand_strip(const BitmaskMatrix& w, Tile<L>& tile, int64_t strip, int64_t group, int64_t groups, Scratch<L>& scratch) {
+  const int64_t row_bytes = bitmask_bytes(w.cols), rows = tile.rows_of(strip);
+  const uint8_t* bits = w.bitmasks + (tile.begin + strip * L::kLanes) * row_bytes + group * 8;
+  const RowReader<L, true>* const next = tile.readers + (strip + 1) % tile.strips * L::kLanes;
+  RowReader<L, true>* const readers = tile.readers + strip * L::kLanes;
+  uint8_t* block = scratch.tile[strip];
+  if (rows < L::kLanes) __builtin_memset(scratch.rows, 0, sizeof(scratch.rows));
+  for (int64_t i = 0; i < rows; ++i) {  // the bitmasks of the next strip
+    prefetch_bytes<kBlockLanes * L::kDepth / 8>(bits, (L::kLanes + i) * row_bytes);
+  }
+  for (int64_t i = 0; i < groups; ++i, bits += 8, block += L::kLanes * kGroupBytes<L>) {
+    const int64_t columns = w.cols - (group + i) * kGroup;
+    if (columns >= kGroup) {
+      expand_block<L>(bits, row_bytes, kGroup, rows, readers, next, i * tile.pace, scratch.rows, block);
     } else {
-      expand_block<L>(bits, row_bytes, w.cols % kGroup, rows, readers, expanded, strip);
+      expand_block<L>(bits, row_bytes, columns, rows, readers, next, i * tile.pace, scratch.rows, block);
     }
   }
 }
@@ -346,37 +380,24 @@ template <class L>
 int64_t multiply_block(const BitmaskMatrix& w, int64_t begin, int64_t end, const uint8_t* panels, int64_t m, uint8_t* y,
                        Scratch<L>& scratch) {
   constexpr int64_t kGroups = kBlockLanes * L::kDepth / kGroup;  // of a block
-  const int64_t rows = end - begin;
-  const int64_t strips = (rows + kStrips * L::kLanes - 1) / (kStrips * L::kLanes) * kStrips;
-  TileReader<L> reader;
-  for (int64_t i = 0; i < rows; ++i) {
-    int64_t start;
-    if (!find_row(w, begin + i, &start, &reader.counts[i])) {  // the bitmask of an earlier row may be faulty too
-      const uint8_t* const bitmasks = w.bitmasks + begin * bitmask_bytes(w.cols);
-      return begin + first_faulty_row(bitmasks, w.row_offsets + begin, i, w.cols, w.row_offsets[begin + i], w.nnz);
-    }
-    reader.rows[i] = reader_at<L, true>(w, start);
-    reader.first[i] = reader.rows[i].src;
-  }
+  Tile<L> tile;
+  const int64_t faulty = open_tile(w, begin, end, tile);
+  if (faulty < end) return faulty;
   const int64_t padded = (m + L::kPanelRows - 1) / L::kPanelRows * L::kPanelRows;
   for (int64_t i = 0; i < padded; ++i) copy_bytes(scratch.sums + i * kTileRows, scratch.bias, static_cast<int64_t>(sizeof(scratch.bias)));
   for (int64_t group = 0; group < groups_of(w.cols); group += kGroups) {
     const int64_t groups = groups_of(w.cols) - group < kGroups ? groups_of(w.cols) - group : kGroups;
     const int64_t lanes = groups * kGroup / L::kDepth;
-    for (int64_t strip = 0; strip < strips; ++strip) {
-      const int64_t first = strip * L::kLanes;
-      const int64_t present = rows - first < L::kLanes ? (rows < first ? 0 : rows - first) : L::kLanes;
-      expand_strip<L>(w, begin + first, present, group, groups, reader.rows + first, scratch.rows, scratch.tile[strip]);
-    }
+    for (int64_t strip = 0; strip < tile.strips; ++strip) expand_strip<L>(w, tile, strip, group, groups, scratch);
     for (int64_t i = 0; i < m; i += L::kPanelRows) {
       const uint8_t* const panel = panels + (i * groups_of(w.cols) + group * L::kPanelRows) * kGroupBytes<L>;
-      multiply_panel<L>(panel, m - i, scratch, strips, lanes, reinterpret_cast<uint8_t*>(scratch.sums + i * kTileRows));
+      multiply_panel<L>(panel, m - i, scratch, tile.strips, lanes, reinterpret_cast<uint8_t*>(scratch.sums + i * kTileRows));
     }
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    if (reader.rows[i].taken_since(reader.first[i]) != reader.counts[i] || !padding_is_zero(w, begin + i)) return begin + i;
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    if (tile.readers[i].taken_since(tile.first[i]) != tile.counts[i] || !padding_is_zero(w, begin + i)) return begin + i;
   }
-  round_sums<L>(scratch, m, rows, y + begin * L::Element::kWidth, w.rows * L::Element::kWidth);
+  round_sums<L>(scratch, m, tile.rows, y + begin * L::Element::kWidth, w.rows * L::Element::kWidth);
   return end;
 }
 

@@ -349,7 +349,7 @@ class BitmaskTensor(Tensor):
         """Catch F.linear, which autograd would take apart; everything else goes on as if this method were not here."""
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
-            return _linear(*args, **kwargs)
+            return _opaque_linear(*args, **kwargs)
         return _proceed(func, types, args, kwargs)
 
     @classmethod
@@ -367,7 +367,7 @@ _proceed: Any = torch._C._disabled_torch_function_impl  # calls a function past 
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _linear(*args: Any, **kwargs: Any) -> Any:
+def _opaque_linear(*args: Any, **kwargs: Any) -> Any:
     """F.linear by its handler; opaque to torch.compile, which traces the ops inside afterwards."""
     linear = torch.nn.functional.linear
     result = HANDLERS[torch.ops.aten.linear.default](linear, *args, **kwargs)

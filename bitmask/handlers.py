@@ -114,7 +114,7 @@ def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
     if not isinstance(weight, BitmaskTensor) or isinstance(input, BitmaskTensor) or isinstance(bias, BitmaskTensor):
         return NotImplemented
     with torch._C.DisableTorchFunctionSubclass():
-        if weight.ndim != 2 or weight.dtype not in ops.LINEAR_DTYPES:
+        if weight.ndim != 2 or weight.dtype not in ops.LINEAR_DTYPES or ops.differentiates_forward():
             return NotImplemented
         parts, columns = weight._parts(), weight.shape[1]
     return ops.linear(input, *parts, columns, bias)

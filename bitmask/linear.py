@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bitmask import ops
 from bitmask.bitmask_tensor import BitmaskTensor
@@ -81,15 +81,12 @@ class BitmaskLinear(nn.Linear):
         sparsity = f", sparsity={weight.sparsity:.4f}" if isinstance(weight, BitmaskTensor) else ""
         return f"{super().extra_repr()}{sparsity}, dtype={weight.dtype}"
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
-    ) -> None:
-        """Compress also what is assigned; what is copied, `copy_` compresses."""
-        weight = state_dict.get(f"{prefix}weight")
-        assigned = local_metadata.get("assign_to_params_buffers", False)
-        if assigned and isinstance(weight, Tensor) and not isinstance(weight, BitmaskTensor) and not weight.is_meta:
-            state_dict = {**state_dict, f"{prefix}weight": BitmaskTensor.from_dense(weight)}
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Compress what came in dense: by assigning, or into the dense memory that `to_empty` leaves."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        loaded = f"{prefix}weight" in state_dict and not self.weight.is_meta
+        if loaded and not isinstance(self.weight, BitmaskTensor):
+            self.weight = frozen_parameter(BitmaskTensor.from_dense(self.weight))
 
 
 def _copy_the_rest(source: nn.Linear, target: nn.Linear) -> None:

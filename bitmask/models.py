@@ -26,12 +26,9 @@ _TRAINABLE = "_weight_was_trainable"
 class _Weight:
     """One weight of linear layers, and every place in the model that holds it."""
 
+    tensor: Tensor
     layers: dict[str, nn.Linear]
-    elsewhere: list[str]
-
-    @property
-    def tensor(self) -> Tensor:
-        return next(iter(self.layers.values())).weight
+    elsewhere: list[tuple[str, nn.Module, str]]  # name and module, which is not one of the layers, and its parameter
 
 
 @dataclass(frozen=True)
@@ -171,14 +168,14 @@ def _linear_weights(model: nn.Module) -> list[_Weight]:
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     weights: dict[int, _Weight] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            weight = module._parameters.get("weight")
-            key = id(module if weight is None else weight)
-            weights.setdefault(key, _Weight({}, [])).layers[name or "(model)"] = module
+        tensor = getattr(module, "weight", None) if isinstance(module, nn.Linear) else None
+        if isinstance(module, nn.Linear) and isinstance(tensor, Tensor):
+            computed = module._parameters.get("weight") is None
+            weights.setdefault(id(module if computed else tensor), _Weight(tensor, {}, [])).layers[name] = module
     for name, module in model.named_modules():
         for slot, tensor in (*module._parameters.items(), *module._buffers.items()):
             if id(tensor) in weights and not (isinstance(module, nn.Linear) and slot == "weight"):
-                weights[id(tensor)].elsewhere.append(f"{name}.{slot} ({type(module).__name__})".removeprefix("."))
+                weights[id(tensor)].elsewhere.append((name, module, slot))
     return [weight for weight in weights.values() if not is_lazy(weight.tensor)]
 
 
@@ -186,22 +183,27 @@ def _reason_against(weight: _Weight) -> str:
     """Why a dense weight cannot or should not be compressed; empty if nothing speaks against it."""
     tensor = weight.tensor
     if weight.elsewhere:
-        return f"it is also {', '.join(weight.elsewhere)}"
+        places = (
+            f"{name}.{slot} ({type(module).__name__})".removeprefix(".") for name, module, slot in weight.elsewhere
+        )
+        return f"it is also {', '.join(places)}"
     for name, layer in weight.layers.items():
         if layer._parameters.get("weight") is None:
             return "it is computed from other parameters"
         if isinstance(layer, NonDynamicallyQuantizableLinear):
             return "nn.MultiheadAttention uses it without calling the layer"
         if type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__:
-            return f"{name} ({type(layer).__name__}) has a forward of its own"
+            return f"{name or 'the model'} ({type(layer).__name__}) has a forward of its own"
     if not _can_be_measured(tensor):
         kind = "" if type(tensor) is nn.Parameter else f"{type(tensor).__name__} "
-        return f"there is no kernel for a {kind}weight of {_name_of(tensor.dtype)} on {tensor.device.type}"
+        shape = "" if tensor.ndim == 2 else f"{tensor.ndim}-dimensional "
+        return f"there is no kernel for a {shape}{kind}weight of {_name_of(tensor.dtype)} on {tensor.device.type}"
     return "" if _compressed_nbytes(tensor) < tensor.nbytes else "it would not shrink"
 
 
 def _can_be_measured(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in ops.LINEAR_DTYPES and tensor.device.type == "cpu"
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.ndim == 2
+    return plain and tensor.dtype in ops.LINEAR_DTYPES and tensor.device.type == "cpu"
 
 
 def _sparsity(tensor: Tensor) -> float:
@@ -222,6 +224,8 @@ def _compress(weight: _Weight) -> None:
 def _replace(weight: _Weight, parameter: nn.Parameter) -> None:
     for layer in weight.layers.values():
         layer.weight = parameter
+    for _, module, slot in weight.elsewhere:
+        setattr(module, slot, parameter)
 
 
 def _row(weight: _Weight) -> CompressionRow:
@@ -240,7 +244,7 @@ def _row(weight: _Weight) -> CompressionRow:
 
 def _cells(row: CompressionRow) -> tuple[str, ...]:
     return (
-        " = ".join(row.layers),
+        " = ".join(name or "(model)" for name in row.layers),
         " x ".join(map(str, row.shape)),
         _name_of(row.dtype),
         f"{row.sparsity:.4f}",

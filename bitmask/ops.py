@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.node import has_side_effect
 
 from bitmask import _C
@@ -138,10 +139,19 @@ def validate(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Seque
     return sizes
 
 
-def _linear(*args: Any) -> Any:
+def differentiates_forward() -> bool:
+    """Whether forward-mode derivatives or a torch.func transform are under way, for which linear has no formula."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _linear_past_autograd(*args: Any) -> Any:
     """The native op, past autograd where nothing needs it: a formula in Python costs more than a small product."""
     op = torch.ops.bitmask.linear.default
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+    if (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+        or differentiates_forward()
+    ):
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -205,12 +215,13 @@ def linear(
         check_parts(values, bitmasks, row_offsets)
     # The native op refuses every mistake; which one it was is asked afterwards, to keep small products fast.
     try:
-        y: Tensor = _call(_linear, x, values, bitmasks, row_offsets, in_features, bias, invalid=FormatError)
-        return y
-    except (RuntimeError, TypeError, ValueError) as error:
-        failure = error
-    _check_linear(x, values, bitmasks, row_offsets, in_features, bias)
-    raise failure
+        y: Tensor = _call(
+            _linear_past_autograd, x, values, bitmasks, row_offsets, in_features, bias, invalid=FormatError
+        )
+    except (RuntimeError, TypeError, ValueError):
+        _check_linear(x, values, bitmasks, row_offsets, in_features, bias)
+        raise
+    return y
 
 
 def bitmask_sizes(shape: Sequence[int]) -> list[int]:
@@ -325,7 +336,8 @@ def _backward_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _backward_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     """The product with the transposed weight is linear, too: its gradient is the product with the weight."""
-    return _call(torch.ops.bitmask.linear, grad, *ctx.saved_tensors, ctx.in_features), None, None, None, None
+    y = _call(torch.ops.bitmask.linear, grad, *ctx.saved_tensors, ctx.in_features, invalid=FormatError)
+    return y, None, None, None, None
 
 
 def _autocast_linear(

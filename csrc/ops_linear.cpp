@@ -108,12 +108,11 @@ void* scratch(int64_t bytes) {
 }
 
 // Rows [m, cols] repacked into panels by `pack`, in parallel where there is much of it.
-Tensor pack_panels(void (*pack)(const void*, int64_t, int64_t, void*), int64_t panel_rows, int64_t group_bytes, const Tensor& rows,
+Tensor pack_panels(void (*pack)(const void*, int64_t, int64_t, void*), int64_t panel_rows, int64_t group_bytes, const uint8_t* source,
                    int64_t m, int64_t cols, int64_t width) {
   const int64_t panel_bytes = panel_rows * groups_of(cols) * group_bytes;
   const int64_t count = (m + panel_rows - 1) / panel_rows;
   const Tensor panels = empty(std::vector<int64_t>{count * panel_bytes}, aoti_torch_dtype_uint8());
-  const uint8_t* const source = const_bytes(rows);
   uint8_t* const packed = mutable_bytes(panels);
   const auto pack_one = [&](int64_t index) {
     const int64_t row = index * panel_rows;
@@ -131,7 +130,18 @@ Tensor pack_panels(void (*pack)(const void*, int64_t, int64_t, void*), int64_t p
 // rows of x as memory for a byte.
 int64_t product_bytes(int64_t elements, int64_t m, int64_t width) { return elements * (width + m / 64); }
 
-void multiply(const LinearKernels& kernels, const BitmaskMatrix& w, const Tensor& x, int64_t m, const void* bias, void* y, int64_t width) {
+// Calls block(first, count) for blocks of the m rows of x that are about equal and at most as large as multiply takes: so what is packed at
+// a time is bounded, whatever m is.
+template <typename Block>
+void for_each_block(const LinearKernels& kernels, int64_t m, const Block& block) {
+  const int64_t count = (m + kernels.block_rows - 1) / kernels.block_rows;
+  const int64_t panels = ((m + count - 1) / count + kernels.panel_rows - 1) / kernels.panel_rows;
+  const int64_t rows = panels * kernels.panel_rows;
+  for (int64_t first = 0; first < m; first += rows) block(first, std::min(rows, m - first));
+}
+
+void multiply_block(const LinearKernels& kernels, const BitmaskMatrix& w, const uint8_t* x, int64_t m, const void* bias, void* y,
+                    int64_t width) {
   const Tensor panels = pack_panels(kernels.pack_panel, kernels.panel_rows, kernels.group_bytes, x, m, w.cols, width);
   const int64_t fair = (w.rows / (threads() * kTasksPerThread) + kLeastTileRows - 1) / kLeastTileRows * kLeastTileRows;
   const int64_t most = m <= kFewRows ? kLeastTileRows : kernels.tile_rows;
@@ -142,6 +152,29 @@ void multiply(const LinearKernels& kernels, const BitmaskMatrix& w, const Tensor
     const int64_t begin = index * tile, end = std::min(begin + tile, w.rows);
     const int64_t row = kernels.multiply(w, begin, end, const_bytes(panels), m, bias, y, scratch(kernels.scratch_bytes));
     if (row < end) faults[static_cast<size_t>(index)] = row;
+  });
+  check_faults(faults, w);
+}
+
+void multiply(const LinearKernels& kernels, const BitmaskMatrix& w, const Tensor& x, int64_t m, const void* bias, void* y, int64_t width) {
+  for_each_block(kernels, m, [&](int64_t first, int64_t count) {
+    multiply_block(kernels, w, const_bytes(x) + first * w.cols * width, count, bias, static_cast<uint8_t*>(y) + first * w.rows * width,
+                   width);
+  });
+}
+
+// y [m, cols] = g [m, rows] W, for as many rows of g as the kernel takes.
+void multiply_transposed(const LinearKernels& kernels, const BitmaskMatrix& w, const uint8_t* g, int64_t m, uint8_t* y, int64_t width) {
+  const Tensor panels = pack_panels(kernels.pack_gradient, kernels.panel_rows, kernels.gradient_group_bytes, g, m, w.rows, width);
+  const int64_t fair = groups_of(w.cols) / (threads() * kTasksPerThread) * kGroup;
+  const int64_t columns = std::max(fair, 2 * kGroup);
+  const int64_t count = (w.cols + columns - 1) / columns;
+  std::vector<int64_t> faults(static_cast<size_t>(count), w.rows);
+  for_each_task(count, product_bytes(w.rows * columns, m, width), [&](int64_t index) {
+    std::vector<uint8_t> readers(static_cast<size_t>(w.rows * kernels.reader_bytes));
+    const int64_t begin = index * columns, end = std::min(begin + columns, w.cols);
+    faults[static_cast<size_t>(index)] =
+        kernels.multiply_transposed(w, begin, end, const_bytes(panels), m, y, readers.data(), scratch(kernels.gradient_scratch_bytes));
   });
   check_faults(faults, w);
 }
@@ -197,7 +230,6 @@ Tensor linear_backward_input(const Tensor& grad, const Tensor& values, const Ten
                              int64_t in_features) {
   const Weight weight = weight_of(values, bitmasks, row_offsets, in_features);
   const BitmaskMatrix& w = weight.matrix;
-  const LinearKernels& kernels = weight.kernels;
   check_dtype("grad", dtype_of(grad), "the dtype of values", weight.dtype);
   check_last_size("grad", grad.sizes(), w.rows, "out_features");
   validate(weight.values, weight.bitmasks, weight.row_offsets, {w.rows, w.cols});
@@ -209,18 +241,10 @@ Tensor linear_backward_input(const Tensor& grad, const Tensor& values, const Ten
   const Tensor y = empty(sizes, weight.dtype);
   if (w.cols == 0 || m == 0) return y;
 
-  const Tensor panels = pack_panels(kernels.pack_gradient, kernels.panel_rows, kernels.gradient_group_bytes, g, m, w.rows, weight.width);
-  const int64_t fair = groups_of(w.cols) / (threads() * kTasksPerThread) * kGroup;
-  const int64_t columns = std::max(fair, 2 * kGroup);
-  const int64_t count = (w.cols + columns - 1) / columns;
-  std::vector<int64_t> faults(static_cast<size_t>(count), w.rows);
-  for_each_task(count, product_bytes(w.rows * columns, m, weight.width), [&](int64_t index) {
-    std::vector<uint8_t> readers(static_cast<size_t>(w.rows * kernels.reader_bytes));
-    const int64_t begin = index * columns, end = std::min(begin + columns, w.cols);
-    faults[static_cast<size_t>(index)] = kernels.multiply_transposed(w, begin, end, const_bytes(panels), m, mutable_bytes(y),
-                                                                     readers.data(), scratch(kernels.gradient_scratch_bytes));
+  for_each_block(weight.kernels, m, [&](int64_t first, int64_t count) {
+    multiply_transposed(weight.kernels, w, const_bytes(g) + first * w.rows * weight.width, count,
+                        mutable_bytes(y) + first * w.cols * weight.width, weight.width);
   });
-  check_faults(faults, w);
   return y;
 }
 

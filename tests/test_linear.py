@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import io
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -69,6 +71,11 @@ def test_larger_sizes(isa, dtype, m, k, n):
     bias = random_numbers(n, density=1.0, seed=2, dtype=dtype)
     for density in (0.1, 0.5):
         check(random_numbers(m, k, density=1.0, dtype=dtype), random_numbers(n, k, density=density, dtype=dtype), bias)
+
+
+@pytest.mark.parametrize("m", [1031, 1032, 1033, 2065])
+def test_blocks_of_many_rows(isa, dtype, m):
+    check(random_numbers(m, 70, density=1.0, dtype=dtype), random_numbers(90, 70, dtype=dtype))
 
 
 @pytest.mark.parametrize("m", [1, 4, 5, 20])
@@ -564,6 +571,34 @@ def test_parts_changed_behind_the_tensor_are_noticed(m, change):
         F.linear(torch.ones(m, 20), weight)
 
 
+def test_forward_mode_derivatives_and_transforms_run_on_a_dense_copy():
+    dense, x = random_numbers(6, 20), random_numbers(3, 20, density=1.0)
+    weight, tangent = BitmaskTensor.from_dense(dense), torch.ones_like(x)
+    with pytest.warns(DecompressWarning):
+        _, derivative = torch.func.jvp(lambda x: F.linear(x, weight), (x,), (tangent,))
+    torch.testing.assert_close(derivative, F.linear(tangent, dense))
+    with pytest.warns(DecompressWarning):
+        gradient = torch.func.grad(lambda x: F.linear(x, weight).sum())(x)
+    torch.testing.assert_close(gradient, torch.ones(3, 6) @ dense)
+    with torch.autograd.forward_ad.dual_level(), pytest.warns(DecompressWarning):
+        dual = F.linear(torch.autograd.forward_ad.make_dual(x, tangent), weight)
+        derivative = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(derivative, F.linear(tangent, dense))
+
+
+def test_a_mistake_does_not_keep_its_tensors_alive():
+    x = torch.ones(2, 19)
+    gone = weakref.ref(x)
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError):
+            F.linear(x, BitmaskTensor.from_dense(random_numbers(6, 20)))
+        del x
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_other_subclasses_of_tensor_still_meet_a_compressed_one():
     class Other(torch.Tensor):
         pass
@@ -677,6 +712,14 @@ def test_meta_layer_is_filled_by_assigning(layer, dense_layer, source):
     assert (target.weight.device.type, target.weight.nnz, target.weight.shape) == ("meta", 120, (6, 20))
     target.load_state_dict((layer if source == "compressed" else dense_layer).state_dict(), assign=True)
     torch.testing.assert_close(target(torch.ones(20)), dense_layer(torch.ones(20)))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_meta_layer_is_filled_by_copying(layer, dense_layer, compressed):
+    filled = BitmaskLinear(layer.in_features, layer.out_features, device="meta").to_empty(device="cpu")
+    filled.load_state_dict((layer if compressed else dense_layer).state_dict())
+    assert isinstance(filled.weight, BitmaskTensor)
+    assert torch.equal(filled.weight.to_dense(), dense_layer.weight)
 
 
 def test_meta_layer_is_filled_by_resetting():

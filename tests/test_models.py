@@ -182,7 +182,7 @@ def test_hooks_and_modules_stay(pair):
 def test_a_model_that_is_one_layer():
     layer = sparsify(nn.Linear(64, 64))
     assert isinstance(compress_(layer, progress=False).weight, BitmaskTensor)
-    assert compression_report(layer).rows[0].layers == ("(model)",)
+    assert compression_report(layer).rows[0].layers == ("",)
 
 
 def test_nothing_to_compress():
@@ -479,3 +479,26 @@ def test_public_names():
     assert {"BitmaskLinear", "compress_", "compression_report", "decompress_", "CompressionReport"} <= set(
         bitmask.__all__
     )
+
+
+def test_odd_weights_stay_as_they_are_and_are_reported():
+    model = nn.ModuleDict({name: nn.Linear(4, 3) for name in ("none", "scalar", "vector", "gone")})
+    model["none"].weight = None
+    model["scalar"].weight = nn.Parameter(torch.tensor(0.0))
+    model["vector"].weight = nn.Parameter(torch.zeros(4000))
+    del model["gone"].weight
+    compress_(model, progress=False)
+    assert type(model["vector"].weight) is type(model["scalar"].weight) is nn.Parameter
+    rows = {row.layers: row.reason for row in compression_report(model).rows}
+    assert rows.keys() == {("scalar",), ("vector",)}
+    assert "1-dimensional" in rows[("vector",)]
+
+
+def test_decompressing_keeps_a_tie_made_after_compressing():
+    model = nn.ModuleDict({"out": nn.Linear(64, 64), "embedding": nn.Embedding(64, 64)})
+    nn.init.sparse_(model["out"].weight, 0.9)
+    compress_(model, progress=False)
+    model["embedding"].weight = model["out"].weight
+    decompress_(model, progress=False)
+    assert model["embedding"].weight is model["out"].weight
+    assert type(model["out"].weight) is nn.Parameter

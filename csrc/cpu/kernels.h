@@ -42,6 +42,7 @@ struct LinearKernels {
   int64_t group_bytes;     // of repacked x
   int64_t streaming_rows;  // the most rows of x that stream takes
   int64_t panel_rows;      // rows of x in one panel
+  int64_t block_rows;      // the most rows of x that multiply takes; whole panels
   int64_t tile_rows;       // the most rows of W that one call of multiply takes
   int64_t scratch_bytes;   // of multiply, aligned to a cache line
 
@@ -56,9 +57,9 @@ struct LinearKernels {
   int64_t (*multiply)(const BitmaskMatrix& w, int64_t begin, int64_t end, const void* panels, int64_t m, const void* bias, void* y,
                       void* scratch);
 
-  // The gradient of x: y = g W, [m, cols] from g [m, rows]. Does the columns [begin, end) of W, begin a multiple of a group, and returns
-  // the first row whose offsets cannot be, or w.rows. It sees only parts of rows, so the caller proves W; unproven, y is worthless.
-  // `readers` is memory of reader_bytes for each row of W.
+  // The gradient of x: y = g W, [m, cols] from g [m, rows], m <= block_rows. Does the columns [begin, end) of W, begin a multiple of a
+  // group, and returns the first row whose offsets cannot be, or w.rows. It sees only parts of rows, so the caller proves W; unproven, y is
+  // worthless. `readers` is memory of reader_bytes for each row of W.
   int64_t gradient_group_bytes;  // of a row of g in a panel
   int64_t gradient_scratch_bytes;
   int64_t reader_bytes;

@@ -126,7 +126,7 @@ inline bool run(Subject& subject, const Weight& weight, const Bytes& x, const By
   Buffer offsets(bias, call.skew);
   int64_t got = call.end;
   for (int64_t i = 0, m = 0; i < call.m && got == call.end; i += m) {
-    m = call.way == kStream ? std::min(call.m - i, subject.kernels.streaming_rows) : call.m;
+    m = std::min(call.m - i, call.way == kStream ? subject.kernels.streaming_rows : subject.kernels.block_rows);
     got = run_piece(subject, stored.matrix, call, x.data() + i * weight.cols * width, m, call.biased ? offsets.data() : nullptr,
                     y.data() + i * y_row);
   }

@@ -13,7 +13,7 @@
 constexpr int kStrips = 2;            // vectors of W rows in registers, beside each other
 constexpr int64_t kBlockLanes = 512;  // lanes of a row that multiply expands at a time
 constexpr int64_t kTileRows = 128;    // rows of W in a tile: kTileRows * kBlockLanes * 4 bytes take a quarter of a second-level cache
-constexpr int64_t kBlockRows = 1020;  // rows of x for which multiply keeps sums; a multiple of every kPanelRows
+constexpr int64_t kBlockRows = 1032;  // rows of x for which multiply keeps sums; a multiple of every kPanelRows
 constexpr int kChains = 4;            // independent sums that hide the latency of an addition
 
 template <class L>
@@ -29,12 +29,26 @@ constexpr int64_t groups_of(int64_t cols) { return cols / kGroup + (cols % kGrou
 
 // ---- Rows of W
 
+// Where the values of up to R rows from `row` on, but before `end`, begin, and where those of the last one end: each offset is read once,
+// so that they stay in order whoever writes to them. Returns how many rows there are before one whose offsets cannot be.
+template <int R>
+inline int find_rows(const BitmaskMatrix& w, int64_t row, int64_t end, int64_t (&borders)[R + 1]) {
+  borders[0] = w.row_offsets[row];
+  for (int found = 0; found < R; ++found) {
+    if (row + found == end) return found;
+    const int64_t next = row + found + 1 < w.rows ? w.row_offsets[row + found + 1] : w.nnz;
+    if (borders[found] < 0 || next < borders[found] || next > w.nnz) return found;
+    borders[found + 1] = next;
+  }
+  return R;
+}
+
 // Where the values of one row begin and how many there are; false if its offset or the next one cannot be.
 inline bool find_row(const BitmaskMatrix& w, int64_t row, int64_t* start, int64_t* count) {
-  *start = w.row_offsets[row];
-  const int64_t end = row + 1 < w.rows ? w.row_offsets[row + 1] : w.nnz;
-  if (*start < 0 || *start > end || end > w.nnz) return false;
-  *count = end - *start;
+  int64_t borders[2];
+  if (find_rows<1>(w, row, row + 1, borders) == 0) return false;
+  *start = borders[0];
+  *count = borders[1] - borders[0];
   return true;
 }
 
@@ -136,7 +150,7 @@ void pack_panel(const void* x, int64_t rows, int64_t cols, void* panel) {
 // Products of R rows of W with M rows of x, whose lanes are x_stride bytes apart. `taken` tells the number of values each row of W took.
 // What lies `ahead` bytes after the values read is prefetched: at least as far as these R rows reach, so that none is asked for twice.
 template <class L, int R, int M, bool kBounded>
-inline void dot_rows(const BitmaskMatrix& w, int64_t row, const int64_t (&starts)[R], int64_t ahead, const uint8_t* x, int64_t x_stride,
+inline void dot_rows(const BitmaskMatrix& w, int64_t row, const int64_t* starts, int64_t ahead, const uint8_t* x, int64_t x_stride,
                      typename L::Sum (&y)[R][M], int64_t (&taken)[R]) {
   constexpr int kOwn = R * M >= kChains ? 1 : kChains / (R * M);  // chains of each product
   constexpr int kUnroll = kOwn > kVectors<L> ? kOwn / kVectors<L> : 1;
@@ -186,16 +200,15 @@ inline void dot_rows(const BitmaskMatrix& w, int64_t row, const int64_t (&starts
 
 // R rows from `row` on: the first faulty one, or row + R.
 template <class L, int R, int M, bool kBounded>
-inline int64_t stream_rows(const BitmaskMatrix& w, int64_t row, const int64_t (&starts)[R], const int64_t (&counts)[R], const uint8_t* x,
-                           const uint8_t* bias, uint8_t* y) {
+inline int64_t stream_rows(const BitmaskMatrix& w, int64_t row, const int64_t* borders, const uint8_t* x, const uint8_t* bias, uint8_t* y) {
   using Element = typename L::Element;
   typename L::Sum products[R][M];
   int64_t taken[R];
-  const int64_t reach = (starts[R - 1] + counts[R - 1] - starts[0]) * Element::kWidth;
-  dot_rows<L, R, M, kBounded>(w, row, starts, reach > kPrefetchBytes ? reach : kPrefetchBytes, x, groups_of(w.cols) * kGroupBytes<L>,
+  const int64_t reach = (borders[R] - borders[0]) * Element::kWidth;
+  dot_rows<L, R, M, kBounded>(w, row, borders, reach > kPrefetchBytes ? reach : kPrefetchBytes, x, groups_of(w.cols) * kGroupBytes<L>,
                               products, taken);
   for (int r = 0; r < R; ++r, ++row) {
-    if (taken[r] != counts[r] || !padding_is_zero(w, row)) return row;
+    if (taken[r] != borders[r + 1] - borders[r] || !padding_is_zero(w, row)) return row;
     const typename L::Sum offset = bias == nullptr ? 0 : Element::widen(bias + row * Element::kWidth);
     for (int i = 0; i < M; ++i) Element::narrow(products[r][i] + offset, y + (i * w.rows + row) * Element::kWidth);
   }
@@ -207,20 +220,13 @@ int64_t stream_all(const BitmaskMatrix& w, int64_t begin, int64_t end, const uin
   constexpr int kFit = L::kStreamSums / M;
   constexpr int R = M < kFit ? M : kFit;  // one row of x: the one stream of bytes that memory delivers fastest
   for (int64_t row = begin; row < end;) {
-    int64_t starts[R], counts[R];
-    int together = 0;  // rows whose offsets are in order
-    while (together < R && row + together < end && find_row(w, row + together, &starts[together], &counts[together])) ++together;
-    if (together == 0) return row;
-    int64_t next;
-    if (together == R && w.nnz - starts[R - 1] >= w.cols + kGroup) {
-      next = stream_rows<L, R, M, false>(w, row, starts, counts, lanes, bias, y);
-      together = R;
-    } else {
-      const int64_t start[1] = {starts[0]}, count[1] = {counts[0]};
-      next = stream_rows<L, 1, M, true>(w, row, start, count, lanes, bias, y);
-      together = 1;
-    }
-    if (next < row + together) return next;
+    int64_t borders[R + 1];
+    const int found = find_rows<R>(w, row, end, borders);
+    if (found == 0) return row;
+    const bool together = found == R && w.nnz - borders[R - 1] >= w.cols + kGroup;  // far enough from the end of the values
+    const int64_t next = together ? stream_rows<L, R, M, false>(w, row, borders, lanes, bias, y)
+                                  : stream_rows<L, 1, M, true>(w, row, borders, lanes, bias, y);
+    if (next < row + (together ? R : 1)) return next;
     row = next;
   }
   return end;
@@ -375,14 +381,19 @@ void round_sums(const Scratch<L>& scratch, int64_t m, int64_t rows, uint8_t* y, 
   }
 }
 
-// One tile of W, [begin, end), with `m` <= kBlockRows rows of x.
 template <class L>
-int64_t multiply_block(const BitmaskMatrix& w, int64_t begin, int64_t end, const uint8_t* panels, int64_t m, uint8_t* y,
-                       Scratch<L>& scratch) {
+int64_t multiply(const BitmaskMatrix& w, int64_t begin, int64_t end, const void* panels, int64_t m, const void* bias, void* y,
+                 void* scratch_memory) {
+  using Element = typename L::Element;
   constexpr int64_t kGroups = kBlockLanes * L::kDepth / kGroup;  // of a block
+  Scratch<L>& scratch = *static_cast<Scratch<L>*>(scratch_memory);
   Tile<L> tile;
   const int64_t faulty = open_tile(w, begin, end, tile);
   if (faulty < end) return faulty;
+  for (int64_t i = 0; i < kTileRows; ++i) {
+    const bool present = bias != nullptr && i < tile.rows;
+    scratch.bias[i] = present ? Element::widen(static_cast<const uint8_t*>(bias) + (begin + i) * Element::kWidth) : 0;
+  }
   const int64_t padded = (m + L::kPanelRows - 1) / L::kPanelRows * L::kPanelRows;
   for (int64_t i = 0; i < padded; ++i) copy_bytes(scratch.sums + i * kTileRows, scratch.bias, static_cast<int64_t>(sizeof(scratch.bias)));
   for (int64_t group = 0; group < groups_of(w.cols); group += kGroups) {
@@ -390,32 +401,14 @@ int64_t multiply_block(const BitmaskMatrix& w, int64_t begin, int64_t end, const
     const int64_t lanes = groups * kGroup / L::kDepth;
     for (int64_t strip = 0; strip < tile.strips; ++strip) expand_strip<L>(w, tile, strip, group, groups, scratch);
     for (int64_t i = 0; i < m; i += L::kPanelRows) {
-      const uint8_t* const panel = panels + (i * groups_of(w.cols) + group * L::kPanelRows) * kGroupBytes<L>;
+      const uint8_t* const panel = static_cast<const uint8_t*>(panels) + (i * groups_of(w.cols) + group * L::kPanelRows) * kGroupBytes<L>;
       multiply_panel<L>(panel, m - i, scratch, tile.strips, lanes, reinterpret_cast<uint8_t*>(scratch.sums + i * kTileRows));
     }
   }
   for (int64_t i = 0; i < tile.rows; ++i) {
     if (tile.readers[i].taken_since(tile.first[i]) != tile.counts[i] || !padding_is_zero(w, begin + i)) return begin + i;
   }
-  round_sums<L>(scratch, m, tile.rows, y + begin * L::Element::kWidth, w.rows * L::Element::kWidth);
-  return end;
-}
-
-template <class L>
-int64_t multiply(const BitmaskMatrix& w, int64_t begin, int64_t end, const void* panels, int64_t m, const void* bias, void* y,
-                 void* scratch_memory) {
-  using Element = typename L::Element;
-  Scratch<L>& scratch = *static_cast<Scratch<L>*>(scratch_memory);
-  for (int64_t i = 0; i < kTileRows; ++i) {
-    const bool present = bias != nullptr && i < end - begin;
-    scratch.bias[i] = present ? Element::widen(static_cast<const uint8_t*>(bias) + (begin + i) * Element::kWidth) : 0;
-  }
-  for (int64_t i = 0; i < m; i += kBlockRows) {
-    const int64_t faulty =
-        multiply_block<L>(w, begin, end, static_cast<const uint8_t*>(panels) + i * groups_of(w.cols) * kGroupBytes<L>,
-                          m - i < kBlockRows ? m - i : kBlockRows, static_cast<uint8_t*>(y) + i * w.rows * Element::kWidth, scratch);
-    if (faulty < end) return faulty;
-  }
+  round_sums<L>(scratch, m, tile.rows, static_cast<uint8_t*>(y) + begin * Element::kWidth, w.rows * Element::kWidth);
   return end;
 }
 
@@ -460,25 +453,22 @@ int64_t multiply_transposed(const BitmaskMatrix& w, int64_t begin, int64_t end, 
   Scratch<L>& scratch = *static_cast<Scratch<L>*>(scratch_memory);
   RowReader<L, true>* const rows = static_cast<RowReader<L, true>*>(readers);
   const int64_t panel_bytes = groups_of(w.rows) * L::kPanelRows * kGroupBytes<L>;
-  for (int64_t i = 0; i < m; i += kBlockRows) {
-    const int64_t block = m - i < kBlockRows ? m - i : kBlockRows;
-    const int64_t faulty = find_column<L>(w, begin, rows);
-    if (faulty < w.rows) return faulty;
-    for (int64_t col = begin; col < end; col += kTileColumns) {
-      const int64_t columns = end - col < kTileColumns ? end - col : kTileColumns;
-      const int64_t strips = groups_of(columns) * kVectors<L>;
-      __builtin_memset(scratch.sums, 0, sizeof(scratch.sums));
-      for (int64_t row = 0; row < w.rows; row += kBlockLanes) {
-        const int64_t depth = w.rows - row < kBlockLanes ? w.rows - row : kBlockLanes;
-        expand_columns<L>(w, row, depth, col, col + columns, rows, scratch);
-        for (int64_t j = 0; j < block; j += L::kPanelRows) {
-          const uint8_t* const panel = static_cast<const uint8_t*>(panels) + (i + j) / L::kPanelRows * panel_bytes;
-          multiply_panel<L>(panel + row * L::kPanelRows * kLaneBytes<L>, block - j, scratch, strips, depth,
-                            reinterpret_cast<uint8_t*>(scratch.sums + j * kTileRows));
-        }
+  const int64_t faulty = find_column<L>(w, begin, rows);
+  if (faulty < w.rows) return faulty;
+  for (int64_t col = begin; col < end; col += kTileColumns) {
+    const int64_t columns = end - col < kTileColumns ? end - col : kTileColumns;
+    const int64_t strips = groups_of(columns) * kVectors<L>;
+    __builtin_memset(scratch.sums, 0, sizeof(scratch.sums));
+    for (int64_t row = 0; row < w.rows; row += kBlockLanes) {
+      const int64_t depth = w.rows - row < kBlockLanes ? w.rows - row : kBlockLanes;
+      expand_columns<L>(w, row, depth, col, col + columns, rows, scratch);
+      for (int64_t i = 0; i < m; i += L::kPanelRows) {
+        const uint8_t* const panel = static_cast<const uint8_t*>(panels) + i / L::kPanelRows * panel_bytes;
+        multiply_panel<L>(panel + row * L::kPanelRows * kLaneBytes<L>, m - i, scratch, strips, depth,
+                          reinterpret_cast<uint8_t*>(scratch.sums + i * kTileRows));
       }
-      round_sums<L>(scratch, block, columns, static_cast<uint8_t*>(y) + (i * w.cols + col) * kWidth, w.cols * kWidth);
     }
+    round_sums<L>(scratch, m, columns, static_cast<uint8_t*>(y) + col * kWidth, w.cols * kWidth);
   }
   return w.rows;
 }
@@ -486,9 +476,25 @@ int64_t multiply_transposed(const BitmaskMatrix& w, int64_t begin, int64_t end, 
 // L multiplies, G takes gradients: one column in each lane, because there rows of W would have to be paired.
 template <class L, class G = L>
 constexpr LinearKernels linear_kernels() {
-  static_assert(G::kDepth == 1 && kVectors<G> % kStrips == 0, "");
-  return {kGroupBytes<L>,     L::kStreamedRows,      L::kPanelRows,      kTileRows,
-          sizeof(Scratch<L>), pack_rows<L>,          pack_panel<L>,      stream<L>,
-          multiply<L>,        kGroupBytes<G>,        sizeof(Scratch<G>), sizeof(RowReader<G, true>),
-          pack_panel<G>,      multiply_transposed<G>};
+  static_assert(G::kDepth == 1 && kVectors<G> % kStrips == 0, "strips of a gradient are pieces of rows");
+  static_assert(G::kPanelRows == L::kPanelRows, "x and g are packed into panels of the same size");
+  static_assert(kBlockRows % L::kPanelRows == 0 && L::kPanelRows % 3 == 0 && kTileRows % (kStrips * L::kLanes) == 0, "");
+  static_assert(L::kStreamSums >= L::kStreamedRows, "stream keeps the sums of at least one row of W");
+  LinearKernels kernels{};
+  kernels.group_bytes = kGroupBytes<L>;
+  kernels.streaming_rows = L::kStreamedRows;
+  kernels.panel_rows = L::kPanelRows;
+  kernels.block_rows = kBlockRows;
+  kernels.tile_rows = kTileRows;
+  kernels.scratch_bytes = sizeof(Scratch<L>);
+  kernels.pack_rows = pack_rows<L>;
+  kernels.pack_panel = pack_panel<L>;
+  kernels.stream = stream<L>;
+  kernels.multiply = multiply<L>;
+  kernels.gradient_group_bytes = kGroupBytes<G>;
+  kernels.gradient_scratch_bytes = sizeof(Scratch<G>);
+  kernels.reader_bytes = sizeof(RowReader<G, true>);
+  kernels.pack_gradient = pack_panel<G>;
+  kernels.multiply_transposed = multiply_transposed<G>;
+  return kernels;
 }

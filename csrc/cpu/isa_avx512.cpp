@@ -21,7 +21,10 @@ namespace {
 #include "simd_avx512.h"
 #include "generic/codec.h"
 #include "generic/lanes.h"
-#include "generic/linear.h"
+#include "generic/linear_rows.h"
+#include "generic/linear_stream.h"
+#include "generic/linear_multiply.h"
+#include "generic/linear_gradient.h"
 #include "generic/table.h"
 constexpr Kernels kTable = make_kernels<Float32Lanes, WidenedBfloat16Lanes, Float16Lanes>("avx512");
 }  // namespace

@@ -7,7 +7,10 @@ namespace {
 #include "simd_scalar.h"
 #include "generic/codec.h"
 #include "generic/lanes.h"
-#include "generic/linear.h"
+#include "generic/linear_rows.h"
+#include "generic/linear_stream.h"
+#include "generic/linear_multiply.h"
+#include "generic/linear_gradient.h"
 #include "generic/table.h"
 constexpr Kernels kTable =
     make_kernels<PortableLanes<Float32Element>, PortableLanes<Bfloat16Element>, PortableLanes<Float16Element>>("scalar");

@@ -1,4 +1,4 @@
-// How elements become the lanes that linear.h multiplies: the parts common to all instruction sets, and a portable version in the
+// How elements become the lanes that the linear kernels multiply: the parts common to all instruction sets, and a portable version in the
 // compiler's own vector types, which any table uses for what its instruction set has nothing better for.
 //
 // A type of lanes L holds, for one dtype:

@@ -1,5 +1,31 @@
 // The kernel table of an instruction set, from the algorithms of the headers before it.
-//
+
+// L multiplies, G takes gradients: one column in each lane, because there rows of W would have to be paired.
+template <class L, class G = L>
+constexpr LinearKernels linear_kernels() {
+  static_assert(G::kDepth == 1 && kVectors<G> % kStrips == 0, "strips of a gradient are pieces of rows");
+  static_assert(G::kPanelRows == L::kPanelRows, "x and g are packed into panels of the same size");
+  static_assert(kBlockRows % L::kPanelRows == 0 && L::kPanelRows % 3 == 0 && kTileRows % (kStrips * L::kLanes) == 0, "");
+  static_assert(L::kStreamSums >= L::kStreamedRows, "stream keeps the sums of at least one row of W");
+  LinearKernels kernels{};
+  kernels.group_bytes = kGroupBytes<L>;
+  kernels.streaming_rows = L::kStreamedRows;
+  kernels.panel_rows = L::kPanelRows;
+  kernels.block_rows = kBlockRows;
+  kernels.tile_rows = kTileRows;
+  kernels.scratch_bytes = sizeof(Scratch<L>);
+  kernels.pack_rows = pack_rows<L>;
+  kernels.pack_panel = pack_panel<L>;
+  kernels.stream = stream<L>;
+  kernels.multiply = multiply<L>;
+  kernels.gradient_group_bytes = kGroupBytes<G>;
+  kernels.gradient_scratch_bytes = sizeof(Scratch<G>);
+  kernels.reader_bytes = sizeof(RowReader<G, true>);
+  kernels.pack_gradient = pack_panel<G>;
+  kernels.multiply_transposed = multiply_transposed<G>;
+  return kernels;
+}
+
 // F32, BF16, F16  how this instruction set multiplies each dtype (lanes.h says what such a type holds)
 // GradientBF16    the same for gradients: one column in each lane
 template <class F32, class BF16, class F16, class GradientBF16 = BF16>

@@ -1,0 +1,183 @@
+// y = x W^T + bias for more rows of x: bound by arithmetic.
+//
+// A tile of W is expanded once into the cache, transposed, and multiplied with all rows of x, kPanelRows at a time, by a product blocked as
+// in BLIS (https://github.com/flame/blis): the panel of x stays in the first cache, the tile in the second, kPanelRows x 2 vectors of sums
+// in registers.
+//
+//   tile     [strips][kBlockLanes lanes][kLanes rows of W]    a vector is one lane (one column or two) of kLanes rows
+//   panel    [lanes of a row][kPanelRows rows of x]           each lane is broadcast
+
+constexpr int kStrips = 2;            // strips multiplied at a time: vectors of W beside each other
+constexpr int64_t kBlockLanes = 512;  // lanes of a row that are expanded at a time
+constexpr int64_t kTileRows = 128;    // rows of W in a tile: kTileRows * kBlockLanes * 4 bytes take a quarter of a second-level cache
+constexpr int64_t kBlockRows = 1032;  // rows of x for which sums are kept; a multiple of every kPanelRows
+
+// Memory of one call of multiply.
+template <class L>
+struct Scratch {
+  alignas(64) uint8_t rows[L::kLanes][kGroupBytes<L>];                                       // one group of each row of a strip
+  alignas(64) uint8_t tile[kTileRows / L::kLanes][kBlockLanes * L::kLanes * kLaneBytes<L>];  // of each strip, [kBlockLanes][kLanes rows]
+  alignas(64) typename L::Sum bias[kTileRows];
+  alignas(64) typename L::Sum sums[kBlockRows * kTileRows];  // [rows of x][rows of W]
+};
+
+// The rows [begin, begin + rows) of W and how far each has been read: strips of kLanes rows, the last ones perhaps absent.
+template <class L>
+struct Tile {
+  int64_t begin, rows, strips;
+  int64_t pace;  // bytes of values that a group of a row takes on average
+  RowReader<L, true> readers[kTileRows];
+  const uint8_t* first[kTileRows];
+  int64_t counts[kTileRows];
+
+  int64_t rows_of(int64_t strip) const {
+    const int64_t left = rows - strip * L::kLanes;
+    return left < 0 ? 0 : left < L::kLanes ? left : L::kLanes;
+  }
+};
+
+// Finds the rows of a tile; returns the first one whose offsets cannot be, or one before it whose bitmask is faulty, or `end`.
+template <class L>
+int64_t open_tile(const BitmaskMatrix& w, int64_t begin, int64_t end, Tile<L>& tile) {
+  tile.begin = begin;
+  tile.rows = end - begin;
+  tile.strips = (tile.rows + kStrips * L::kLanes - 1) / (kStrips * L::kLanes) * kStrips;
+  int64_t total = 0;
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    int64_t start;
+    if (!find_row(w, begin + i, &start, &tile.counts[i])) {
+      const uint8_t* const bitmasks = w.bitmasks + begin * bitmask_bytes(w.cols);
+      return begin + first_faulty_row(bitmasks, w.row_offsets + begin, i, w.cols, w.row_offsets[begin + i], w.nnz);
+    }
+    tile.readers[i] = reader_at<L, true>(w, start);
+    tile.first[i] = tile.readers[i].src;
+    total += tile.counts[i];
+  }
+  tile.pace = w.cols == 0 ? 0 : total * L::Element::kWidth / (tile.rows * groups_of(w.cols));
+  for (int64_t i = tile.rows; i < tile.strips * L::kLanes; ++i) tile.readers[i] = tile.readers[0];  // absent, but prefetched
+  return end;
+}
+
+// Expands one group of each of `rows` <= kLanes rows of W into a transposed block of the tile; absent rows are zero. All rows advance
+// together, as that many streams, which are too short for the hardware to foresee: so each asks for a piece of the row that has its place
+// in the next strip, `ahead` bytes after where that one was left.
+template <class L>
+inline void expand_block(const uint8_t* bits, int64_t row_bytes, int64_t columns, int64_t rows, RowReader<L, true>* readers,
+                         const RowReader<L, true>* next, int64_t ahead, uint8_t (&expanded)[L::kLanes][kGroupBytes<L>], uint8_t* block) {
+  constexpr int64_t kVector = L::kLanes * kLaneBytes<L>;
+  for (int64_t i = 0; i < rows; ++i, bits += row_bytes) {
+    typename L::Lanes lanes[kVectors<L>];
+    prefetch_bytes<(L::Element::kWidth + 1) / 2 * 64>(next[i].src, ahead);
+    readers[i].next(load_mask(bits, columns), lanes);
+    for (int vector = 0; vector < kVectors<L>; ++vector) L::store(lanes[vector], expanded[i] + vector * kVector);
+  }
+  for (int vector = 0; vector < kVectors<L>; ++vector) {
+    L::transpose(expanded[0] + vector * kVector, kGroupBytes<L>, block + vector * L::kLanes * kVector);
+  }
+}
+
+// Expands `groups` groups, from the group-th on, of a strip of the tile.
+template <class L>
+void expand_strip(const BitmaskMatrix& w, Tile<L>& tile, int64_t strip, int64_t group, int64_t groups, Scratch<L>& scratch) {
+  const int64_t row_bytes = bitmask_bytes(w.cols), rows = tile.rows_of(strip);
+  const uint8_t* bits = w.bitmasks + (tile.begin + strip * L::kLanes) * row_bytes + group * 8;
+  const RowReader<L, true>* const next = tile.readers + (strip + 1) % tile.strips * L::kLanes;
+  RowReader<L, true>* const readers = tile.readers + strip * L::kLanes;
+  uint8_t* block = scratch.tile[strip];
+  if (rows < L::kLanes) __builtin_memset(scratch.rows, 0, sizeof(scratch.rows));
+  for (int64_t i = 0; i < rows; ++i) {  // the bitmasks of the next strip
+    prefetch_bytes<kBlockLanes * L::kDepth / 8>(bits, (L::kLanes + i) * row_bytes);
+  }
+  for (int64_t i = 0; i < groups; ++i, bits += 8, block += L::kLanes * kGroupBytes<L>) {
+    const int64_t columns = w.cols - (group + i) * kGroup;
+    if (columns >= kGroup) {
+      expand_block<L>(bits, row_bytes, kGroup, rows, readers, next, i * tile.pace, scratch.rows, block);
+    } else {
+      expand_block<L>(bits, row_bytes, columns, rows, readers, next, i * tile.pace, scratch.rows, block);
+    }
+  }
+}
+
+// sums [MR, kStrips * kLanes] += panel [lanes, MR] x two strips [lanes, kLanes].
+template <class L, int MR>
+void product(const uint8_t* panel, const uint8_t* strip0, const uint8_t* strip1, int64_t lanes, uint8_t* sums) {
+  constexpr int64_t kVector = L::kLanes * kLaneBytes<L>;
+  constexpr int64_t kStride = kTileRows * kLaneBytes<L>;
+  typename L::Sums acc[MR][kStrips];  // in registers: every loop over it is unrolled
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    acc[i][0] = L::load_sums(sums + i * kStride);
+    acc[i][1] = L::load_sums(sums + i * kStride + kVector);
+  }
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const typename L::Lanes w0 = L::load(strip0 + lane * kVector);
+    const typename L::Lanes w1 = L::load(strip1 + lane * kVector);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const typename L::Lanes x = L::broadcast(panel + (lane * L::kPanelRows + i) * kLaneBytes<L>);
+      acc[i][0] = L::multiply_add(w0, x, acc[i][0]);
+      acc[i][1] = L::multiply_add(w1, x, acc[i][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    L::store_sums(acc[i][0], sums + i * kStride);
+    L::store_sums(acc[i][1], sums + i * kStride + kVector);
+  }
+}
+
+// The product of one panel, `rows` rows of which are there, with the strips of a tile.
+template <class L>
+void multiply_panel(const uint8_t* panel, int64_t rows, const Scratch<L>& scratch, int64_t strips, int64_t lanes, uint8_t* sums) {
+  constexpr int kThird = L::kPanelRows / 3;
+  const auto run = rows <= kThird ? product<L, kThird> : rows <= 2 * kThird ? product<L, 2 * kThird> : product<L, 3 * kThird>;
+  for (int64_t strip = 0; strip < strips; strip += kStrips) {
+    run(panel, scratch.tile[strip], scratch.tile[strip + 1], lanes, sums + strip * L::kLanes * kLaneBytes<L>);
+  }
+}
+
+template <class L>
+void round_sums(const Scratch<L>& scratch, int64_t m, int64_t rows, uint8_t* y, int64_t y_stride) {
+  constexpr int64_t kWidth = L::Element::kWidth;
+  for (int64_t i = 0; i < m; ++i, y += y_stride) {
+    const uint8_t* const sums = reinterpret_cast<const uint8_t*>(scratch.sums + i * kTileRows);
+    for (int64_t row = 0; row < rows; row += L::kLanes) {
+      uint8_t rounded[L::kLanes * kWidth];
+      const bool whole = rows - row >= L::kLanes;
+      uint8_t* const dst = y + row * kWidth;
+      L::round(L::load_sums(sums + row * kLaneBytes<L>), whole ? dst : rounded);
+      if (!whole) copy_bytes(dst, rounded, (rows - row) * kWidth);
+    }
+  }
+}
+
+template <class L>
+int64_t multiply(const BitmaskMatrix& w, int64_t begin, int64_t end, const void* panels, int64_t m, const void* bias, void* y,
+                 void* scratch_memory) {
+  using Element = typename L::Element;
+  constexpr int64_t kGroups = kBlockLanes * L::kDepth / kGroup;  // of a block
+  Scratch<L>& scratch = *static_cast<Scratch<L>*>(scratch_memory);
+  Tile<L> tile;
+  const int64_t faulty = open_tile(w, begin, end, tile);
+  if (faulty < end) return faulty;
+  for (int64_t i = 0; i < kTileRows; ++i) {
+    const bool present = bias != nullptr && i < tile.rows;
+    scratch.bias[i] = present ? Element::widen(static_cast<const uint8_t*>(bias) + (begin + i) * Element::kWidth) : 0;
+  }
+  const int64_t padded = (m + L::kPanelRows - 1) / L::kPanelRows * L::kPanelRows;
+  for (int64_t i = 0; i < padded; ++i) copy_bytes(scratch.sums + i * kTileRows, scratch.bias, static_cast<int64_t>(sizeof(scratch.bias)));
+  for (int64_t group = 0; group < groups_of(w.cols); group += kGroups) {
+    const int64_t groups = groups_of(w.cols) - group < kGroups ? groups_of(w.cols) - group : kGroups;
+    const int64_t lanes = groups * kGroup / L::kDepth;
+    for (int64_t strip = 0; strip < tile.strips; ++strip) expand_strip<L>(w, tile, strip, group, groups, scratch);
+    for (int64_t i = 0; i < m; i += L::kPanelRows) {
+      const uint8_t* const panel = static_cast<const uint8_t*>(panels) + (i * groups_of(w.cols) + group * L::kPanelRows) * kGroupBytes<L>;
+      multiply_panel<L>(panel, m - i, scratch, tile.strips, lanes, reinterpret_cast<uint8_t*>(scratch.sums + i * kTileRows));
+    }
+  }
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    if (tile.readers[i].taken_since(tile.first[i]) != tile.counts[i] || !padding_is_zero(w, begin + i)) return begin + i;
+  }
+  round_sums<L>(scratch, m, tile.rows, static_cast<uint8_t*>(y) + begin * Element::kWidth, w.rows * Element::kWidth);
+  return end;
+}

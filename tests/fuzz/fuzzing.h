@@ -89,12 +89,26 @@ inline Parts read_parts(Reader& reader, int width, int64_t rows_end) {
   return parts;
 }
 
+// Whether the values of a row can be where the offsets say.
+inline bool offsets_can_be(const Parts& parts, int64_t row) {
+  const int64_t start = parts.row_offsets[static_cast<size_t>(row)];
+  const int64_t stop = row + 1 < parts.rows ? parts.row_offsets[static_cast<size_t>(row + 1)] : parts.nnz;
+  return start >= 0 && start <= stop && stop <= parts.nnz;
+}
+
+// The first row whose offsets cannot be, or as many as there are.
+inline int64_t first_impossible_reference(const Parts& parts) {
+  int64_t row = 0;
+  while (row < parts.rows && offsets_can_be(parts, row)) ++row;
+  return row;
+}
+
 // The first row of [begin, end) that breaks a rule of the layout, or `end`.
 inline int64_t first_faulty_reference(const Parts& parts, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t start = parts.row_offsets[static_cast<size_t>(row)];
     const int64_t stop = row + 1 < parts.rows ? parts.row_offsets[static_cast<size_t>(row + 1)] : parts.nnz;
-    if (start < 0 || stop < start || stop > parts.nnz) return row;
+    if (!offsets_can_be(parts, row)) return row;
     int64_t marked = 0, padding = 0;
     for (int64_t col = 0; col < parts.row_bytes * 8; ++col) (col < parts.cols ? marked : padding) += parts.bit(row, col);
     if (padding != 0 || marked != stop - start) return row;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 
 #include "../../csrc/cpu/kernels.h"
@@ -13,6 +14,36 @@ namespace bitmask::testing {
 using cpu::BitmaskMatrix;
 using cpu::Kernels;
 using cpu::LinearKernels;
+
+// ---------------------------------------------------------------------------------------------------------------- numbers
+
+inline std::vector<double> decode(const Format& format, const std::vector<uint64_t>& bits) {
+  std::vector<double> values;
+  for (const uint64_t element : bits) values.push_back(format.decode(element));
+  return values;
+}
+
+// What the elements are.
+enum Numbers {
+  kIntegers,  // small ones: sums are exact
+  kTiny,      // weights and bias are small multiples of the smallest subnormal
+  kSpecials,  // integers, here and there infinity or NaN
+  kReals,     // with every bit of the mantissa
+};
+constexpr const char* kNumberNames[] = {"integers", "tiny", "specials", "reals"};
+
+inline uint64_t random_element(const Format& format, Numbers numbers, int64_t bound, bool x) {
+  if (numbers == kSpecials && random_below(x ? 150 : 600) == 0) {
+    return random_below(2) == 0 ? format.encode(NAN) : format.encode(INFINITY) | (random_below(2) == 0 ? format.sign() : 0);
+  }
+  if (numbers == kReals) return format.encode(std::ldexp(static_cast<double>(random_word() >> 11), -52) - 1);
+  const double integer = static_cast<double>(random_below(2 * bound + 1) - bound);
+  return format.encode(numbers == kTiny && !x ? std::ldexp(integer, format.least - format.mantissa) : integer);
+}
+
+inline std::string name_of(double density, Numbers numbers) {
+  return "density " + std::to_string(density).substr(0, 4) + ", " + kNumberNames[numbers];
+}
 
 // ---------------------------------------------------------------------------------------------------------------- weights
 
@@ -66,6 +97,16 @@ struct Subject {
 };
 
 using Subjects = std::vector<std::unique_ptr<Subject>>;
+
+// Those of every table that this machine can run.
+inline Subjects runnable_subjects() {
+  Subjects subjects;
+  for (int i = 0; i < cpu::isa_count(); ++i) {
+    cpu::force_isa(cpu::isa_name(i));
+    for (int dtype = 0; dtype < cpu::kLinearDtypes; ++dtype) subjects.push_back(std::make_unique<Subject>(cpu::kernels(), dtype));
+  }
+  return subjects;
+}
 
 enum Way { kStream, kMultiply };
 constexpr Way kWays[] = {kStream, kMultiply};

@@ -90,7 +90,7 @@ run_planted() {
   local isa error
   build_sanitized
   for isa in $("$BUILD/sanitize" --list); do
-    for error in expand stream multiply; do
+    for error in expand stream multiply gradient; do
       local report=$BUILD/planted.$isa.$error.txt
       if BITMASK_ISA=$isa "$BUILD/sanitize" --plant "$error" > "$report" 2>&1; then fail "$isa: the error planted in $error went unnoticed"; fi
       grep -q "reading past a buffer with $isa in $error\$" "$report" || fail "$isa: was not run; see $report"

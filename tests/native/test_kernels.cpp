@@ -4,10 +4,11 @@
 //   test_kernels --list              prints the names of those ISAs
 //   test_kernels --dispatch          tests the choice of the table only, with BITMASK_ISA as it is
 //   test_kernels --plant ERROR       has the kernels in use read past a buffer, which AddressSanitizer must report: expand, stream,
-//   multiply
+//   multiply, gradient
 //
-// The codec is tested here, linear in test_linear.cpp. Buffers are exactly as large as the kernels were promised. AddressSanitizer watches
-// their ends; builds without it put canary bytes around them instead. Prints each failed check and "N passed, M failed".
+// The codec is tested here, linear in test_linear.cpp and test_linear_gradient.cpp. Buffers are exactly as large as the kernels were
+// promised. AddressSanitizer watches their ends; builds without it put canary bytes around them instead. Prints each failed check and "N
+// passed, M failed".
 #include <cinttypes>
 #include <cstdint>
 #include <cstdio>
@@ -411,8 +412,9 @@ void read_past_a_buffer(const char* error) {
   const Kernels& kernels = cpu::kernels();
   const cpu::LinearKernels& linear = kernels.linear[cpu::kFloat32];
   Buffer bytes(63), floats(255), bitmasks(Bytes(8, 0xff)), row_offsets(Bytes(8, 0)), dense(256),
-      panel(linear.panel_rows * linear.group_bytes);
-  Buffer scratch(linear.scratch_bytes);
+      panel(linear.panel_rows * linear.group_bytes), gradient_panel(linear.panel_rows * linear.gradient_group_bytes),
+      readers(linear.reader_bytes);
+  Buffer scratch(linear.scratch_bytes), gradient_scratch(linear.gradient_scratch_bytes);
   std::memset(panel.data(), 0, static_cast<size_t>(linear.panel_rows * linear.group_bytes));
   const cpu::BitmaskMatrix lying{floats.data(), bitmasks.data(), reinterpret_cast<const int64_t*>(row_offsets.data()), 1, 64, 64};
   std::printf("reading past a buffer with %s in %s\n", kernels.isa, error);
@@ -420,6 +422,9 @@ void read_past_a_buffer(const char* error) {
   if (std::strcmp(error, "expand") == 0) kernels.codec[0].expand_values(bytes.data(), 64, bitmasks.data(), 1, 64, dense.data());
   if (std::strcmp(error, "stream") == 0) linear.stream(lying, 0, 1, panel.data(), 1, nullptr, dense.data());
   if (std::strcmp(error, "multiply") == 0) linear.multiply(lying, 0, 1, panel.data(), 1, nullptr, dense.data(), scratch.data());
+  if (std::strcmp(error, "gradient") == 0) {
+    linear.multiply_transposed(lying, 0, 64, gradient_panel.data(), 1, dense.data(), readers.data(), gradient_scratch.data());
+  }
 }
 
 }  // namespace
@@ -440,6 +445,7 @@ int main(int argc, char** argv) {
   if (!dispatch_only) {
     test_isas();
     test_linear(brief);
+    test_linear_gradient(brief);
   }
   std::printf("%" PRId64 " passed, %" PRId64 " failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

@@ -23,30 +23,6 @@ struct Problem {
   std::vector<double> slack, flushed;  // how far each y may be off; the same of kernels that take subnormal bfloat16 for zero
 };
 
-std::vector<double> decode(const Format& format, const std::vector<uint64_t>& bits) {
-  std::vector<double> values;
-  for (const uint64_t element : bits) values.push_back(format.decode(element));
-  return values;
-}
-
-// What the elements are.
-enum Numbers {
-  kIntegers,  // small ones: sums are exact
-  kTiny,      // weights and bias are small multiples of the smallest subnormal
-  kSpecials,  // integers, here and there infinity or NaN
-  kReals,     // with every bit of the mantissa
-};
-constexpr const char* kNumberNames[] = {"integers", "tiny", "specials", "reals"};
-
-uint64_t random_element(const Format& format, Numbers numbers, int64_t bound, bool x) {
-  if (numbers == kSpecials && random_below(x ? 150 : 600) == 0) {
-    return random_below(2) == 0 ? format.encode(NAN) : format.encode(INFINITY) | (random_below(2) == 0 ? format.sign() : 0);
-  }
-  if (numbers == kReals) return format.encode(std::ldexp(static_cast<double>(random_word() >> 11), -52) - 1);
-  const double integer = static_cast<double>(random_below(2 * bound + 1) - bound);
-  return format.encode(numbers == kTiny && !x ? std::ldexp(integer, format.least - format.mantissa) : integer);
-}
-
 // The sums of a problem and how far off they may be. With `flushable`, any term may be lost to the flushing of subnormals.
 void solve(Problem& problem, const std::vector<double>& x, const std::vector<double>& w, const std::vector<double>& bias, bool exact,
            bool flushable) {
@@ -156,10 +132,6 @@ std::vector<int64_t> one_m(const LinearKernels& kernels) { return {1, kernels.st
 
 // Those near which a table may take x in blocks.
 std::vector<int64_t> many_m(const LinearKernels&) { return {505, 1031, 1032, 1033}; }
-
-std::string name_of(double density, Numbers numbers) {
-  return "density " + std::to_string(density).substr(0, 4) + ", " + kNumberNames[numbers];
-}
 
 void test_products(const Subjects& subjects, const Format& format, int64_t most_m, bool brief) {
   for (const int64_t cols : {0, 1, 7, 63, 64, 65, 127, 130, 513, 1100, 4100}) {
@@ -294,15 +266,10 @@ void test_rounding(const Subjects& subjects, const Format& format, bool brief) {
 }  // namespace
 
 void bitmask::testing::test_linear(bool brief) {
-  Subjects subjects;
+  const Subjects subjects = runnable_subjects();
   int64_t most_m = 0;
-  for (int i = 0; i < cpu::isa_count(); ++i) {
-    cpu::force_isa(cpu::isa_name(i));
-    for (int dtype = 0; dtype < cpu::kLinearDtypes; ++dtype) {
-      subjects.push_back(std::make_unique<Subject>(cpu::kernels(), dtype));
-      const LinearKernels& kernels = subjects.back()->kernels;
-      most_m = std::max({most_m, 2 * kernels.panel_rows + 1, kernels.streaming_rows + 1});
-    }
+  for (const auto& subject : subjects) {
+    most_m = std::max({most_m, 2 * subject->kernels.panel_rows + 1, subject->kernels.streaming_rows + 1});
   }
   for (const Format& format : kFormats) {
     test_products(subjects, format, most_m, brief);

@@ -121,4 +121,7 @@ inline int64_t first_faulty_reference(const Bytes& bitmasks, const std::vector<i
 // Tests the linear kernels of every table that this machine can run (test_linear.cpp). `brief`: fewer shapes and numbers, for emulators.
 void test_linear(bool brief);
 
+// The same for the gradient of x (test_linear_gradient.cpp).
+void test_linear_gradient(bool brief);
+
 }  // namespace bitmask::testing

@@ -53,7 +53,8 @@ int64_t open_tile(const BitmaskMatrix& w, int64_t begin, int64_t end, Tile<L>& t
     tile.first[i] = tile.readers[i].src;
     total += tile.counts[i];
   }
-  tile.pace = w.cols == 0 ? 0 : total * L::Element::kWidth / (tile.rows * groups_of(w.cols));
+  const int64_t groups = tile.rows * groups_of(w.cols);
+  tile.pace = groups == 0 ? 0 : total * L::Element::kWidth / groups;
   for (int64_t i = tile.rows; i < tile.strips * L::kLanes; ++i) tile.readers[i] = tile.readers[0];  // absent, but prefetched
   return end;
 }

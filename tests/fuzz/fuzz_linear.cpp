@@ -1,7 +1,7 @@
 // Fuzzes linear and the gradient of x with untrusted bitmasks, row offsets and values: every kernel of every table that this machine can
 // run must return the first faulty row of its range (that of the gradient: the first whose offsets cannot be), write no column of y outside
-// of it, and get the sums right where no row is faulty. Every buffer is exactly
-// as large as promised, so that AddressSanitizer sees each byte too far.
+// of it, and get the sums right where no row is faulty. Every buffer is exactly as large as promised, so that AddressSanitizer sees each
+// byte too far.
 //
 // Input:
 //

@@ -27,6 +27,7 @@ struct Tile {
   int64_t begin, rows, strips;
   int64_t pace;  // bytes of values that a group of a row takes on average
   RowReader<L, true> readers[kTileRows];
+  const uint8_t* upcoming[L::kLanes];  // where the rows after the tile begin, about: they are only prefetched
   const uint8_t* first[kTileRows];
   int64_t counts[kTileRows];
 
@@ -56,6 +57,10 @@ int64_t open_tile(const BitmaskMatrix& w, int64_t begin, int64_t end, Tile<L>& t
   const int64_t groups = tile.rows * groups_of(w.cols);
   tile.pace = groups == 0 ? 0 : total * L::Element::kWidth / groups;
   for (int64_t i = tile.rows; i < tile.strips * L::kLanes; ++i) tile.readers[i] = tile.readers[0];  // absent, but prefetched
+  for (int64_t i = 0; i < L::kLanes; ++i) {
+    const int64_t start = end + i < w.rows ? w.row_offsets[end + i] : 0;
+    tile.upcoming[i] = reader_at<L, true>(w, start < 0 || start > w.nnz ? 0 : start).src;
+  }
   return end;
 }
 
@@ -64,11 +69,11 @@ int64_t open_tile(const BitmaskMatrix& w, int64_t begin, int64_t end, Tile<L>& t
 // in the next strip, `ahead` bytes after where that one was left.
 template <class L>
 inline void expand_block(const uint8_t* bits, int64_t row_bytes, int64_t columns, int64_t rows, RowReader<L, true>* readers,
-                         const RowReader<L, true>* next, int64_t ahead, uint8_t (&expanded)[L::kLanes][kGroupBytes<L>], uint8_t* block) {
+                         const uint8_t* const* next, int64_t ahead, uint8_t (&expanded)[L::kLanes][kGroupBytes<L>], uint8_t* block) {
   constexpr int64_t kVector = L::kLanes * kLaneBytes<L>;
   for (int64_t i = 0; i < rows; ++i, bits += row_bytes) {
     typename L::Lanes lanes[kVectors<L>];
-    prefetch_bytes<(L::Element::kWidth + 1) / 2 * 64>(next[i].src, ahead);
+    prefetch_bytes<(L::Element::kWidth + 1) / 2 * 64>(next[i], ahead);
     readers[i].next(load_mask(bits, columns), lanes);
     for (int vector = 0; vector < kVectors<L>; ++vector) L::store(lanes[vector], expanded[i] + vector * kVector);
   }
@@ -82,7 +87,11 @@ template <class L>
 void expand_strip(const BitmaskMatrix& w, Tile<L>& tile, int64_t strip, int64_t group, int64_t groups, Scratch<L>& scratch) {
   const int64_t row_bytes = bitmask_bytes(w.cols), rows = tile.rows_of(strip);
   const uint8_t* bits = w.bitmasks + (tile.begin + strip * L::kLanes) * row_bytes + group * 8;
-  const RowReader<L, true>* const next = tile.readers + (strip + 1) % tile.strips * L::kLanes;
+  const uint8_t* next[L::kLanes];
+  const bool last = strip + 1 == tile.strips && group + groups == groups_of(w.cols);
+  for (int64_t i = 0; i < L::kLanes; ++i) {
+    next[i] = last ? tile.upcoming[i] : tile.readers[(strip + 1) % tile.strips * L::kLanes + i].src;
+  }
   RowReader<L, true>* const readers = tile.readers + strip * L::kLanes;
   uint8_t* block = scratch.tile[strip];
   if (rows < L::kLanes) __builtin_memset(scratch.rows, 0, sizeof(scratch.rows));

@@ -15,7 +15,13 @@ struct Bfloat16PairLanes : Float32Sums {
   static void store(Lanes lanes, uint8_t* dst) { _mm512_storeu_si512(dst, lanes); }
   static Lanes broadcast(const uint8_t* src) { return _mm512_set1_epi32(load_as<int32_t>(src)); }
   static Sums multiply_add(Lanes a, Lanes b, Sums sums) {
+#if defined(__clang__)  // clang 16 crashes on the type that the intrinsic takes
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+    return sums;
+#else
     return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#endif
   }
+
   static void round(Sums sums, uint8_t* dst) { WidenedBfloat16Lanes::round(sums, dst); }
 };

@@ -30,8 +30,11 @@ def test_available_isas_are_those_of_the_cpu():
     flags = set(CPU_FLAGS.read_text().split())
     expected = []
     if platform.machine() in ("x86_64", "AMD64"):
-        avx2 = {"avx2", "bmi1", "bmi2", "popcnt"} <= flags
-        if avx2 and {"avx512f", "avx512bw", "avx512vl", "avx512_vbmi2"} <= flags:
+        avx2 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "popcnt"} <= flags
+        avx512 = avx2 and {"avx512f", "avx512bw", "avx512vl", "avx512_vbmi2"} <= flags
+        if avx512 and "avx512_bf16" in flags:
+            expected.append("avx512_bf16")
+        if avx512:
             expected.append("avx512")
         if avx2:
             expected.append("avx2")

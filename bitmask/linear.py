@@ -59,6 +59,8 @@ class BitmaskLinear(nn.Linear):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: got {type(linear).__name__}, expected an nn.Linear")
+        if isinstance(linear.weight, BitmaskTensor):
+            raise TypeError(f"linear: got a {type(linear).__name__} whose weight is compressed, expected a dense one")
         weight = BitmaskTensor.from_dense(linear.weight, keep_negative_zero=keep_negative_zero)
         rows, columns = weight.shape
         layer = cls(columns, rows, linear.bias is not None, device="meta", dtype=weight.dtype)

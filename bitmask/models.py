@@ -116,7 +116,7 @@ def compress_(
         progress: show a progress bar.
 
     Raises:
-        TypeError: not a module.
+        TypeError: not a module, a filter that cannot be called, or a `min_sparsity` that is not a number.
         ValueError: `min_sparsity` outside 0 to 1.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
@@ -125,6 +125,10 @@ def compress_(
     BitmaskTensor(shape=(64, 64), dtype=torch.float32, device='cpu', nbytes=16384, nnz=1024, sparsity=0.7500,
     compressed_nbytes=5120)
     """
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn: got {filter_fn!r}, expected a function of name and module")
+    if min_sparsity is not None and not isinstance(min_sparsity, int | float):
+        raise TypeError(f"min_sparsity: got {min_sparsity!r}, expected a number from 0 to 1")
     if min_sparsity is not None and not 0 <= min_sparsity <= 1:
         raise ValueError(f"min_sparsity: got {min_sparsity}, expected 0 to 1")
     for weight in tqdm(_linear_weights(model), desc="Compressing", unit="weight", disable=not progress):
@@ -236,7 +240,7 @@ def _row(weight: _Weight) -> CompressionRow:
         sparsity, nbytes = tensor.sparsity, tensor.compressed_nbytes
     elif _can_be_measured(tensor):
         sparsity, nbytes = _sparsity(tensor), _compressed_nbytes(tensor)
-    reason = "" if compressed else _reason_against(weight) or "compress_ was not asked to, or told not to"
+    reason = "" if compressed else _reason_against(weight) or "not compressed yet, or compress_ was told not to"
     return CompressionRow(
         tuple(weight.layers), tuple(tensor.shape), tensor.dtype, sparsity, tensor.nbytes, nbytes, compressed, reason
     )

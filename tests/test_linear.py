@@ -671,7 +671,7 @@ def test_from_dense_refuses_other_things(wrong):
 
 
 def test_from_dense_refuses_a_compressed_layer(layer):
-    with pytest.raises(TypeError, match="got a BitmaskTensor, expected a dense tensor"):
+    with pytest.raises(TypeError, match="got a BitmaskLinear whose weight is compressed, expected a dense one"):
         BitmaskLinear.from_dense(layer)
 
 

@@ -216,7 +216,7 @@ def test_filter(pair):
     compress_(pair, filter_fn=only_last, progress=False)
     assert asked == [("0", pair[0]), ("2", pair[2])]
     assert compressed_names(pair) == ["2.weight"]
-    assert reasons(pair) == {"0": "compress_ was not asked to, or told not to", "2": ""}
+    assert reasons(pair) == {"0": "not compressed yet, or compress_ was told not to", "2": ""}
 
 
 def test_minimum_sparsity(pair):
@@ -502,3 +502,15 @@ def test_decompressing_keeps_a_tie_made_after_compressing():
     decompress_(model, progress=False)
     assert model["embedding"].weight is model["out"].weight
     assert type(model["out"].weight) is nn.Parameter
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.5,), "filter_fn: got 0.5, expected a function"),
+        ((None, "0.5"), "min_sparsity: got '0.5', expected a number"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        compress_(nn.Linear(3, 3), *arguments)

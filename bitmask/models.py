@@ -26,9 +26,13 @@ _TRAINABLE = "_weight_was_trainable"
 class _Weight:
     """One weight of linear layers, and every place in the model that holds it."""
 
-    tensor: Tensor
     layers: dict[str, nn.Linear]
     elsewhere: list[tuple[str, nn.Module, str]]  # name and module, which is not one of the layers, and its parameter
+
+    @property
+    def tensor(self) -> Tensor:
+        """Not held here: a dense weight must be freed as soon as its layers have the compressed one."""
+        return next(iter(self.layers.values())).weight
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ def _linear_weights(model: nn.Module) -> list[_Weight]:
         tensor = getattr(module, "weight", None) if isinstance(module, nn.Linear) else None
         if isinstance(module, nn.Linear) and isinstance(tensor, Tensor):
             computed = module._parameters.get("weight") is None
-            weights.setdefault(id(module if computed else tensor), _Weight(tensor, {}, [])).layers[name] = module
+            weights.setdefault(id(module if computed else tensor), _Weight({}, [])).layers[name] = module
     for name, module in model.named_modules():
         for slot, tensor in (*module._parameters.items(), *module._buffers.items()):
             if id(tensor) in weights and not (isinstance(module, nn.Linear) and slot == "weight"):

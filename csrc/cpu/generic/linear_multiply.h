@@ -170,9 +170,9 @@ int64_t multiply(const BitmaskMatrix& w, int64_t begin, int64_t end, const void*
   Tile<L> tile;
   const int64_t faulty = open_tile(w, begin, end, tile);
   if (faulty < end) return faulty;
-  for (int64_t i = 0; i < kTileRows; ++i) {
-    const bool present = bias != nullptr && i < tile.rows;
-    scratch.bias[i] = present ? Element::widen(static_cast<const uint8_t*>(bias) + (begin + i) * Element::kWidth) : 0;
+  __builtin_memset(scratch.bias, 0, sizeof(scratch.bias));
+  for (int64_t i = 0; bias != nullptr && i < tile.rows; ++i) {
+    scratch.bias[i] = Element::widen(static_cast<const uint8_t*>(bias) + (begin + i) * Element::kWidth);
   }
   const int64_t padded = (m + L::kPanelRows - 1) / L::kPanelRows * L::kPanelRows;
   for (int64_t i = 0; i < padded; ++i) copy_bytes(scratch.sums + i * kTileRows, scratch.bias, static_cast<int64_t>(sizeof(scratch.bias)));

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd import forward_ad
 from torch.fx.node import has_side_effect
 
@@ -230,7 +230,7 @@ def bitmask_sizes(shape: Sequence[int]) -> list[int]:
 
 
 def _fake_compress(dense: Tensor, keep_negative_zero: bool) -> tuple[Tensor, Tensor, Tensor]:
-    nnz = torch.library.get_ctx().new_dynamic_size()
+    nnz = library.get_ctx().new_dynamic_size()
     rows, _ = rows_and_columns(dense.shape)
     return (
         dense.new_empty([nnz]),
@@ -356,17 +356,17 @@ def _autocast_linear(
         return y
 
 
-torch.library.register_fake("bitmask::compress", _fake_compress)
-torch.library.register_fake("bitmask::decompress", _fake_decompress)
-torch.library.register_fake("bitmask::linear", _fake_linear)
-torch.library.register_fake("bitmask::linear_backward_input", _fake_linear_backward_input)
-torch.library.register_fake("bitmask::validate", _fake_validate)
+library.register_fake("bitmask::compress", _fake_compress)
+library.register_fake("bitmask::decompress", _fake_decompress)
+library.register_fake("bitmask::linear", _fake_linear)
+library.register_fake("bitmask::linear_backward_input", _fake_linear_backward_input)
+library.register_fake("bitmask::validate", _fake_validate)
 has_side_effect(torch.ops.bitmask.validate.default)  # else a compiler drops the call: it returns nothing
-torch.library.register_autograd("bitmask::compress", _compress_backward, setup_context=_compress_setup)
-torch.library.register_autograd("bitmask::decompress", _decompress_backward, setup_context=_decompress_setup)
-torch.library.register_autograd("bitmask::linear", _linear_backward, setup_context=_linear_setup)
-torch.library.register_autograd(
+library.register_autograd("bitmask::compress", _compress_backward, setup_context=_compress_setup)
+library.register_autograd("bitmask::decompress", _decompress_backward, setup_context=_decompress_setup)
+library.register_autograd("bitmask::linear", _linear_backward, setup_context=_linear_setup)
+library.register_autograd(
     "bitmask::linear_backward_input", _backward_input_backward, setup_context=_backward_input_setup
 )
-_autocast: Any = torch.library.Library("bitmask", "FRAGMENT")  # type: ignore[no-untyped-call]  # unregisters as it dies
+_autocast: Any = library.Library("bitmask", "FRAGMENT")  # type: ignore[no-untyped-call]  # unregisters as it dies
 _autocast.impl("linear", _autocast_linear, "AutocastCPU")

@@ -351,7 +351,7 @@ def test_no_dense_copy_is_kept_for_the_backward_pass():
     assert sum(t.nbytes for t in saved) == sum(t.nbytes for t in parts)
 
 
-# torch.library, torch.compile, torch.export, autocast.
+# What opcheck asks of an op, torch.compile, torch.export, autocast.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -324,7 +324,7 @@ def test_complex_gradient():
     torch.testing.assert_close(dense.grad, expected.grad)
 
 
-# torch.library and torch.compile.
+# What opcheck asks of an op, and torch.compile.
 
 OPCHECK_INPUTS = {
     "matrix": lambda: random_numbers(4, 20),

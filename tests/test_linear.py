@@ -22,7 +22,7 @@ from bitmask import BitmaskLinear, BitmaskTensor, DecompressWarning, FormatError
 pytestmark = pytest.mark.filterwarnings("error::bitmask.DecompressWarning")
 
 DTYPES = sorted(ops.LINEAR_DTYPES, key=str)
-BATCHES = [0, 1, 2, 3, 4, 5, 11, 12, 13, 25, 130, 505, 600]
+BATCHES = [0, 1, 2, 3, 4, 5, 8, 9, 11, 12, 13, 25, 130, 505, 600]
 SMALL = [0, 1, 7, 63, 64, 65, 130]
 
 
@@ -308,6 +308,17 @@ def test_mutated_parts_are_refused_or_multiply_as_the_reference_does(isa, m, sha
             with pytest.raises(FormatError):
                 ops.linear(x, *bad_parts, columns)
     assert 0 < refused < count
+
+
+@pytest.mark.parametrize("m", [1, 9])
+@pytest.mark.parametrize("start", [-(2**63), -1, 2**62, 2**63 - 1])
+def test_hostile_offsets_where_rows_are_split_over_threads(isa, threads, m, start):
+    torch.set_num_threads(4)
+    values, bitmasks, row_offsets = ops.compress(random_numbers(300, 1000, density=0.5))
+    assert values.nbytes > 2**18, "several tasks"
+    row_offsets[150] = start
+    with pytest.raises(FormatError, match=r"row_offsets\[150\]"):
+        ops.linear(torch.ones(m, 1000), values, bitmasks, row_offsets, 1000)
 
 
 # Gradients.

@@ -27,4 +27,15 @@ struct Geometry {
   int64_t cols;
 };
 
+// A compressed [rows, cols] weight. Nothing in it is trusted: kernels prove a row while they walk it, and read nothing outside of
+// bitmasks [rows, bitmask_bytes(cols)], row_offsets [rows] and values [nnz], whatever these say.
+struct BitmaskMatrix {
+  const void* values;
+  const uint8_t* bitmasks;
+  const int64_t* row_offsets;
+  int64_t rows;
+  int64_t cols;
+  int64_t nnz;
+};
+
 }  // namespace bitmask

@@ -15,7 +15,6 @@
 namespace bitmask {
 namespace {
 
-using cpu::BitmaskMatrix;
 using cpu::LinearKernels;
 
 // Compressed bytes that one task streams: at least, so that starting it is cheap, and at most, so that Ctrl-C need not wait.

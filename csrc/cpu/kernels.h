@@ -22,17 +22,6 @@ struct CodecKernels {
   void (*expand_values)(const void* values, int64_t nnz, const uint8_t* bitmasks, int64_t rows, int64_t cols, void* dense);
 };
 
-// A compressed [rows, cols] weight. Nothing in it is trusted: kernels prove a row while they walk it, and read nothing outside of
-// bitmasks [rows, bitmask_bytes(cols)], row_offsets [rows] and values [nnz], whatever these say.
-struct BitmaskMatrix {
-  const void* values;
-  const uint8_t* bitmasks;
-  const int64_t* row_offsets;
-  int64_t rows;
-  int64_t cols;
-  int64_t nnz;
-};
-
 // y = x W^T + bias for one dtype of x, W, bias and y, with W [rows, cols] compressed. x [m, cols] is repacked first, once for all rows of
 // W, into the lanes that the vector unit multiplies: `group_bytes` for each group of columns of each row of x.
 //

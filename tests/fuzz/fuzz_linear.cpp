@@ -20,7 +20,6 @@
 
 using namespace bitmask;
 using namespace bitmask::fuzzing;
-using cpu::BitmaskMatrix;
 using cpu::Kernels;
 using cpu::LinearKernels;
 using testing::Format;

@@ -11,7 +11,6 @@
 
 namespace bitmask::testing {
 
-using cpu::BitmaskMatrix;
 using cpu::Kernels;
 using cpu::LinearKernels;
 

@@ -416,7 +416,7 @@ void read_past_a_buffer(const char* error) {
       readers(linear.reader_bytes);
   Buffer scratch(linear.scratch_bytes), gradient_scratch(linear.gradient_scratch_bytes);
   std::memset(panel.data(), 0, static_cast<size_t>(linear.panel_rows * linear.group_bytes));
-  const cpu::BitmaskMatrix lying{floats.data(), bitmasks.data(), reinterpret_cast<const int64_t*>(row_offsets.data()), 1, 64, 64};
+  const BitmaskMatrix lying{floats.data(), bitmasks.data(), reinterpret_cast<const int64_t*>(row_offsets.data()), 1, 64, 64};
   std::printf("reading past a buffer with %s in %s\n", kernels.isa, error);
   std::fflush(stdout);
   if (std::strcmp(error, "expand") == 0) kernels.codec[0].expand_values(bytes.data(), 64, bitmasks.data(), 1, 64, dense.data());

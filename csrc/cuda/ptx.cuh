@@ -1,0 +1,89 @@
+// One instruction per function; nothing else contains inline PTX. Sources include this file as <ptx.cuh>, by the include path, so that
+// tests/cuda/twin can put functions that do the same on a CPU in its place. Semantics: PTX ISA, sections named beside each.
+#pragma once
+
+#include <cstdint>
+
+namespace bitmask::cuda::ptx {
+
+// The dynamic shared memory of the block; kernels have no other.
+template <typename T>
+__device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ __align__(128) uint8_t memory[];
+  return reinterpret_cast<T*>(memory);
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
+
+// cp.async.cg: 16 bytes from global to shared memory, both aligned to 16, past the first cache. Of the source only `bytes` are read, from
+// its beginning; the rest of the target becomes zero.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, int bytes = 16) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until all but this thread's `kPending` latest groups are there; other threads see them after a barrier.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ldmatrix.x4: four 8x8 matrices of 16-bit elements. Lane 8 i + j names row j of matrix i (16 bytes, aligned); of each matrix, lane l gets
+// the elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(shared_row))
+               : "memory");
+}
+
+// mma.m16n8k16, row.col: d += a b with fp32 sums. With g = lane / 4 and t = lane % 4, a holds the pairs of columns (2t, 2t + 1) of rows g
+// and g + 8, then (2t + 8, 2t + 9) of rows g and g + 8; b the pairs of rows (2t, 2t + 1), then (2t + 8, 2t + 9), of column g; d the columns
+// (2t, 2t + 1) of row g, then of row g + 8.
+__device__ __forceinline__ void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void mma_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// ld.acquire and st.release at the scope of the GPU.
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t* address) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_release(uint64_t* address, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+// Lets others run while waiting for them.
+__device__ __forceinline__ void pause() { asm volatile("nanosleep.u32 32;"); }
+
+// Rounded to nearest, ties to even; NaN stays NaN.
+__device__ __forceinline__ uint16_t float_to_bfloat16(float value) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+__device__ __forceinline__ uint16_t float_to_half(float value) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+__device__ __forceinline__ float half_to_float(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+}  // namespace bitmask::cuda::ptx

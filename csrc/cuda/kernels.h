@@ -30,8 +30,8 @@ cudaError_t compress(const void* dense, const Geometry& g, int width, const Zero
 
 // Proves the rows [begin, end) and writes them to dense [end - begin, cols], unless that is null. `fault` is set to kNoFault first if
 // `first` says that this is the first part of the weight. What is written for a weight that proves faulty is worthless.
-cudaError_t decompress(const BitmaskMatrix& w, int64_t begin, int64_t end, int width, void* dense, bool first, Fault* fault, void* workspace,
-                       cudaStream_t stream);
+cudaError_t decompress(const BitmaskMatrix& w, int64_t begin, int64_t end, int width, void* dense, bool first, Fault* fault,
+                       void* workspace, cudaStream_t stream);
 
 // Sets all bits of `bytes` bytes, which is NaN for every floating-point dtype, if the weight has proven faulty.
 cudaError_t poison(void* data, int64_t bytes, const Fault* fault, cudaStream_t stream);

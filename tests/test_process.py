@@ -37,6 +37,7 @@ LONG_OPS = {
     "from_dense": (DENSE, "bitmask.BitmaskTensor.from_dense(dense)"),
     "linear, few rows of x": (WEIGHT.format(**LARGE, m=4), PRODUCT),
     "linear, more rows of x": (WEIGHT.format(**LARGE, m=64), PRODUCT),
+    "linear, many rows of x, small weight": (WEIGHT.format(rows=512, cols=512, m=200_000), PRODUCT),
     "gradient of linear": (
         WEIGHT.format(**LARGE, m=64) + f"x.requires_grad_()\ny = {PRODUCT}",
         "torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)",

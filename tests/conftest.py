@@ -158,6 +158,13 @@ def mutate(values, bitmasks, row_offsets, shape, randint):
     return values, bitmasks, row_offsets, shape
 
 
+def mutations(parts, shape, count):
+    """`count` times the parts of a matrix and its shape with one small change, the same ones in every run."""
+    generator = torch.Generator().manual_seed(count)
+    for _ in range(count):
+        yield mutate(*parts, shape, lambda limit: int(torch.randint(limit, (), generator=generator)))
+
+
 def available_memory() -> int:
     """Bytes of memory free for this process, as far as Linux says; elsewhere none, so that the test is skipped."""
     try:

@@ -13,7 +13,7 @@ from benchmarks.cases import DTYPES, Selection, parse_shape
 from benchmarks.machine import Header
 from benchmarks.memory import map_large_blocks_afresh
 from benchmarks.plot import NothingToPlotError, have_matplotlib
-from benchmarks.report import Report, Result
+from benchmarks.report import CpuResult, Report
 from benchmarks.suites import Plan, Suite, UnavailableError, find_suites
 
 _Item = TypeVar("_Item")
@@ -41,7 +41,7 @@ def main() -> None:
         _plot(report, suites[report.suite], arguments.plot, parser)
 
 
-def _run(arguments: argparse.Namespace, suite: Suite[Any], parser: argparse.ArgumentParser) -> Report[Result]:
+def _run(arguments: argparse.Namespace, suite: Suite[Any], parser: argparse.ArgumentParser) -> Report[CpuResult]:
     fresh_memory = suite.fresh_memory and map_large_blocks_afresh()
     if arguments.isa:
         bitmask.set_isa(arguments.isa)
@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace, suite: Suite[Any], parser: argparse.Argu
 
 def _stored(
     arguments: argparse.Namespace, suites: dict[str, Suite[Any]], parser: argparse.ArgumentParser
-) -> Report[Result]:
+) -> Report[CpuResult]:
     try:
         report = Report.load(arguments.table, {name: suite.result for name, suite in suites.items()})
     except (OSError, ValueError) as error:
@@ -75,7 +75,7 @@ def _stored(
     return replace(report, results=results)
 
 
-def _plot(report: Report[Result], suite: Suite[Any], path: Path, parser: argparse.ArgumentParser) -> None:
+def _plot(report: Report[CpuResult], suite: Suite[Any], path: Path, parser: argparse.ArgumentParser) -> None:
     if suite.plot is None:
         parser.error(f"--plot: the suite {report.suite} has no plot")
     try:

@@ -7,6 +7,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from benchmarks.gpu import codec, decode, linear
 from benchmarks.gpu.contest import Entrant, WrongResultError, contest, poison
 from benchmarks.gpu.decoder import TOY, State, make_decoder
 from benchmarks.gpu.dense import dense_entrants
-from benchmarks.gpu.device import Hardware, Recording, reason_against
+from benchmarks.gpu.device import CudaDevice, Hardware, Recording, reason_against
 from benchmarks.gpu.header import GpuHeader
 from benchmarks.gpu.plan import GpuPlan, microseconds
 from benchmarks.gpu.report import GPU_SUITES, GpuReport
@@ -136,6 +137,86 @@ def test_poison_reaches_every_tensor_and_every_byte():
     poison((numbers, [view]))
     assert (numbers == -1).all()
     assert whole.isnan().all()
+
+
+class StandInForCuda:
+    """torch.cuda, as far as CudaDevice calls it; writes down what was called, in order."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.calls.append(name)
+
+    def current_device(self):
+        return 0
+
+    def Event(self, enable_timing):
+        assert enable_timing
+        return SimpleNamespace(record=self.note("record"), synchronize=self.note("wait"), elapsed_time=lambda end: 1.5)
+
+    def Stream(self):
+        return "stream"
+
+    def stream(self, stream):
+        assert stream == "stream"
+        return nullcontext()
+
+    def CUDAGraph(self):
+        names = ("capture_begin", "capture_end", "replay")
+        return SimpleNamespace(**{name: self.note(name) for name in names})
+
+    def get_device_properties(self, device):
+        return SimpleNamespace(
+            name="G", major=9, minor=0, multi_processor_count=2, L2_cache_size=3, total_memory=4, uuid="5"
+        )
+
+    def note(self, name):
+        return lambda: self.calls.append(name)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", StandInForCuda())
+    return torch.cuda
+
+
+def test_time_is_taken_by_events_around_the_work(cuda):
+    assert CudaDevice().milliseconds(cuda.note("work")) == 1.5
+    assert cuda.calls == ["synchronize", "_sleep", "record", "work", "record", "wait"]
+
+
+def test_work_is_captured_after_it_ran_once(cuda):
+    recording = CudaDevice().record(cuda.note("work"))
+    recording.replay()
+    once = ["synchronize", "work", "synchronize"]
+    assert cuda.calls == [*once, "capture_begin", "work", "capture_end", "replay"]
+
+
+def test_a_capture_ends_when_the_work_fails(cuda):
+    def work():
+        if "capture_begin" in cuda.calls:
+            raise RuntimeError("not while capturing")
+
+    with pytest.raises(RuntimeError, match="not while"):
+        CudaDevice().record(work)
+    assert cuda.calls[-1] == "capture_end"
+
+
+def test_hardware_without_nvidia_smi(cuda, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    found = CudaDevice().hardware()
+    assert (found.name, found.capability, found.cache_nbytes, found.driver) == ("G", "9.0", 3, "unknown")
+
+
+def test_hardware_as_nvidia_smi_tells(cuda, monkeypatch, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 580.1, 345 MHz, 3201 MHz, 1980 MHz, 3201 MHz, 700.00 W\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = CudaDevice().hardware()
+    assert found.driver == "580.1"
+    assert found.clocks.startswith("clocks.sm 345 MHz, clocks.mem 3201 MHz")
 
 
 # The suites.

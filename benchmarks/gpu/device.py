@@ -103,6 +103,7 @@ class CudaDevice:
 
     def record(self, work: Callable[[], object]) -> Recording:
         """A CUDA graph. What is made on first use (handles, workspaces, modules) is there before it is captured."""
+        torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
             work()
             torch.cuda.synchronize()

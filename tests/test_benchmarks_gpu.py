@@ -458,6 +458,10 @@ def test_what_there_is_no_time_for_is_named():
     assert said[0] == "left out, the time for this suite is up: 96x64 bf16, 50% zeros"
 
 
+def test_all_suites_together_take_less_than_eight_minutes():
+    assert sum(suite.seconds for suite in GPU_SUITES.values()) <= 400
+
+
 def test_unknown_reports_are_refused(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"device": "cuda", "format": 1, "header": {}, "suites": {"unheard-of": []}}))

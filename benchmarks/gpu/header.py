@@ -14,7 +14,7 @@ from benchmarks.gpu.device import Device, Hardware
 from benchmarks.machine import git_commit
 from benchmarks.timer import Budget, Contender, interleave
 
-_COPY_NBYTES = 4 * 2**30
+_COPY_NBYTES = 2 * 2**30
 _MATMUL_SIZE = 8192
 _QUICK_COPY_NBYTES = 2**20
 _QUICK_MATMUL_SIZE = 64

@@ -2,6 +2,8 @@
 //
 //   TEST_FAMILY(codec) { ... check(...); ... }                       run by default, alone by --only codec
 //   PLANTED_ERROR(reads_past, "heap-buffer-overflow") { ... }        run by --plant reads_past, must end with such a report
+//
+// Tests run on the CPU, and once more under each sanitizer; a planted error whose report begins with ThreadSanitizer runs under that one.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -49,20 +49,22 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* k
 
 // ---------------------------------------------------------------------------------------------------------------- barriers
 
-inline void __syncthreads(BITMASK_TWIN_SITE) { bitmask::twin::barrier("__syncthreads", false, site); }
-inline int __syncthreads_count(int vote, BITMASK_TWIN_SITE) { return bitmask::twin::barrier("__syncthreads_count", vote != 0, site).yes; }
-inline int __syncthreads_or(int vote, BITMASK_TWIN_SITE) { return bitmask::twin::barrier("__syncthreads_or", vote != 0, site).yes != 0; }
+inline void __syncthreads(BITMASK_TWIN_SITE) { bitmask::twin::sync_block("__syncthreads", false, site); }
+inline int __syncthreads_count(int vote, BITMASK_TWIN_SITE) {
+  return bitmask::twin::sync_block("__syncthreads_count", vote != 0, site).yes;
+}
+inline int __syncthreads_or(int vote, BITMASK_TWIN_SITE) { return bitmask::twin::sync_block("__syncthreads_or", vote != 0, site).yes != 0; }
 inline int __syncthreads_and(int vote, BITMASK_TWIN_SITE) {
-  const bitmask::twin::Votes votes = bitmask::twin::barrier("__syncthreads_and", vote != 0, site);
+  const bitmask::twin::Votes votes = bitmask::twin::sync_block("__syncthreads_and", vote != 0, site);
   return votes.yes == votes.all;
 }
 
-inline void __threadfence_block() {}
-inline void __threadfence() {}
-inline void __threadfence_system() {}
+inline void __threadfence_block() { bitmask::twin::fence(); }
+inline void __threadfence() { bitmask::twin::fence(); }
+inline void __threadfence_system() { bitmask::twin::fence(); }
 
 [[noreturn]] inline void __trap() { bitmask::twin::fail("__trap"); }
-inline void __nanosleep(unsigned int) { bitmask::twin::yield(bitmask::twin::Yield::kWaiting); }
+inline void __nanosleep(unsigned int, BITMASK_TWIN_SITE) { bitmask::twin::yield_waiting("__nanosleep", site); }
 
 // ---------------------------------------------------------------------------------------------------------------- collectives of a warp
 
@@ -180,16 +182,9 @@ T reduce(const char* name, uint32_t mask, T value, Site site) {
   return mine.value;
 }
 
-struct Nothing {
-  static void combine(Nothing* const (&)[kLanes], uint32_t) {}
-};
-
 }  // namespace bitmask::twin
 
-inline void __syncwarp(unsigned int mask = 0xffffffff, BITMASK_TWIN_SITE) {
-  bitmask::twin::Nothing nothing;
-  bitmask::twin::exchange<bitmask::twin::Nothing>("__syncwarp", mask, nothing, site);
-}
+inline void __syncwarp(unsigned int mask = 0xffffffff, BITMASK_TWIN_SITE) { bitmask::twin::sync_warp(mask, site); }
 
 #define BITMASK_TWIN_SHUFFLES(T)                                                                                                        \
   inline T __shfl_sync(unsigned int mask, T value, int source, int width = warpSize, BITMASK_TWIN_SITE) {                               \
@@ -286,12 +281,29 @@ BITMASK_TWIN_REDUCE(unsigned int, __reduce_xor_sync, Xor)
 
 namespace bitmask::twin {
 
+template <typename T>
+void check_aligned(const T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) fail("an atomic of %zu bytes at %p", sizeof(T), static_cast<const void*>(address));
+}
+
+// Nobody runs between the load and the store. They are atomic and relaxed so that ThreadSanitizer takes them for what they are.
 template <typename Operation, typename T>
 T atomic(T* address, T operand) {
-  yield(Yield::kWorking);
-  const T old = *address;
-  *address = Operation::apply(old, operand);
+  check_aligned(address);
+  yield();
+  T old;
+  __atomic_load(address, &old, __ATOMIC_RELAXED);
+  T updated = Operation::apply(old, operand);
+  __atomic_store(address, &updated, __ATOMIC_RELAXED);
   return old;
+}
+
+template <typename T>
+T compare_and_swap(T* address, T expected, T desired, Site site) {
+  check_aligned(address);
+  yield_waiting("atomicCAS", site);
+  __atomic_compare_exchange_n(address, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
 }
 
 }  // namespace bitmask::twin
@@ -321,12 +333,9 @@ BITMASK_TWIN_ATOMIC(unsigned int, atomicDec, Decrement)
 #undef BITMASK_TWIN_ATOMICS
 #undef BITMASK_TWIN_ATOMIC
 
-#define BITMASK_TWIN_CAS(T)                               \
-  inline T atomicCAS(T* address, T expected, T desired) { \
-    bitmask::twin::yield(bitmask::twin::Yield::kWaiting); \
-    const T old = *address;                               \
-    if (old == expected) *address = desired;              \
-    return old;                                           \
+#define BITMASK_TWIN_CAS(T)                                                   \
+  inline T atomicCAS(T* address, T expected, T desired, BITMASK_TWIN_SITE) {  \
+    return bitmask::twin::compare_and_swap(address, expected, desired, site); \
   }
 BITMASK_TWIN_CAS(int)
 BITMASK_TWIN_CAS(unsigned int)

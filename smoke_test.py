@@ -94,7 +94,7 @@ def fills(dense: torch.Tensor, parts: Parts) -> bool:
     """Whether compress_into puts the same parts into buffers with room to spare."""
     values, bitmasks, row_offsets = parts
     room = (dense.new_empty(dense.numel()), torch.empty_like(bitmasks), torch.empty_like(row_offsets))
-    nnz = int(torch.ops.bitmask.compress_into(dense, False, *room))
+    nnz = int(ops.compress_into(dense, *room))
     return nnz == len(values) and same((room[0][:nnz], room[1], room[2]), parts)
 
 

@@ -139,7 +139,7 @@ def _room_for(dense: Tensor, parts: Parts) -> Parts:
 
 
 def _compress_into(dense: Tensor, buffers: Parts) -> tuple[Tensor, ...]:
-    return (*buffers, torch.ops.bitmask.compress_into(dense, False, *buffers))
+    return (*buffers, ops.compress_into(dense, *buffers))
 
 
 def _same_parts(expected: Parts, found: tuple[Tensor, ...]) -> bool:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+import bitmask
+
 _QUEUE_CYCLES = 200_000  # about 0.1 ms, in which the host queues what is timed
 _SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 _OPS = ("compress", "compress_into", "decompress", "linear")
@@ -146,15 +148,9 @@ def reason_against() -> str | None:
         return f"this torch ({torch.__version__}) has no CUDA"
     if not torch.cuda.is_available():
         return "torch finds no GPU"
-    missing = [name for name in _OPS if not _has_cuda_kernel(f"bitmask::{name}")]
-    return f"this build of bitmask has no CUDA kernels for {', '.join(missing)}" if missing else None
-
-
-def _has_cuda_kernel(op: str) -> bool:
-    try:
-        return torch._C._dispatch_has_computed_kernel_for_dispatch_key(op, "CUDA")
-    except RuntimeError:  # there is no such op
-        return False
+    if all(torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"bitmask::{name}", "CUDA") for name in _OPS):
+        return None
+    return f"bitmask has no kernels for CUDA here: {bitmask.build_info()['cuda_missing']}"
 
 
 def _ask_smi(uuid: str) -> list[str]:

@@ -116,7 +116,7 @@ def test_captured_codec(dtype):
     values = torch.empty(dense.numel(), dtype=dtype, device=CUDA)
     bitmasks = torch.empty(130, 65, dtype=torch.uint8, device=CUDA)
     row_offsets = torch.empty(130, dtype=torch.int64, device=CUDA)
-    graph, nnz = captured(lambda: torch.ops.bitmask.compress_into(dense, False, values, bitmasks, row_offsets))
+    graph, nnz = captured(lambda: ops.compress_into(dense, values, bitmasks, row_offsets))
     for seed in range(3):
         fresh = random_numbers(130, 520, density=0.2 + 0.3 * seed, seed=seed, dtype=dtype)
         dense.copy_(fresh)

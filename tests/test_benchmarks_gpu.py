@@ -108,7 +108,7 @@ def test_contest_leaves_out_and_names_a_wrong_peer():
     said = []
     timings = contest(StandIn(), [entrant(), entrant("rival", wrong=True, peer=True)], ONCE, "cell", said.append)
     assert list(timings) == ["it"]
-    assert said == ["rival left out of cell: rival is wrong for cell"]
+    assert said == ["rival left out of cell: WrongResultError('rival is wrong for cell')"]
 
 
 def test_contest_notices_what_a_replay_does_not_write():
@@ -317,12 +317,21 @@ def test_rivals_are_timed_and_judged(tmp_path):
         "    return {**right, 'wrong': lambda x: x @ weight.T + 1} if m == 3 else {}\n"
     )
     said = []
-    results = linear.run(plan(said, Selection(dtypes=("fp32",), shapes=((40, 130),)), rivals=path))
+    results = linear.run(plan(said, Selection(dtypes=("fp32",), shapes=((40, 130),)), rivals=load_rivals(path)))
     assert [r.rows for r in results if r.contender == "right"] == [3]
-    assert "wrong left out of 40x130 fp32, 50% zeros, m = 3: wrong is wrong for 40x130 fp32, 50% zeros, m = 3" in said
+    assert any(line.startswith("wrong left out of 40x130 fp32, 50% zeros, m = 3: WrongResultError") for line in said)
     tables = list(linear.tables(results))
     assert tables[-1].startswith("**Beside rivals, W 40x130 fp32**")
     assert " right |" in tables[-1]
+
+
+def test_rivals_that_fail_are_named_and_left_out(tmp_path):
+    path = tmp_path / "rivals.py"
+    path.write_text("def contenders(weight, m):\n    raise KeyError('unpacked')\n")
+    said = []
+    results = linear.run(plan(said, Selection(dtypes=("fp32",), shapes=((40, 130),)), rivals=load_rivals(path)))
+    assert {result.contender for result in results} == {"dense", "bitmask"}
+    assert said.count("rivals left out: KeyError('unpacked')") == 2
 
 
 def test_rivals_must_be_there(tmp_path):

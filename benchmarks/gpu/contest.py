@@ -75,10 +75,10 @@ def poison(result: object) -> None:
 def _admitted(device: Device, entrant: Entrant, cell: str, say: Callable[[str], None]) -> _Runner | None:
     try:
         return _ready(device, entrant, cell)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever others may raise
         if not entrant.peer:
             raise
-        say(f"{entrant.name} left out of {cell}: {error}")
+        say(f"{entrant.name} left out of {cell}: {error!r}")
         return None
 
 

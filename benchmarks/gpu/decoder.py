@@ -79,7 +79,7 @@ class Decoder(nn.Module):
         """One step; the state gets the new keys and values, but does not advance."""
         hidden = self.embedding(state.tokens)
         rotation = tuple(table[state.position].to(hidden.dtype) for table in (self.cosines, self.sines))
-        unseen = torch.where(self.places > state.position, -math.inf, 0.0).to(hidden.dtype)
+        unseen = hidden.new_zeros(self.length).masked_fill_(self.places > state.position, -math.inf)
         for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
             hidden = block(hidden, keys, values, state.position, rotation, unseen)
         logits: Tensor = self.head(self.norm(hidden))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from statistics import median
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from benchmarks.cases import DTYPES, Selection, Shape, Workload, dense_input, sh
 from benchmarks.gpu.contest import Entrant, contest
 from benchmarks.gpu.dense import dense_entrants
 from benchmarks.gpu.plan import GpuPlan, microseconds
-from benchmarks.gpu.rivals import load_rivals, rival_entrants
+from benchmarks.gpu.rivals import rival_entrants
 from benchmarks.linear.measure import Reference
 from benchmarks.linear.result import BITMASK, LinearTiming
 from benchmarks.report import grouped, markdown_table
@@ -97,7 +97,6 @@ class Layers:
 def run(plan: GpuPlan) -> list[GpuLinearResult]:
     """Every cell for which there is time, the dtypes one after the other."""
     results: list[GpuLinearResult] = []
-    rivals = None if plan.rivals is None else load_rivals(plan.rivals)
     selection = plan.selection.over(_QUICK if plan.quick else _DEFAULT)
     workloads = [
         Workload(shape, dtype, sparsity)
@@ -107,7 +106,7 @@ def run(plan: GpuPlan) -> list[GpuLinearResult]:
         layers = Layers.of(plan, workload)
         for rows in plan.in_time(selection.rows, within=f"{workload}, m = "):
             plan.say(f"\n{workload}, m = {rows}, {len(layers.dense)} layers")
-            found = _cell(plan, layers, rows, rivals)
+            found = _cell(plan, layers, rows)
             for result in found:
                 plan.say(result.line())
             results += found
@@ -116,7 +115,7 @@ def run(plan: GpuPlan) -> list[GpuLinearResult]:
     return results
 
 
-def _cell(plan: GpuPlan, layers: Layers, rows: int, rivals: Any) -> list[GpuLinearResult]:
+def _cell(plan: GpuPlan, layers: Layers, rows: int) -> list[GpuLinearResult]:
     workload = layers.workload
     x = _random_rows(plan, workload, rows)
     reference = Reference(x, layers.dense[0], rounded_parts=True)
@@ -124,8 +123,8 @@ def _cell(plan: GpuPlan, layers: Layers, rows: int, rivals: Any) -> list[GpuLine
     dense = dense_entrants(plan.device, x, layers.dense, is_right)
     own = [partial(ops.linear, x, *parts, workload.shape[1]) for parts in layers.packed]
     entrants = [*dense, Entrant(BITMASK, own, is_right)]
-    if rivals is not None:
-        entrants += rival_entrants(rivals, x, layers.dense, is_right)
+    if plan.rivals is not None:
+        entrants += rival_entrants(plan.rivals, x, layers.dense, is_right, plan.say)
     budget = _QUICK_BUDGET if plan.quick else _BUDGET
     timings = contest(plan.device, entrants, budget, f"{workload}, m = {rows}", plan.say)
 

@@ -3,8 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from benchmarks.cases import Selection
 from benchmarks.gpu.device import Device
@@ -15,14 +14,14 @@ _Cell = TypeVar("_Cell")
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """What a suite is to run, and until when, by `time.monotonic()`; `rivals` is a file with further contenders."""
+    """What a suite is to run, and until when, by `time.monotonic()`; `rivals` is a module of further contenders."""
 
     device: Device
     header: GpuHeader
     selection: Selection
     deadline: float
     say: Callable[[str], None]
-    rivals: Path | None = None
+    rivals: Any = None
 
     @property
     def quick(self) -> bool:

@@ -35,11 +35,17 @@ def load_rivals(path: Path) -> Any:
 
 
 def rival_entrants(
-    module: Any, x: Tensor, weights: Sequence[Tensor], is_right: Callable[[Tensor], bool]
+    module: Any,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    is_right: Callable[[Tensor], bool],
+    say: Callable[[str], None],
 ) -> list[Entrant]:
-    """One for each name that the module knows for this cell."""
-    layers: list[dict[str, Callable[[Tensor], Tensor]]] = [module.contenders(weight, len(x)) for weight in weights]
-    return [
-        Entrant(name, [partial(layer[name], x) for layer in layers], is_right, captured=True, peer=True)
-        for name in layers[0]
-    ]
+    """One for each name that the module knows for this cell; none, which is said, if it fails."""
+    try:
+        layers: list[dict[str, Callable[[Tensor], Tensor]]] = [module.contenders(weight, len(x)) for weight in weights]
+        calls = {name: [partial(layer[name], x) for layer in layers] for name in layers[0]}
+    except Exception as error:  # whatever others may raise
+        say(f"rivals left out: {error!r}")
+        return []
+    return [Entrant(name, passes, is_right, captured=True, peer=True) for name, passes in calls.items()]

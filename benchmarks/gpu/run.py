@@ -14,6 +14,7 @@ from benchmarks.gpu.device import Device
 from benchmarks.gpu.header import GpuHeader
 from benchmarks.gpu.plan import GpuPlan
 from benchmarks.gpu.report import GPU_SUITES, GpuReport
+from benchmarks.gpu.rivals import load_rivals
 
 _RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -34,6 +35,7 @@ def run_on(device: Device, order: GpuOrder, say: Callable[[str], None]) -> GpuRe
 
     Of a quick run, whose figures mean nothing, no file is kept unless it is asked for.
     """
+    rivals = None if order.rivals is None else load_rivals(order.rivals)
     with torch.inference_mode():
         header = GpuHeader.of_this_run(device, order.quick)
         for line in header.lines():
@@ -46,7 +48,7 @@ def run_on(device: Device, order: GpuOrder, say: Callable[[str], None]) -> GpuRe
             suite = GPU_SUITES[name]
             say(f"\n== {name}: {suite.summary}")
             start = time.monotonic()
-            plan = GpuPlan(device, header, order.selection, start + suite.seconds, say, order.rivals)
+            plan = GpuPlan(device, header, order.selection, start + suite.seconds, say, rivals)
             results[name] = suite.run(plan)
             say(f"\n{name} took {time.monotonic() - start:.0f} s")
             if path is not None:

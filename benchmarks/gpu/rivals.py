@@ -4,7 +4,8 @@
 
 gets a weight [n, k] with zeros, on the GPU, and returns by name what maps x [m, k] to x W^T [m, n], both in its dtype;
 nothing where it has no kernel. It is called for each layer of a cell and each m. The layers of a cell are equal, so
-that it may pack one of them, and copy what it packed. A contender that a CUDA graph cannot capture is called as it is.
+that it may pack one of them, and copy what it packed. A contender that a CUDA graph cannot capture is called as it is;
+a module that knows so says CAPTURED = False.
 """
 
 import importlib.util
@@ -48,4 +49,5 @@ def rival_entrants(
     except Exception as error:  # whatever others may raise
         say(f"rivals left out: {error!r}")
         return []
-    return [Entrant(name, passes, is_right, captured=True, peer=True) for name, passes in calls.items()]
+    captured = bool(getattr(module, "CAPTURED", True))
+    return [Entrant(name, passes, is_right, captured, peer=True) for name, passes in calls.items()]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+import benchmark
 from benchmarks.cases import Selection
 from benchmarks.gpu import codec, decode, linear
 from benchmarks.gpu.contest import Entrant, WrongResultError, contest, poison
@@ -445,6 +446,37 @@ def test_a_run_is_written_read_back_and_set_as_tables(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "fp32" in done.stdout
     assert "| bf16" not in done.stdout
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run.json"
+    monkeypatch.setattr(benchmark, "reason_against", lambda: None)
+    monkeypatch.setattr(benchmark, "CudaDevice", StandIn)
+    arguments = ["--device", "cuda", "--quick", "--suite", "linear", "--rows", "3", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    benchmark.main()
+    printed = capsys.readouterr().out
+    assert "== linear" in printed
+    assert printed.endswith(GpuReport.load(path).markdown() + "\n")
+    assert {result.rows for result in GpuReport.load(path).results["linear"]} == {3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--isa", "scalar"], "--device cuda knows no --isa"),
+        (["--suite", "everyday"], "--device cuda has the suites codec, linear, decode"),
+        (["--rivals", "none.py"], "--rivals: none.py is not a Python file"),
+    ],
+)
+def test_what_the_command_line_refuses(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(benchmark, "reason_against", lambda: None)
+    monkeypatch.setattr(benchmark, "CudaDevice", StandIn)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cuda", "--quick", *arguments])
+    with pytest.raises(SystemExit) as left:
+        benchmark.main()
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_quick_run_leaves_no_file(tmp_path, monkeypatch):

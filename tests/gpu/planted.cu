@@ -27,9 +27,9 @@ __global__ void race(const int* in, int* out) {
   out[threadIdx.x] = memory[kThreads - 1 - threadIdx.x];
 }
 
-// synccheck: half of a warp waits at a barrier that the other half never reaches.
+// synccheck: one warp and a half wait at a barrier that the other threads never reach.
 __global__ void divergent_barrier(const int* in, int* out) {
-  if (threadIdx.x % 32 < 16) __syncthreads();
+  if (threadIdx.x < 48) __syncthreads();
   out[threadIdx.x] = in[threadIdx.x];
 }
 

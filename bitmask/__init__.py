@@ -5,11 +5,12 @@ from importlib.metadata import version
 import torch  # noqa: F401  # first: the native library needs torch's to be loaded
 
 import bitmask.handlers as _handlers  # noqa: F401  # fills in what BitmaskTensor does by torch op
-from bitmask._C import available_isas, build_info, get_isa, set_isa
+from bitmask._C import available_isas, get_isa, set_isa
 from bitmask.bitmask_tensor import BitmaskTensor, DecompressWarning
 from bitmask.linear import BitmaskLinear
 from bitmask.models import CompressionReport, compress_, compression_report, decompress_
-from bitmask.ops import FormatError, compress, decompress
+from bitmask.native import build_info
+from bitmask.ops import FormatError, compress, compress_into, decompress
 from bitmask.reference import NaiveBitmaskTensor
 
 __version__ = version("bitmask")
@@ -26,6 +27,7 @@ __all__ = [
     "build_info",
     "compress",
     "compress_",
+    "compress_into",
     "compression_report",
     "decompress",
     "decompress_",

@@ -283,7 +283,8 @@ namespace bitmask::twin {
 
 template <typename T>
 void check_aligned(const T* address) {
-  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) fail("an atomic of %zu bytes at %p", sizeof(T), static_cast<const void*>(address));
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0)
+    fail("an atomic of %zu bytes at %p", sizeof(T), static_cast<const void*>(address));
 }
 
 // Nobody runs between the load and the store. They are atomic and relaxed so that ThreadSanitizer takes them for what they are.

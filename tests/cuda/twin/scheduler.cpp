@@ -93,7 +93,7 @@ Fiber* current = &host;
 std::vector<Fiber*> runnable;
 std::vector<Fiber*>& idle = *new std::vector<Fiber*>;  // stacks without a thread, kept to the end of the process
 Launch* running = nullptr;
-char launch_order;  // host to threads and back
+char begin_order, end_order;  // host to threads, threads to host
 char fence_order;
 uint64_t yields_waiting = 0;  // since something was done
 
@@ -221,10 +221,10 @@ void end_thread() {
 [[noreturn]] void serve_threads() {
   entered();
   for (;;) {
-    acquire(&launch_order);
+    acquire(&begin_order);
     (*running->thread)();
     do_copies(current->group + 1);
-    release(&launch_order);
+    release(&end_order);
     const Unwatched unwatched;
     end_thread();
   }
@@ -379,7 +379,7 @@ void run_grid(const dim3& grid, const dim3& block, std::size_t shared_bytes, con
   host.stack = this_stack();
   running = &launch;
   yields_waiting = 0;
-  release(&launch_order);
+  release(&begin_order);
   {
     const Unwatched unwatched;
     for (;;) {
@@ -390,7 +390,7 @@ void run_grid(const dim3& grid, const dim3& block, std::size_t shared_bytes, con
     }
     running = nullptr;
   }
-  acquire(&launch_order);
+  acquire(&end_order);
 }
 
 bool in_kernel() { return current != &host; }
@@ -491,7 +491,12 @@ void copy_async(void* shared, const void* global, int bytes) {
 
 void copy_async_commit() {
   ++current->group;
-  if (!running->copies_late && random_below(2) == 0) do_copies(current->group);
+  bool early = false;
+  {
+    const Unwatched unwatched;
+    early = !running->copies_late && random_below(2) == 0;
+  }
+  if (early) do_copies(current->group);
 }
 
 void copy_async_wait(int pending) {

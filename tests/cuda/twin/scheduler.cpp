@@ -396,6 +396,7 @@ void run_grid(const dim3& grid, const dim3& block, std::size_t shared_bytes, con
 bool in_kernel() { return current != &host; }
 
 void fail(const char* format, ...) {
+  const Unwatched unwatched;
   std::fprintf(stderr, "twin: ");
   if (in_kernel()) {
     std::fprintf(stderr, "seed %llu: block (%u, %u, %u) warp %d lane %d: ", seed_printed(), block_index.x, block_index.y, block_index.z,

@@ -304,6 +304,7 @@ T compare_and_swap(T* address, T expected, T desired, Site site) {
   check_aligned(address);
   yield_waiting("atomicCAS", site);
   __atomic_compare_exchange_n(address, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  saw(address, static_cast<uint64_t>(expected));
   return expected;
 }
 

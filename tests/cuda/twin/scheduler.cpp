@@ -40,6 +40,9 @@ struct Fiber {
   void* brought = nullptr;  // to the collective
   Votes votes = {};         // of the barrier
 
+  const void* seen_at = nullptr;  // by its last acquire
+  uint64_t seen = 0;
+
   std::vector<Copy> copies;  // not done yet, oldest first
   int64_t group = 0;         // that new copies belong to; earlier ones are committed
 };
@@ -57,7 +60,8 @@ struct Warp {
   Fiber* fibers[kLanes] = {};
   uint32_t present = 0;  // lanes that have not ended
   std::vector<Pending> pending;
-  char orders[64];  // taken in turn, more than collectives are under way
+  bool polled = false;  // since its last collective
+  char orders[64];      // taken in turn, more than collectives are under way
   unsigned int next_order = 0;
 };
 
@@ -86,7 +90,7 @@ struct Launch {
 
 constexpr uint64_t kMostResident = 8;
 constexpr uint64_t kMostFibers = kWatchesRaces ? 512 : 8192;  // ThreadSanitizer becomes slow with more
-constexpr uint64_t kEndless = 20'000'000;                     // yields in a row of threads that wait
+constexpr uint64_t kEndless = 2'000'000;                      // yields in a row of threads that wait
 
 Fiber host;  // the caller of the kernel
 Fiber* current = &host;
@@ -262,6 +266,7 @@ void start_block() {
     fiber->index = position(static_cast<uint64_t>(thread), block_size);
     fiber->name = nullptr;
     fiber->site = {"", 0};
+    fiber->seen_at = nullptr;
     fiber->group = 0;
     fiber->warp->fibers[fiber->lane] = fiber;
     fiber->warp->present |= 1u << fiber->lane;
@@ -311,6 +316,8 @@ Pending* find_pending(const char* name, uint32_t mask, Site site) {
 
 void complete(Pending* pending, Combine combine) {
   Warp* warp = current->warp;
+  if (!warp->polled) yields_waiting = 0;
+  warp->polled = false;
   if (combine != nullptr) {
     void* brought[kLanes] = {};
     for (uint32_t lanes = pending->mask; lanes != 0; lanes &= lanes - 1) {
@@ -425,8 +432,16 @@ void yield_waiting(const char* name, Site site) {
   const Unwatched unwatched;
   current->name = name;
   current->site = site;
+  current->warp->polled = true;
   if (++yields_waiting > kEndless) report_standstill("endless wait, threads ask for what nobody does");
   run_any();
+}
+
+void saw(const void* address, uint64_t value) {
+  const Unwatched unwatched;
+  if (current->seen_at != address || current->seen != value) yields_waiting = 0;
+  current->seen_at = address;
+  current->seen = value;
 }
 
 void collective(const char* name, uint32_t mask, void* brought, Combine combine, Site site) {

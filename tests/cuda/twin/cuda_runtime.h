@@ -317,10 +317,10 @@ T compare_and_swap(T* address, T expected, T desired, Site site) {
   BITMASK_TWIN_ATOMIC(T, atomicMax, Max) \
   BITMASK_TWIN_ATOMIC(T, atomicAnd, And) \
   BITMASK_TWIN_ATOMIC(T, atomicOr, Or)   \
-  BITMASK_TWIN_ATOMIC(T, atomicXor, Xor) \
-  BITMASK_TWIN_ATOMIC(T, atomicExch, Exchange)
+  BITMASK_TWIN_ATOMIC(T, atomicXor, Xor)
 BITMASK_TWIN_ATOMICS(int)
 BITMASK_TWIN_ATOMICS(unsigned int)
+BITMASK_TWIN_ATOMICS(long long)
 BITMASK_TWIN_ATOMICS(unsigned long long)
 BITMASK_TWIN_ATOMIC(int, atomicAdd, Add)
 BITMASK_TWIN_ATOMIC(unsigned int, atomicAdd, Add)
@@ -329,6 +329,9 @@ BITMASK_TWIN_ATOMIC(float, atomicAdd, Add)
 BITMASK_TWIN_ATOMIC(double, atomicAdd, Add)
 BITMASK_TWIN_ATOMIC(int, atomicSub, Sub)
 BITMASK_TWIN_ATOMIC(unsigned int, atomicSub, Sub)
+BITMASK_TWIN_ATOMIC(int, atomicExch, Exchange)
+BITMASK_TWIN_ATOMIC(unsigned int, atomicExch, Exchange)
+BITMASK_TWIN_ATOMIC(unsigned long long, atomicExch, Exchange)
 BITMASK_TWIN_ATOMIC(float, atomicExch, Exchange)
 BITMASK_TWIN_ATOMIC(unsigned int, atomicInc, Increment)
 BITMASK_TWIN_ATOMIC(unsigned int, atomicDec, Decrement)

@@ -144,20 +144,29 @@ struct TileMemory {
   scan::Memory scan;
 
   // Bits set in the tile before a byte; after scan_bits().
-  __device__ __forceinline__ uint32_t before(int byte) const { return scan.warp_before[byte / (kLanes * kBytes<W>)] + in_share[byte]; }
+  __device__ __forceinline__ uint32_t before(int byte) const {
+    return scan.warp_before[static_cast<unsigned int>(byte) / (kLanes * kBytes<W>)] + in_share[byte];
+  }
 };
 
 // A tile's bytes, and which of them are this thread's.
 template <int W>
 struct Tile {
   uint32_t index;
+  int64_t begin;  // its first byte
+  int count;      // of its bytes; the last tile may have fewer than the others
+  bool last;
 
-  __device__ __forceinline__ int64_t begin() const { return int64_t{index} * kTileBytes<W>; }
+  __device__ __forceinline__ Tile(uint32_t tile, const Bytes& bytes)
+      : index(tile),
+        begin(int64_t{tile} * kTileBytes<W>),
+        count(static_cast<int>(min(bytes.count - begin, int64_t{kTileBytes<W>}))),
+        last(begin + count == bytes.count) {}
 
-  // Byte i of this thread, counted from begin().
+  // Byte i of this thread, counted from `begin`. May be past the last tile's end.
   __device__ __forceinline__ int byte(int i) const {
-    const int thread = static_cast<int>(threadIdx.x);
-    return thread / kLanes * kLanes * kBytes<W> + i * kLanes + thread % kLanes;
+    const unsigned int thread = threadIdx.x;
+    return static_cast<int>(thread / kLanes * (kLanes * kBytes<W>)+thread % kLanes) + i * kLanes;
   }
 };
 
@@ -177,8 +186,9 @@ __device__ __forceinline__ void scan_bits(const Tile<W>& tile, const uint32_t (&
 // Calls visit(row, bits set before it) for each row whose first byte the tile has, a thread at a time.
 template <int W, typename Visit>
 __device__ __forceinline__ void for_each_row(const Tile<W>& tile, const Bytes& bytes, const TileMemory<W>& memory, const Visit& visit) {
-  for (int64_t row = bytes.row_of(tile.begin() + bytes.row_bytes - 1) + threadIdx.x; row < bytes.rows; row += kThreads) {
-    const int64_t ahead = row * bytes.row_bytes - tile.begin();
+#pragma unroll 1
+  for (int64_t row = bytes.row_of(tile.begin + bytes.row_bytes - 1) + threadIdx.x; row < bytes.rows; row += kThreads) {
+    const int64_t ahead = row * bytes.row_bytes - tile.begin;
     if (ahead >= kTileBytes<W>) break;
     visit(row, memory.scan.before + memory.before(static_cast<int>(ahead)));
   }
@@ -195,11 +205,12 @@ struct Span {
 
   static constexpr int kElements = kVector / W;  // of a vector
 
+  // `count` elements from number `skip` on. Of `elements` that are constant copy_to() alone is of use.
   __device__ __forceinline__ Span(const void* elements, int64_t skip, int count) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(elements) + static_cast<uintptr_t>(skip) * W;
-    first = static_cast<int>(address % kVector) / W;
+    uint8_t* const address = static_cast<uint8_t*>(const_cast<void*>(elements)) + skip * W;
+    first = static_cast<int>(reinterpret_cast<uintptr_t>(address) % kVector) / W;
     end = first + count;
-    global = reinterpret_cast<uint8_t*>(address - static_cast<uintptr_t>(first) * W);
+    global = address - first * W;
   }
 
   // The first element in shared memory.
@@ -208,11 +219,13 @@ struct Span {
   // Vectors that are not whole are left to `one`, element by element.
   template <typename Whole, typename One>
   __device__ __forceinline__ void for_each(const Whole& whole, const One& one) const {
+#pragma unroll 1
     for (int vector = static_cast<int>(threadIdx.x); vector * kElements < end; vector += kThreads) {
       const int begin = vector * kElements;
       if (begin >= first && begin + kElements <= end) {
         whole(vector * kVector);
       } else {
+#pragma unroll 1
         for (int i = max(begin, first); i < min(begin + kElements, end); ++i) one(i);
       }
     }
@@ -235,6 +248,21 @@ struct Span {
   }
 };
 
+// The values of a tile, as far as the `size` values that there are reach.
+template <int W>
+__device__ __forceinline__ Span<W> values_of(const scan::Memory& scan, const void* values, int64_t size) {
+  const int64_t first = min(scan.before, size);
+  return Span<W>(values, first, static_cast<int>(min(int64_t{scan.sum}, size - first)));
+}
+
+// Where the values of each byte of this thread lie in shared memory.
+template <int W>
+__device__ __forceinline__ void find_values(const Span<W>& values, const Tile<W>& tile, TileMemory<W>& memory,
+                                            Element<W>* (&places)[kBytes<W>]) {
+#pragma unroll
+  for (int i = 0; i < kBytes<W>; ++i) places[i] = values.in(memory.elements) + memory.before(tile.byte(i));
+}
+
 // The elements of a tile in dense memory, for matrices whose octets are not all whole and aligned.
 template <int W>
 struct DenseTile {
@@ -242,8 +270,8 @@ struct DenseTile {
   Span<W> span;
 
   __device__ __forceinline__ DenseTile(const void* dense, const Tile<W>& tile, const Bytes& bytes)
-      : begin(bytes.elements_before(tile.begin())),
-        span(dense, begin, static_cast<int>(bytes.elements_before(min(tile.begin() + kTileBytes<W>, bytes.count)) - begin)) {}
+      : begin(bytes.elements_before(tile.begin)),
+        span(dense, begin, static_cast<int>(bytes.elements_before(tile.begin + tile.count) - begin)) {}
 
   // Calls visit(e, element) for each element e of the octet of `byte`, its place being in shared memory.
   template <typename Visit>
@@ -283,16 +311,14 @@ __device__ __forceinline__ void load_octets(const CompressParams& p, const Tile<
 #pragma unroll
     for (int i = 0; i < kBytes<W>; ++i) {
       octets[i] = Octet<W>{};
-      const int64_t byte = tile.begin() + tile.byte(i);
-      if (byte < p.bytes.count) {
-        dense.for_octet(memory.elements, byte, p.bytes, [&](int e, const Element<W>& element) { set(octets[i], e, element); });
-      }
+      if (tile.byte(i) >= tile.count) continue;
+      dense.for_octet(memory.elements, tile.begin + tile.byte(i), p.bytes,
+                      [&](int e, const Element<W>& element) { set(octets[i], e, element); });
     }
   } else {
-    const Octet<W>* const dense = reinterpret_cast<const Octet<W>*>(p.dense) + tile.begin();
-    const int64_t left = p.bytes.count - tile.begin();
+    const Octet<W>* const dense = reinterpret_cast<const Octet<W>*>(p.dense) + tile.begin;
 #pragma unroll
-    for (int i = 0; i < kBytes<W>; ++i) octets[i] = tile.byte(i) < left ? dense[tile.byte(i)] : Octet<W>{};
+    for (int i = 0; i < kBytes<W>; ++i) octets[i] = tile.byte(i) < tile.count ? dense[tile.byte(i)] : Octet<W>{};
   }
 }
 
@@ -300,7 +326,7 @@ __device__ __forceinline__ void load_octets(const CompressParams& p, const Tile<
 template <int W, bool kStaged>
 __global__ void __launch_bounds__(kThreads, W == 1 || W == 16 ? 4 : 5) compress_tiles(const CompressParams p) {
   TileMemory<W>& memory = *ptx::dynamic_shared<TileMemory<W>>();
-  const Tile<W> tile{scan::take_tile(p.workspace, memory.scan)};
+  const Tile<W> tile(scan::take_tile(p.workspace, memory.scan), p.bytes);
 
   Octet<W> octets[kBytes<W>];
   load_octets<W, kStaged>(p, tile, memory, octets);
@@ -308,23 +334,22 @@ __global__ void __launch_bounds__(kThreads, W == 1 || W == 16 ? 4 : 5) compress_
 #pragma unroll
   for (int i = 0; i < kBytes<W>; ++i) {
     bits[i] = nonzero_bits(octets[i], p.zero_test);
-    if (tile.begin() + tile.byte(i) < p.bytes.count) p.bitmasks[tile.begin() + tile.byte(i)] = static_cast<uint8_t>(bits[i]);
+    if (tile.byte(i) < tile.count) p.bitmasks[tile.begin + tile.byte(i)] = static_cast<uint8_t>(bits[i]);
   }
   scan_bits(tile, bits, p.workspace, 0, memory);
 
-  const int64_t first = memory.scan.before, room = p.capacity - first;
-  const int sum = static_cast<int>(memory.scan.sum);
-  const Span<W> values(p.values, first, room < sum ? static_cast<int>(max(room, int64_t{0})) : sum);
+  const Span<W> values = values_of<W>(memory.scan, p.values, p.capacity);
+  Element<W>* places[kBytes<W>];
+  find_values(values, tile, memory, places);
 #pragma unroll
   for (int i = 0; i < kBytes<W>; ++i) {
-    Element<W>* to = values.in(memory.elements) + memory.before(tile.byte(i));
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      if ((bits[i] >> e & 1) != 0) *to++ = get(octets[i], e);
+      if ((bits[i] >> e & 1) != 0) *places[i]++ = get(octets[i], e);
     }
   }
   for_each_row(tile, p.bytes, memory, [&](int64_t row, int64_t offset) { p.row_offsets[row] = offset; });
-  if (threadIdx.x == 0 && tile.begin() + kTileBytes<W> >= p.bytes.count) *p.nnz = first + sum;
+  if (threadIdx.x == 0 && tile.last) *p.nnz = memory.scan.before + memory.scan.sum;
   __syncthreads();
   values.copy_from(memory.elements);
 }
@@ -362,7 +387,7 @@ __device__ __forceinline__ void prove_tile(const DecompressParams& p, const Tile
     if (p.first_row + row == 0 && offset != 0) report(p, 0);
     if (padding != 0 && (p.bitmasks[(row + 1) * p.bytes.row_bytes - 1] & padding) != 0) report(p, row);
   });
-  if (threadIdx.x == 0 && tile.begin() + kTileBytes<W> >= p.bytes.count) {
+  if (threadIdx.x == 0 && tile.last) {
     const int64_t end = memory.scan.before + memory.scan.sum;
     if (end > p.nnz || end != (p.end_offset == nullptr ? p.nnz : *p.end_offset)) report(p, p.bytes.rows - 1);
   }
@@ -388,43 +413,42 @@ enum class Write {
 
 // W: bytes of an element.
 template <int W, Write kWrite>
-__global__ void __launch_bounds__(kThreads, kWrite == Write::kStaged ? (W == 16 ? 4 : 5) : 6) decompress_tiles(const DecompressParams p) {
+__global__ void __launch_bounds__(kThreads, W == 16 ? 4 : kWrite == Write::kStaged ? 5 : 6) decompress_tiles(const DecompressParams p) {
   TileMemory<W>& memory = *ptx::dynamic_shared<TileMemory<W>>();
-  const Tile<W> tile{scan::take_tile(p.workspace, memory.scan)};
+  const Tile<W> tile(scan::take_tile(p.workspace, memory.scan), p.bytes);
 
-  const int64_t left = p.bytes.count - tile.begin();
   uint32_t bits[kBytes<W>];
 #pragma unroll
-  for (int i = 0; i < kBytes<W>; ++i) bits[i] = tile.byte(i) < left ? p.bitmasks[tile.begin() + tile.byte(i)] : 0;
+  for (int i = 0; i < kBytes<W>; ++i) bits[i] = tile.byte(i) < tile.count ? p.bitmasks[tile.begin + tile.byte(i)] : 0;
   scan_bits(tile, bits, p.workspace, tile.index == 0 ? start_of(p) : 0, memory);
 
   if constexpr (kWrite == Write::kNothing) {
     prove_tile(p, tile, memory);
   } else {
     // What bits mark past the last value is not read; such a weight proves faulty.
-    const int64_t first = memory.scan.before, there = p.nnz - first;
-    const int sum = static_cast<int>(memory.scan.sum);
-    const Span<W> values(p.values, first, there < sum ? static_cast<int>(max(there, int64_t{0})) : sum);
+    const Span<W> values = values_of<W>(memory.scan, p.values, p.nnz);
     values.copy_to(memory.elements);
     prove_tile(p, tile, memory);
     values.finish_copy();
 
+    Element<W>* places[kBytes<W>];
+    find_values(values, tile, memory, places);
     if constexpr (kWrite == Write::kOctets) {
-      Octet<W>* const dense = reinterpret_cast<Octet<W>*>(p.dense) + tile.begin();
+      Octet<W>* const dense = reinterpret_cast<Octet<W>*>(p.dense) + tile.begin;
 #pragma unroll
       for (int i = 0; i < kBytes<W>; ++i) {
-        if (tile.byte(i) < left) dense[tile.byte(i)] = expand<W>(bits[i], values.in(memory.elements) + memory.before(tile.byte(i)));
+        if (tile.byte(i) < tile.count) dense[tile.byte(i)] = expand<W>(bits[i], places[i]);
       }
     } else {
       Octet<W> octets[kBytes<W>];
 #pragma unroll
-      for (int i = 0; i < kBytes<W>; ++i) octets[i] = expand<W>(bits[i], values.in(memory.elements) + memory.before(tile.byte(i)));
+      for (int i = 0; i < kBytes<W>; ++i) octets[i] = expand<W>(bits[i], places[i]);
       __syncthreads();  // the dense elements take the place of the values
       const DenseTile<W> dense(p.dense, tile, p.bytes);
 #pragma unroll
       for (int i = 0; i < kBytes<W>; ++i) {
-        if (tile.byte(i) >= left) continue;
-        dense.for_octet(memory.elements, tile.begin() + tile.byte(i), p.bytes,
+        if (tile.byte(i) >= tile.count) continue;
+        dense.for_octet(memory.elements, tile.begin + tile.byte(i), p.bytes,
                         [&](int e, Element<W>& element) { element = get(octets[i], e); });
       }
       __syncthreads();

@@ -408,16 +408,11 @@ inline unsigned long long __brevll(unsigned long long value) {
   return static_cast<unsigned long long>(__brev(static_cast<unsigned int>(value))) << 32 | __brev(static_cast<unsigned int>(value >> 32));
 }
 
-// Byte i of the result is byte s % 8 of (y, x), s being nibble i of the selector; where s has bit 3 set, that byte's sign eight times.
+// Byte i of the result is byte s % 8 of (y, x), s being nibble i of the selector; unlike in prmt, bit 3 of s is ignored.
 inline unsigned int __byte_perm(unsigned int x, unsigned int y, unsigned int selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
   unsigned int result = 0;
-  for (int i = 0; i < 4; ++i) {
-    const unsigned int s = selector >> (4 * i) & 15;
-    unsigned int byte = static_cast<unsigned int>(bytes >> (8 * (s & 7)) & 0xff);
-    if ((s & 8) != 0) byte = (byte & 0x80) != 0 ? 0xff : 0;
-    result |= byte << (8 * i);
-  }
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned int>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
   return result;
 }
 

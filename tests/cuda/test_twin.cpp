@@ -431,10 +431,16 @@ TEST_FAMILY(twin_reports) {
       while (ptx::load_acquire(&never) == 0) ptx::pause();
     });
   });
+  check_dies("and were last in atomicExch", [] {
+    unsigned int lock = 1;
+    run_warp([&](int) {
+      while (atomicExch(&lock, 1u) != 0) continue;
+    });
+  });
   check_dies("__trap", [] { run_warp([](int) { __trap(); }); });
   check_dies("with width 12", [] { run_warp([](int lane) { __shfl_sync(kAll, lane, 0, 12); }); });
   check_dies("launches a kernel", [] { run_warp([](int) { run_warp([](int) {}); }); });
-  check_dies("an atomic of 4 bytes at", [] {
+  check_dies("calls atomicAdd at tests/cuda/test_twin.cpp", [] {
     alignas(4) char bytes[8] = {};
     run_warp([&](int) { atomicAdd(reinterpret_cast<unsigned int*>(bytes + 1), 1u); });
   });

@@ -12,8 +12,7 @@ namespace {
 
 namespace ptx = cuda::ptx;
 
-// ---------------------------------------------------------------------------------------------------------------- blocks that wait for
-// others
+// ---------------------------------------------------------------------------------------------------------------- look-back, last block
 
 // A word of the scan: the state in the upper half, a sum in the lower.
 constexpr uint64_t kSum = uint64_t{1} << 32, kPrefix = uint64_t{2} << 32;
@@ -64,8 +63,7 @@ void run_add_parts(bool fenced) {
   check(sum == 49 * 50 / 2, "sum of parts: %d", sum);
 }
 
-// ---------------------------------------------------------------------------------------------------------------- threads that wait for
-// others
+// ---------------------------------------------------------------------------------------------------------------- barriers, copies
 
 enum class Missing { kNothing, kFirstBarrier, kSecondBarrier };
 

@@ -33,14 +33,14 @@ struct Fiber {
   int lane = 0;
   uint3 index = {};
 
-  // The collective, barrier or acquire that it is in, or was in last.
+  // What it waits in, or was in last.
   bool waits = false;
   const char* name = nullptr;
   Site site = {};
   void* brought = nullptr;  // to the collective
   Votes votes = {};         // of the barrier
 
-  const void* seen_at = nullptr;  // by its last acquire
+  const void* seen_at = nullptr;  // by its last atomic or acquire
   uint64_t seen = 0;
 
   std::vector<Copy> copies;  // not done yet, oldest first

@@ -33,14 +33,14 @@ struct Fiber {
   int lane = 0;
   uint3 index = {};
 
-  // The collective, barrier or acquire that it is in, or was in last.
+  // What it waits in, or was in last.
   bool waits = false;
   const char* name = nullptr;
   Site site = {};
   void* brought = nullptr;  // to the collective
   Votes votes = {};         // of the barrier
 
-  const void* seen_at = nullptr;  // by its last acquire
+  const void* seen_at = nullptr;  // by its last atomic or acquire
   uint64_t seen = 0;
 
   std::vector<Copy> copies;  // not done yet, oldest first
@@ -297,12 +297,16 @@ std::vector<uint64_t> block_order(uint64_t blocks) {
 
 // ---------------------------------------------------------------------------------------------------------------- collectives
 
+bool same_call(const char* name, Site site, const char* other_name, Site other_site) {
+  return site.line == other_site.line && (name == other_name || std::strcmp(name, other_name) == 0);
+}
+
 // The pending collective that this lane's call belongs to, begun if it is the first.
 Pending* find_pending(const char* name, uint32_t mask, Site site) {
   Warp* warp = current->warp;
   Pending* found = nullptr;
   for (Pending& other : warp->pending) {
-    if (other.mask == mask && other.site.line == site.line && std::strcmp(other.name, name) == 0) {
+    if (other.mask == mask && same_call(name, site, other.name, other.site)) {
       found = &other;
     } else if ((other.mask >> current->lane & 1) != 0 && (other.arrived & mask) != 0) {
       fail("calls %s with mask %08x at %s:%d; lanes %08x wait for it in %s with mask %08x at %s:%d", name, mask, site.file, site.line,
@@ -383,7 +387,7 @@ void run_grid(const dim3& grid, const dim3& block, std::size_t shared_bytes, con
   launch.order = block_order(uint64_t{grid.x} * grid.y * grid.z);
   uint64_t resident = 1 + random_below(kMostResident);
   while (resident > 2 && resident * threads > kMostFibers) --resident;
-  host.stack = this_stack();
+  if (host.stack.base == nullptr) host.stack = this_stack();
   running = &launch;
   yields_waiting = 0;
   release(&begin_order);
@@ -459,7 +463,7 @@ Votes sync_block(const char* name, bool vote, Site site) {
   Block* block = current->block;
   if (!block->at_barrier.empty()) {
     const Fiber* other = block->at_barrier.front();
-    if (other->site.line != site.line || std::strcmp(other->name, name) != 0) {
+    if (!same_call(name, site, other->name, other->site)) {
       fail("calls %s at %s:%d; other threads of the block wait in %s at %s:%d", name, site.file, site.line, other->name, other->site.file,
            other->site.line);
     }

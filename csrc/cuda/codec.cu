@@ -216,18 +216,19 @@ struct Span {
   // The first element in shared memory.
   __device__ __forceinline__ Element<W>* in(uint8_t* shared) const { return reinterpret_cast<Element<W>*>(shared) + first; }
 
-  // Vectors that are not whole are left to `one`, element by element.
+  // Calls whole(bytes from `global`) for each vector that is whole and one(element) for each element of the others. No thread has two of
+  // these elements: their latencies would add up.
   template <typename Whole, typename One>
   __device__ __forceinline__ void for_each(const Whole& whole, const One& one) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int begin = (first + kElements - 1) / kElements, past = max(begin, end / kElements);  // whole vectors
 #pragma unroll 1
-    for (int vector = static_cast<int>(threadIdx.x); vector * kElements < end; vector += kThreads) {
-      const int begin = vector * kElements;
-      if (begin >= first && begin + kElements <= end) {
-        whole(vector * kVector);
-      } else {
-#pragma unroll 1
-        for (int i = max(begin, first); i < min(begin + kElements, end); ++i) one(i);
-      }
+    for (int vector = begin + thread; vector < past; vector += kThreads) whole(vector * kVector);
+    if (thread < kElements) {
+      if (thread >= first && thread < min(begin * kElements, end)) one(thread);
+    } else if (thread < 2 * kElements) {
+      const int element = (past - 1) * kElements + thread;
+      if (element < end) one(element);
     }
   }
 
@@ -413,7 +414,9 @@ enum class Write {
 
 // W: bytes of an element.
 template <int W, Write kWrite>
-__global__ void __launch_bounds__(kThreads, W == 16 ? 4 : kWrite == Write::kStaged ? 5 : 6) decompress_tiles(const DecompressParams p) {
+__global__ void __launch_bounds__(kThreads, W == 16                    ? 4
+                                            : kWrite == Write::kStaged ? 5
+                                                                       : 6) decompress_tiles(const DecompressParams p) {
   TileMemory<W>& memory = *ptx::dynamic_shared<TileMemory<W>>();
   const Tile<W> tile(scan::take_tile(p.workspace, memory.scan), p.bytes);
 

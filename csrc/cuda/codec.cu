@@ -113,7 +113,7 @@ __device__ __forceinline__ uint32_t nonzero_bits(const Octet<W>& octet, const Ze
 struct Bytes {
   int64_t rows, cols;
   int64_t row_bytes, count;
-  uint64_t reciprocal;  // floor((2^64 - 1) / row_bytes): makes a multiplication of the division, which a GPU has none of
+  uint64_t reciprocal;  // floor((2^64 - 1) / row_bytes): makes a multiplication of the division, which GPUs do slowly
 
   __device__ __forceinline__ int64_t row_of(int64_t byte) const {
     const int64_t row = static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(byte), reciprocal));  // or one less than it should be
@@ -128,7 +128,17 @@ Bytes bytes_of(const Geometry& g) {
   return {g.rows, g.cols, row_bytes, g.rows * row_bytes, row_bytes == 0 ? 0 : ~uint64_t{0} / static_cast<uint64_t>(row_bytes)};
 }
 
-// Bytes of a thread: 64 bytes of dense memory on their way in each (one octet, should that be larger) hide the latency of memory.
+// Bytes of a thread, for 64 bytes of dense memory (one octet, should that be larger). The model, for 16-bit elements half of which are
+// stored, so that 3.125 bytes move for each, in elements per clock (1.7 GHz) and multiprocessor:
+//
+//   memory                         4.3 on an H100 (3.0 TB/s), 6.1 on an H200 (4.3 TB/s)
+//   instructions (SASS, sm_90a)    7.3 compress (17.6 an element; 128 lanes), 8.5 decompress (15.1)
+//   integer instructions           7.6 compress (8.4 an element; 64 lanes), 9.8 decompress (6.5)
+//   shared memory and shuffles     8.7 (29 cycles for 256 elements; 15 of them move single ones, about two to a bank)
+//
+// A tile (8192 elements) lives 5500 clocks by estimate, mostly waiting: for its number, its elements or bytes, two looks back, its values.
+// That is hidden by 5 blocks compressing (48 registers, 80 KB on their way), which memory takes 6700 clocks or more to feed, and by 8
+// decompressing (32 registers). Wider tiles would look back less often, at the price of registers.
 template <int W>
 constexpr int kBytes = W < 8 ? 8 / W : 1;
 template <int W>
@@ -323,9 +333,13 @@ __device__ __forceinline__ void load_octets(const CompressParams& p, const Tile<
   }
 }
 
+// Blocks that a multiprocessor is to hold at least, which bounds their registers; with more, octets spill.
+template <int W>
+constexpr int kCompressBlocks = W == 1 || W == 16 ? 4 : 5;
+
 // W: bytes of an element. kStaged: octets may be partial or not aligned, and are read by way of shared memory.
 template <int W, bool kStaged>
-__global__ void __launch_bounds__(kThreads, W == 1 || W == 16 ? 4 : 5) compress_tiles(const CompressParams p) {
+__global__ void __launch_bounds__(kThreads, kCompressBlocks<W>) compress_tiles(const CompressParams p) {
   TileMemory<W>& memory = *ptx::dynamic_shared<TileMemory<W>>();
   const Tile<W> tile(scan::take_tile(p.workspace, memory.scan), p.bytes);
 
@@ -412,11 +426,15 @@ enum class Write {
   kStaged,   // some partial, or not aligned: by way of shared memory
 };
 
+// Blocks that a multiprocessor is to hold at least, which bounds their registers; with more, some spill.
+template <int W, Write kWrite>
+constexpr int kDecompressBlocks = W == 16                    ? 4
+                                  : kWrite == Write::kStaged ? 5
+                                                             : 6;
+
 // W: bytes of an element.
 template <int W, Write kWrite>
-__global__ void __launch_bounds__(kThreads, W == 16                    ? 4
-                                            : kWrite == Write::kStaged ? 5
-                                                                       : 6) decompress_tiles(const DecompressParams p) {
+__global__ void __launch_bounds__(kThreads, kDecompressBlocks<W, kWrite>) decompress_tiles(const DecompressParams p) {
   TileMemory<W>& memory = *ptx::dynamic_shared<TileMemory<W>>();
   const Tile<W> tile(scan::take_tile(p.workspace, memory.scan), p.bytes);
 

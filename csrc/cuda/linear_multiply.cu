@@ -124,13 +124,14 @@ struct Shared {
   uint8_t x[2][8 * kTiles][kXStride];
 };
 
-// The 16 bytes at `piece`, aligned, of the bytes [begin, begin + bytes); zero where these are not.
-__device__ __forceinline__ void copy_piece(uint8_t* shared, const uint8_t* piece, const uint8_t* begin, const uint8_t* end) {
+// Brings what an array [begin, end) has of the 16 bytes at the address `piece`, which is aligned.
+__device__ __forceinline__ void copy_piece(uint8_t* shared, uintptr_t piece, uintptr_t begin, uintptr_t end) {
+  const uint8_t* const src = reinterpret_cast<const uint8_t*>(piece);
+  if (piece >= end) return;
   if (piece >= begin) {
-    const int64_t left = end - piece;
-    ptx::copy_async_16(shared, left > 0 ? piece : begin, static_cast<int>(left < 0 ? 0 : left < 16 ? left : 16));
+    ptx::copy_async_16(shared, src, static_cast<int>(end - piece < 16 ? end - piece : 16));
   } else {
-    for (int i = 0; i < 16; ++i) shared[i] = piece + i >= begin && piece + i < end ? piece[i] : 0;
+    for (uintptr_t i = begin - piece; i < 16 && piece + i < end; ++i) shared[i] = src[i];
   }
 }
 
@@ -142,15 +143,15 @@ __device__ __forceinline__ void copy_x(const Product& p, int64_t stage, Shared<k
   for (int i = static_cast<int>(threadIdx.x); i < 8 * kTiles * kPieces; i += static_cast<int>(blockDim.x)) {
     const int row = i / kPieces, piece = i % kPieces;
     const int64_t column = stage * kStageColumns + 8 * piece;
-    const uint8_t* const src = p.x + (row * cols + column) * kWidth;
+    const int64_t src = (row * cols + column) * kWidth;
     uint8_t* const dst = shared.x[stage % 2][row] + 16 * piece;
     if (p.x_aligned) {
       const bool there = row < p.m && column < cols;
-      ptx::copy_async_16(dst, there ? src : p.x, there ? 16 : 0);
+      ptx::copy_async_16(dst, there ? p.x + src : p.x, there ? 16 : 0);
     } else {
       for (int j = 0; j < 8; ++j) {
         const bool there = row < p.m && column + j < cols;
-        reinterpret_cast<uint16_t*>(dst)[j] = there ? reinterpret_cast<const uint16_t*>(src)[j] : uint16_t{0};
+        reinterpret_cast<uint16_t*>(dst)[j] = there ? reinterpret_cast<const uint16_t*>(p.x + src)[j] : uint16_t{0};
       }
     }
   }
@@ -170,9 +171,9 @@ struct Row {
 // Asks for the bitmask of a row in `stage`: lanes 0 and 1 of two for each row.
 __device__ __forceinline__ void copy_mask(const Product& p, int64_t row, int64_t stage, int piece, uint8_t* slot) {
   if (row >= p.w.rows || stage * kStageBytes >= p.row_bytes) return;
-  const uint8_t* const first = p.w.bitmasks + row * p.row_bytes + stage * kStageBytes;
-  const uint8_t* const src = first - reinterpret_cast<uintptr_t>(first) % 16 + 16 * piece;
-  copy_piece(slot + 16 * piece, src, p.w.bitmasks, p.w.bitmasks + p.w.rows * p.row_bytes);
+  const uintptr_t bitmasks = reinterpret_cast<uintptr_t>(p.w.bitmasks);
+  const uintptr_t first = bitmasks + static_cast<uintptr_t>(row * p.row_bytes + stage * kStageBytes);
+  copy_piece(slot + 16 * piece, first - first % 16 + 16 * piece, bitmasks, bitmasks + static_cast<uintptr_t>(p.w.rows * p.row_bytes));
 }
 
 // The bits of a row in `stage`, from what copy_mask has brought.
@@ -191,12 +192,10 @@ __device__ __forceinline__ void read_mask(const Product& p, int64_t row, int64_t
 
 // Asks for the values of a row in a stage, where its bits and its position are known.
 __device__ __forceinline__ void copy_values(const Product& p, Row& row, int t, uint8_t* slot, const uint8_t* shared) {
-  const uint8_t* const values = static_cast<const uint8_t*>(p.w.values);
-  const uint8_t* const first = values + row.position * kWidth;
-  const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(first) % 16);
-  row.offset = static_cast<uint32_t>(slot - shared) + static_cast<uint32_t>(skew) - kWidth;
-  const uint8_t* const end = values + p.w.nnz * kWidth;
-  const int bytes = skew + row.count() * kWidth;
+  const uintptr_t values = reinterpret_cast<uintptr_t>(p.w.values), end = values + static_cast<uintptr_t>(p.w.nnz * kWidth);
+  const uintptr_t first = values + static_cast<uintptr_t>(row.position * kWidth);
+  const int skew = static_cast<int>(first % 16), bytes = skew + row.count() * kWidth;
+  row.offset = static_cast<uint32_t>(slot - shared + skew - kWidth);
   for (int i = 16 * t; i < bytes; i += 64) copy_piece(slot + i, first - skew + i, values, end);
 }
 
@@ -391,7 +390,7 @@ struct Multiply {
   static __device__ bool join(const Product& p, const Segment& s, Sums& sums) {
     const int64_t first = p.deal.block_of(s.tile * p.deal.stages), last = p.deal.block_of((s.tile + 1) * p.deal.stages - 1);
     float4* const own = p.partials + (2 * blockIdx.x + (s.begin > 0)) * kPartial + threadIdx.x;
-    float(&flat)[kFragments * kTiles][4] = reinterpret_cast<float(&)[kFragments * kTiles][4]>(sums);
+    float (&flat)[kFragments * kTiles][4] = reinterpret_cast<float (&)[kFragments * kTiles][4]>(sums);
 #pragma unroll
     for (int i = 0; i < kFragments * kTiles; ++i) own[i * kThreads] = make_float4(flat[i][0], flat[i][1], flat[i][2], flat[i][3]);
     __threadfence();
@@ -497,11 +496,15 @@ cudaError_t linear_multiply(const LinearParams& params, const Device& device, vo
   if (params.m == 0 || params.w.rows == 0) return cudaSuccess;
   const Plan plan = cuda::plan(params, device);
   uint8_t* const scratch = static_cast<uint8_t*>(workspace);
-  Product product{params.w, bitmask_bytes(params.w.cols), nullptr, static_cast<const uint16_t*>(params.bias), nullptr, 0, false, plan.deal};
+  Product product = {};
+  product.w = params.w;
+  product.row_bytes = bitmask_bytes(params.w.cols);
+  product.bias = static_cast<const uint16_t*>(params.bias);
+  product.deal = plan.deal;
   product.arrived = reinterpret_cast<uint32_t*>(scratch);
   product.counts = reinterpret_cast<int64_t*>(scratch + plan.arrived_bytes);
   product.partials = reinterpret_cast<float4*>(scratch + plan.arrived_bytes + plan.counts_bytes);
-  product.x_aligned = reinterpret_cast<uintptr_t>(params.x) % 16 == 0 && params.w.cols * kWidth % 16 == 0;
+  product.x_aligned = params.w.cols > 0 && reinterpret_cast<uintptr_t>(params.x) % 16 == 0 && params.w.cols * kWidth % 16 == 0;
   for (int64_t first = 0; first < params.m; first += 8 * plan.tiles) {
     product.x = static_cast<const uint8_t*>(params.x) + first * params.w.cols * kWidth;
     product.y = static_cast<uint16_t*>(params.y) + first * params.w.rows;

@@ -163,7 +163,7 @@ __device__ __forceinline__ void copy_x(const Product& p, int64_t stage, Shared<k
 struct Row {
   int64_t position;  // of the first value of the stage whose bits these are
   uint32_t bits[kStageColumns / 32];
-  uint32_t offset;  // in shared memory, of the value before the first one of the stage
+  uint32_t place;  // of the value before the first one of the stage: bits from the beginning of shared memory
 
   __device__ __forceinline__ int count() const { return __popc(bits[0]) + __popc(bits[1]) + __popc(bits[2]) + __popc(bits[3]); }
 };
@@ -195,7 +195,7 @@ __device__ __forceinline__ void copy_values(const Product& p, Row& row, int t, u
   const uintptr_t values = reinterpret_cast<uintptr_t>(p.w.values), end = values + static_cast<uintptr_t>(p.w.nnz * kWidth);
   const uintptr_t first = values + static_cast<uintptr_t>(row.position * kWidth);
   const int skew = static_cast<int>(first % 16), bytes = skew + row.count() * kWidth;
-  row.offset = static_cast<uint32_t>(slot - shared + skew - kWidth);
+  row.place = 8 * static_cast<uint32_t>(slot - shared + skew - kWidth);
   for (int i = 16 * t; i < bytes; i += 64) copy_piece(slot + i, first - skew + i, values, end);
 }
 
@@ -294,14 +294,14 @@ struct Multiply {
 
   // 16 columns of all rows. `x` is where the lane's elements of the first tile of x are.
   template <int kStep>
-  static __device__ __forceinline__ void step(const uint8_t* shared, const Nibbles (&nibbles)[kRows], const uint32_t (&words)[kRows],
-                                              const uint32_t (&offsets)[kRows], const uint8_t* x, Sums& sums) {
+  static __device__ __forceinline__ void step(const uint32_t* shared, const Nibbles (&nibbles)[kRows], const uint32_t (&words)[kRows],
+                                              const uint32_t (&places)[kRows], const uint8_t* x, Sums& sums) {
     const uint32_t to_first = (2u << (4 * lane_of_row() + 16 * (kStep % 2))) - 1;
     uint32_t a[kFragments][4];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const uint32_t offset = offsets[i] + kWidth * static_cast<uint32_t>(__popc(words[i] & to_first));
-      expand<kStep>(shared, offset, nibbles[i], &a[i / 2][i % 2], &a[i / 2][i % 2 + 2]);
+      const uint32_t place = places[i] + 8 * kWidth * static_cast<uint32_t>(__popc(words[i] & to_first));
+      expand<kStep>(shared, place, nibbles[i], &a[i / 2][i % 2], &a[i / 2][i % 2 + 2]);
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -312,10 +312,10 @@ struct Multiply {
     }
   }
 
-  static __device__ __forceinline__ void multiply_stage(const uint8_t* shared, const Row (&rows)[kRows], const uint8_t* x, Sums& sums) {
-    uint32_t offsets[kRows];
+  static __device__ __forceinline__ void multiply_stage(const uint32_t* shared, const Row (&rows)[kRows], const uint8_t* x, Sums& sums) {
+    uint32_t places[kRows];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) offsets[i] = rows[i].offset;
+    for (int i = 0; i < kRows; ++i) places[i] = rows[i].place;
 #pragma unroll
     for (int half = 0; half < 2; ++half, x += kStageColumns / 2 * kWidth) {
       uint32_t words[2][kRows];
@@ -326,14 +326,14 @@ struct Multiply {
         words[1][i] = rows[i].bits[2 * half + 1];
         nibbles[i] = nibbles_of(words[0][i], words[1][i], lane_of_row());
       }
-      step<0>(shared, nibbles, words[0], offsets, x, sums);
-      step<1>(shared, nibbles, words[0], offsets, x, sums);
+      step<0>(shared, nibbles, words[0], places, x, sums);
+      step<1>(shared, nibbles, words[0], places, x, sums);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) offsets[i] += kWidth * static_cast<uint32_t>(__popc(words[0][i]));
-      step<2>(shared, nibbles, words[1], offsets, x, sums);
-      step<3>(shared, nibbles, words[1], offsets, x, sums);
+      for (int i = 0; i < kRows; ++i) places[i] += 8 * kWidth * static_cast<uint32_t>(__popc(words[0][i]));
+      step<2>(shared, nibbles, words[1], places, x, sums);
+      step<3>(shared, nibbles, words[1], places, x, sums);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) offsets[i] += kWidth * static_cast<uint32_t>(__popc(words[1][i]));
+      for (int i = 0; i < kRows; ++i) places[i] += 8 * kWidth * static_cast<uint32_t>(__popc(words[1][i]));
     }
   }
 
@@ -359,7 +359,7 @@ struct Multiply {
       }
       copy_stage(p, s, stage + 1, shared, rows);
       const uint8_t* const x = shared.x[stage % 2][threadIdx.x % 32 / 4] + lane_of_row() * 4 * kWidth;
-      multiply_stage(reinterpret_cast<const uint8_t*>(&shared), current, x, sums);
+      multiply_stage(reinterpret_cast<const uint32_t*>(&shared), current, x, sums);
     }
     if (s.end < p.deal.stages) return;
 #pragma unroll

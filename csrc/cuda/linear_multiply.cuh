@@ -26,25 +26,24 @@ struct Nibbles {
 __device__ __forceinline__ Nibbles nibbles_of(uint32_t word0, uint32_t word1, int t) {
   const uint32_t turn = static_cast<uint32_t>(4 * t - 2);  // brings the nibbles to the bits 2 to 5 of the bytes 0 and 2
   const uint32_t bits = __byte_perm(__funnelshift_r(word0, word0, turn), __funnelshift_r(word1, word1, turn), 0x6420);
-  return {{bits << 5, bits << 4, bits << 3, bits << 2}, ((bits & 0x08080808) << 1) + (bits & 0x10101010)};
+  // 0, 8, 16 or 24, then 8 more, and down to a multiple of 16: 16 for each of the two bits
+  return {{bits << 5, bits << 4, bits << 3, bits << 2}, ((bits & 0x18181818) + 0x08080808) & 0x30303030};
 }
 
-// All bits of each half: is there an element in the columns `first` and first + 1?
+// All ones in each half whose column, `first` or first + 1, has an element.
 template <int kStep>
 __device__ __forceinline__ uint32_t pair_mask(const Nibbles& nibbles, int first) {
-  constexpr uint32_t kSigns = (8 + kStep) * 0x11 + (12 + kStep) * 0x1100;
-  return __byte_perm(nibbles.columns[first], nibbles.columns[first + 1], kSigns);
+  constexpr uint32_t kTopBits = (8 + kStep) * 0x11 + (12 + kStep) * 0x1100;
+  return ptx::permute(nibbles.columns[first], nibbles.columns[first + 1], kTopBits);
 }
 
-// The four elements of a lane in one step. `offset` is where in shared memory the value c - 1 lies.
+// The four elements of a lane in one step. Value c - 1 is `place` bits past the beginning of `shared`.
 template <int kStep>
-__device__ __forceinline__ void expand(const uint8_t* shared, uint32_t offset, const Nibbles& nibbles, uint32_t* first, uint32_t* second) {
-  const uint8_t* const words = shared + (offset & ~3u);
-  const uint32_t w0 = *reinterpret_cast<const uint32_t*>(words), w1 = *reinterpret_cast<const uint32_t*>(words + 4);
-  const uint32_t w2 = *reinterpret_cast<const uint32_t*>(words + 8);
-  const uint32_t low = __funnelshift_r(w0, w1, 8 * offset), high = __funnelshift_r(w1, w2, 8 * offset);
+__device__ __forceinline__ void expand(const uint32_t* shared, uint32_t place, const Nibbles& nibbles, uint32_t* first, uint32_t* second) {
+  const uint32_t* const words = shared + place / 32;
+  const uint32_t low = __funnelshift_r(words[0], words[1], place), high = __funnelshift_r(words[1], words[2], place);
   *first = low & pair_mask<kStep>(nibbles, 0);
-  *second = __funnelshift_rc(low, high, nibbles.shift >> (8 * kStep) & 0xff) & pair_mask<kStep>(nibbles, 2);
+  *second = __funnelshift_rc(low, high, __byte_perm(nibbles.shift, 0, 0x4440 + kStep)) & pair_mask<kStep>(nibbles, 2);
 }
 
 }  // namespace bitmask::cuda

@@ -52,10 +52,18 @@ struct Segment {
 
 __device__ __forceinline__ float quiet_nan() { return __uint_as_float(0x7fffffff); }
 
+// An array that is copied in pieces of 16 bytes, aligned. Its first one may begin before the array: places are bytes from there.
+struct Pieces {
+  uintptr_t base;
+  int64_t begin, end;  // of the array
+  uint64_t inner;      // places, from `begin` on, after which there are at least as many bytes as are copied at a time
+};
+
 // What the kernels are told.
 struct Product {
   BitmaskMatrix w;
   int64_t row_bytes;  // of its bitmask
+  Pieces values, bitmasks;
   const uint8_t* x;
   const uint16_t* bias;
   uint16_t* y;
@@ -120,40 +128,24 @@ template <int kTiles>
 struct Shared {
   Values values[2];
   uint8_t after[16];
-  uint8_t masks[kTileRows][48];  // 16 bytes that begin in the first 16
+  uint8_t bits[kTileRows][48];  // 16 bytes that begin in the first 16
   uint8_t x[2][8 * kTiles][kXStride];
 };
 
-// Brings what an array [begin, end) has of the 16 bytes at the address `piece`, which is aligned.
-__device__ __forceinline__ void copy_piece(uint8_t* shared, uintptr_t piece, uintptr_t begin, uintptr_t end) {
-  const uint8_t* const src = reinterpret_cast<const uint8_t*>(piece);
-  if (piece >= end) return;
-  if (piece >= begin) {
-    ptx::copy_async_16(shared, src, static_cast<int>(end - piece < 16 ? end - piece : 16));
-  } else {
-    for (uintptr_t i = begin - piece; i < 16 && piece + i < end; ++i) shared[i] = src[i];
-  }
+// Is all that is copied at a time, from `place` on, in the array?
+__device__ __forceinline__ bool inside(const Pieces& array, int64_t place) { return static_cast<uint64_t>(place - array.begin) < array.inner; }
+
+__device__ __forceinline__ const uint8_t* address(const Pieces& array, int64_t place) {
+  return reinterpret_cast<const uint8_t*>(array.base + static_cast<uintptr_t>(place));
 }
 
-// x, columns of `stage`; zero outside of x.
-template <int kTiles>
-__device__ __forceinline__ void copy_x(const Product& p, int64_t stage, Shared<kTiles>& shared) {
-  constexpr int kPieces = kStageColumns * kWidth / 16;
-  const int64_t cols = p.w.cols;
-  for (int i = static_cast<int>(threadIdx.x); i < 8 * kTiles * kPieces; i += static_cast<int>(blockDim.x)) {
-    const int row = i / kPieces, piece = i % kPieces;
-    const int64_t column = stage * kStageColumns + 8 * piece;
-    const int64_t src = (row * cols + column) * kWidth;
-    uint8_t* const dst = shared.x[stage % 2][row] + 16 * piece;
-    if (p.x_aligned) {
-      const bool there = row < p.m && column < cols;
-      ptx::copy_async_16(dst, there ? p.x + src : p.x, there ? 16 : 0);
-    } else {
-      for (int j = 0; j < 8; ++j) {
-        const bool there = row < p.m && column + j < cols;
-        reinterpret_cast<uint16_t*>(dst)[j] = there ? reinterpret_cast<const uint16_t*>(p.x + src)[j] : uint16_t{0};
-      }
-    }
+// Brings what the array has of the piece at `place`.
+__device__ __forceinline__ void copy_edge(uint8_t* shared, const Pieces& array, int64_t place) {
+  if (place >= array.begin && place < array.end) {
+    ptx::copy_async_16(shared, address(array, place), static_cast<int>(array.end - place < 16 ? array.end - place : 16));
+  } else if (place < array.begin) {
+#pragma unroll 1
+    for (int64_t i = array.begin - place; i < 16 && place + i < array.end; ++i) shared[i] = *address(array, place + i);
   }
 }
 
@@ -161,42 +153,42 @@ __device__ __forceinline__ void copy_x(const Product& p, int64_t stage, Shared<k
 
 // A row of W as each of its four lanes sees it.
 struct Row {
-  int64_t position;  // of the first value of the stage whose bits these are
+  int64_t place;  // in values, of the first one of the stage whose bits these are
   uint32_t bits[kStageColumns / 32];
-  uint32_t place;  // of the value before the first one of the stage: bits from the beginning of shared memory
+  uint32_t origin;  // of the value before that one: bits from the beginning of shared memory
 
   __device__ __forceinline__ int count() const { return __popc(bits[0]) + __popc(bits[1]) + __popc(bits[2]) + __popc(bits[3]); }
 };
 
-// Asks for the bitmask of a row in `stage`: lanes 0 and 1 of two for each row.
-__device__ __forceinline__ void copy_mask(const Product& p, int64_t row, int64_t stage, int piece, uint8_t* slot) {
-  if (row >= p.w.rows || stage * kStageBytes >= p.row_bytes) return;
-  const uintptr_t bitmasks = reinterpret_cast<uintptr_t>(p.w.bitmasks);
-  const uintptr_t first = bitmasks + static_cast<uintptr_t>(row * p.row_bytes + stage * kStageBytes);
-  copy_piece(slot + 16 * piece, first - first % 16 + 16 * piece, bitmasks, bitmasks + static_cast<uintptr_t>(p.w.rows * p.row_bytes));
-}
-
-// The bits of a row in `stage`, from what copy_mask has brought.
-__device__ __forceinline__ void read_mask(const Product& p, int64_t row, int64_t stage, const uint8_t* slot,
-                                          uint32_t (&bits)[kStageColumns / 32]) {
-  const uint32_t skew = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p.w.bitmasks) + row * p.row_bytes) % 16;
+// The bits of a stage, from the bytes that lie `skew` past the beginning of the slot. Those of the last stage end with the row.
+__device__ __forceinline__ void read_bits(const uint8_t* slot, uint32_t skew, int64_t columns, uint32_t (&bits)[kStageColumns / 32]) {
   const uint32_t* const words = reinterpret_cast<const uint32_t*>(slot + (skew & 12));
-  const int64_t columns = row < p.w.rows ? p.w.cols - stage * kStageColumns : 0;
+#pragma unroll
   for (int i = 0; i < kStageColumns / 32; ++i) bits[i] = __funnelshift_r(words[i], words[i + 1], 8 * skew);
   if (columns >= kStageColumns) return;
+#pragma unroll
   for (int i = 0; i < kStageColumns / 32; ++i) {
-    const int64_t used = columns - 32 * i;
+    const int used = static_cast<int>(columns) - 32 * i;
     bits[i] = used <= 0 ? 0 : used < 32 ? bits[i] & ((1u << used) - 1) : bits[i];
   }
 }
 
-// Asks for the values of a row in a stage, where its bits and its position are known.
-__device__ __forceinline__ void copy_values(const Product& p, Row& row, int t, uint8_t* slot, const uint8_t* shared) {
-  const uintptr_t values = reinterpret_cast<uintptr_t>(p.w.values), end = values + static_cast<uintptr_t>(p.w.nnz * kWidth);
-  const uintptr_t first = values + static_cast<uintptr_t>(row.position * kWidth);
-  const int skew = static_cast<int>(first % 16), bytes = skew + row.count() * kWidth;
-  row.place = 8 * static_cast<uint32_t>(slot - shared + skew - kWidth);
-  for (int i = 16 * t; i < bytes; i += 64) copy_piece(slot + i, first - skew + i, values, end);
+// Asks for the values of a row in a stage, of which lane t takes every fourth piece.
+__device__ __forceinline__ void copy_values(const Pieces& values, Row& row, int t, uint8_t* slot, const uint8_t* shared) {
+  const int skew = static_cast<int>(row.place % 16), bytes = skew + row.count() * kWidth;
+  const int64_t first = row.place - skew;
+  row.origin = 8 * static_cast<uint32_t>(slot - shared + skew - kWidth);
+  uint8_t* const dst = slot + 16 * t;
+  if (inside(values, first)) {
+    const uint8_t* const src = address(values, first + 16 * t);
+#pragma unroll
+    for (int i = 0; i < kSlotBytes; i += 64) {
+      if (i + 16 * t < bytes) ptx::copy_async_16(dst + i, src + i);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i + 16 * t < bytes; i += 64) copy_edge(dst + i, values, first + 16 * t + i);
+  }
 }
 
 __device__ __forceinline__ bool padding_is_zero(const Product& p, int64_t row) {
@@ -246,62 +238,116 @@ struct Multiply {
   using Sums = float[kFragments][kTiles][4];
   using Memory = Shared<kTiles>;
 
-  static __device__ __forceinline__ int lane_of_row() { return static_cast<int>(threadIdx.x % 4); }
+  static constexpr int kPieces = kStageColumns * kWidth / 16;  // of a row of x in a stage
+  static constexpr int kXRows = kThreads / kPieces;            // that are copied at a time
+
+  const Product& p;
+  Memory& shared;
+  const Segment segment;
+  const int t;  // which of the four lanes of its rows a lane is
+  Row rows[kRows];
+  int64_t bits_place[kFragments];  // in bitmasks, of the piece that the lane brings next for a row of each fragment: lanes 0 and 1 for
+                                   // the upper one, 2 and 3 for the lower one
+  const uint8_t* x_next;           // what the thread brings next for the first of its rows of x
 
   // The lane's row i in a tile.
   static __device__ __forceinline__ int tile_row(int i) {
     return static_cast<int>(threadIdx.x / 32 * 16 * kFragments + threadIdx.x % 32 / 4) + 8 * i;
   }
 
+  // The lane's row i of W; the last one instead of those that are not there.
+  __device__ __forceinline__ int64_t row_of(int i) const {
+    const int64_t row = segment.tile * kTileRows + tile_row(i);
+    return row < p.w.rows ? row : p.w.rows - 1;
+  }
+
+  __device__ __forceinline__ uint32_t bits_skew(int i) const {
+    return static_cast<uint32_t>(p.bitmasks.begin + row_of(i) * p.row_bytes) % 16;
+  }
+
   // Finds where the values of the rows begin in a segment.
-  static __device__ __forceinline__ void open(const Product& p, const Segment& s, Row (&rows)[kRows]) {
+  __device__ __forceinline__ void open() {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int64_t row = s.tile * kTileRows + tile_row(i);
-      rows[i].position = 0;
-      if (row < p.w.rows && !find_row(p, row, &rows[i].position)) rows[i].position = 0;  // row_holds will tell
-      if (s.begin == 0) continue;
-      for (int64_t block = p.deal.block_of(s.tile * p.deal.stages); block < blockIdx.x; ++block) {
-        rows[i].position += p.counts[block * kTileRows + tile_row(i)];
+      int64_t position;
+      if (!find_row(p, row_of(i), &position)) position = 0;  // row_holds will tell
+      if (segment.begin > 0) {
+        for (int64_t block = p.deal.block_of(segment.tile * p.deal.stages); block < blockIdx.x; ++block) {
+          position += p.counts[block * kTileRows + row_of(i) % kTileRows];
+        }
       }
+      rows[i].place = p.values.begin + position * kWidth;
+    }
+    const int piece = t % 2;
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+      const int64_t place = p.bitmasks.begin + row_of(2 * i + t / 2) * p.row_bytes + segment.begin * kStageBytes;
+      bits_place[i] = piece == 1 && place % 16 == 0 ? INT64_MIN / 2 : place - place % 16 + 16 * piece;
+    }
+    const int64_t first = static_cast<int64_t>(threadIdx.x) / kPieces * p.w.cols + segment.begin * kStageColumns;
+    x_next = p.x + (first + threadIdx.x % kPieces * 8) * kWidth;
+  }
+
+  // Asks for the bits of the stage that follows those that have been asked for.
+  __device__ __forceinline__ void copy_bits() {
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+      uint8_t* const dst = shared.bits[tile_row(2 * i + t / 2)] + 16 * (t % 2);
+      if (inside(p.bitmasks, bits_place[i])) {
+        ptx::copy_async_16(dst, address(p.bitmasks, bits_place[i]));
+      } else if (bits_place[i] >= 0) {
+        copy_edge(dst, p.bitmasks, bits_place[i]);
+      }
+      bits_place[i] += kStageBytes;
     }
   }
 
-  static __device__ __forceinline__ void copy_masks(const Product& p, const Segment& s, int64_t stage, Memory& shared) {
-    if (stage >= s.end) return;
-    for (int i = lane_of_row() / 2; i < kRows; i += 2) {
-      copy_mask(p, s.tile * kTileRows + tile_row(i), stage, lane_of_row() % 2, shared.masks[tile_row(i)]);
+  // Asks for x in `stage`; where there is no column there are zeros, where there is no row there is anything.
+  __device__ __forceinline__ void copy_x(int64_t stage, bool whole) {
+    uint8_t(&slots)[8 * kTiles][kXStride] = shared.x[stage % 2];
+    const int first = static_cast<int>(threadIdx.x) / kPieces, piece = static_cast<int>(threadIdx.x) % kPieces;
+    const int64_t left = p.w.cols - stage * kStageColumns - 8 * piece;  // columns
+#pragma unroll
+    for (int i = 0; i < 8 * kTiles; i += kXRows) {
+      const int row = first + i;
+      if (kXRows > 8 * kTiles && row >= 8 * kTiles) break;
+      uint8_t* const dst = slots[row] + 16 * piece;
+      const uint8_t* const src = x_next + i * p.w.cols * kWidth;
+      if (row >= p.m) break;
+      if (p.x_aligned && (whole || left >= 8)) {
+        ptx::copy_async_16(dst, src);
+      } else {
+#pragma unroll 1
+        for (int j = 0; j < 8; ++j) reinterpret_cast<uint16_t*>(dst)[j] = j < left ? reinterpret_cast<const uint16_t*>(src)[j] : uint16_t{0};
+      }
     }
+    x_next += kStageColumns * kWidth;
   }
 
-  // Takes the bits of `stage` and asks for all else that it needs, and for the bits of the next one.
-  static __device__ __forceinline__ void copy_stage(const Product& p, const Segment& s, int64_t stage, Memory& shared, Row (&rows)[kRows]) {
-    if (stage < s.end) {
+  // Takes the bits of `stage`, which are there, and asks for all else that it needs, and for the bits of the next one.
+  __device__ __forceinline__ void copy_stage(int64_t stage) {
+    const int64_t columns = p.w.cols - stage * kStageColumns;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        read_mask(p, s.tile * kTileRows + tile_row(i), stage, shared.masks[tile_row(i)], rows[i].bits);
-      }
-      __syncwarp();
-      copy_masks(p, s, stage + 1, shared);
+    for (int i = 0; i < kRows; ++i) read_bits(shared.bits[tile_row(i)], bits_skew(i), columns, rows[i].bits);
+    __syncwarp();
+    if (stage + 1 < segment.end) copy_bits();
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        copy_values(p, rows[i], lane_of_row(), shared.values[stage % 2].slots[tile_row(i)], reinterpret_cast<const uint8_t*>(&shared));
-      }
-      copy_x(p, stage, shared);
+    for (int i = 0; i < kRows; ++i) {
+      copy_values(p.values, rows[i], t, shared.values[stage % 2].slots[tile_row(i)], reinterpret_cast<const uint8_t*>(&shared));
     }
-    ptx::copy_async_commit();
+    copy_x(stage, columns >= kStageColumns);
   }
 
   // 16 columns of all rows. `x` is where the lane's elements of the first tile of x are.
   template <int kStep>
-  static __device__ __forceinline__ void step(const uint32_t* shared, const Nibbles (&nibbles)[kRows], const uint32_t (&words)[kRows],
+  __device__ __forceinline__ void step(const uint32_t* memory, const Nibbles (&nibbles)[kRows], const uint32_t (&words)[kRows],
                                               const uint32_t (&places)[kRows], const uint8_t* x, Sums& sums) {
-    const uint32_t to_first = (2u << (4 * lane_of_row() + 16 * (kStep % 2))) - 1;
+    const uint32_t to_first = (2u << (4 * t + 16 * (kStep % 2))) - 1;
     uint32_t a[kFragments][4];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const uint32_t place = places[i] + 8 * kWidth * static_cast<uint32_t>(__popc(words[i] & to_first));
-      expand<kStep>(shared, place, nibbles[i], &a[i / 2][i % 2], &a[i / 2][i % 2 + 2]);
+      expand<kStep>(memory, place, nibbles[i], &a[i / 2][i % 2], &a[i / 2][i % 2 + 2]);
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -312,60 +358,56 @@ struct Multiply {
     }
   }
 
-  static __device__ __forceinline__ void multiply_stage(const uint32_t* shared, const Row (&rows)[kRows], const uint8_t* x, Sums& sums) {
+  __device__ __forceinline__ void multiply_stage(const uint32_t* memory, const Row (&current)[kRows], const uint8_t* x, Sums& sums) {
     uint32_t places[kRows];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) places[i] = rows[i].place;
+    for (int i = 0; i < kRows; ++i) places[i] = current[i].origin;
 #pragma unroll
     for (int half = 0; half < 2; ++half, x += kStageColumns / 2 * kWidth) {
       uint32_t words[2][kRows];
       Nibbles nibbles[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        words[0][i] = rows[i].bits[2 * half];
-        words[1][i] = rows[i].bits[2 * half + 1];
-        nibbles[i] = nibbles_of(words[0][i], words[1][i], lane_of_row());
+        words[0][i] = current[i].bits[2 * half];
+        words[1][i] = current[i].bits[2 * half + 1];
+        nibbles[i] = nibbles_of(words[0][i], words[1][i], t);
       }
-      step<0>(shared, nibbles, words[0], places, x, sums);
-      step<1>(shared, nibbles, words[0], places, x, sums);
+      step<0>(memory, nibbles, words[0], places, x, sums);
+      step<1>(memory, nibbles, words[0], places, x, sums);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) places[i] += 8 * kWidth * static_cast<uint32_t>(__popc(words[0][i]));
-      step<2>(shared, nibbles, words[1], places, x, sums);
-      step<3>(shared, nibbles, words[1], places, x, sums);
+      step<2>(memory, nibbles, words[1], places, x, sums);
+      step<3>(memory, nibbles, words[1], places, x, sums);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) places[i] += 8 * kWidth * static_cast<uint32_t>(__popc(words[1][i]));
     }
   }
 
   // The sums of a segment. Where it ends its tile, its rows are proven: those of a faulty one become NaN.
-  static __device__ __forceinline__ void multiply_segment(const Product& p, const Segment& s, Sums& sums) {
-    Memory& shared = *ptx::dynamic_shared<Memory>();
-    Row rows[kRows];
-    open(p, s, rows);
+  __device__ __forceinline__ void run(Sums& sums) {
+    open();
     __syncthreads();  // the segment before is done with the memory
-    copy_masks(p, s, s.begin, shared);
+    copy_bits();
     ptx::copy_async_commit();
-    ptx::copy_async_wait<0>();
-    __syncwarp();
-    copy_stage(p, s, s.begin, shared, rows);
-    for (int64_t stage = s.begin; stage < s.end; ++stage) {
+    for (int64_t stage = segment.begin; stage <= segment.end; ++stage) {  // that is asked for, while the one before is multiplied
       ptx::copy_async_wait<0>();
       __syncthreads();
       Row current[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         current[i] = rows[i];
-        rows[i].position += rows[i].count();
+        rows[i].place += rows[i].count() * kWidth;
       }
-      copy_stage(p, s, stage + 1, shared, rows);
-      const uint8_t* const x = shared.x[stage % 2][threadIdx.x % 32 / 4] + lane_of_row() * 4 * kWidth;
+      if (stage < segment.end) copy_stage(stage);
+      ptx::copy_async_commit();
+      if (stage == segment.begin) continue;
+      const uint8_t* const x = shared.x[(stage - 1) % 2][threadIdx.x % 32 / 4] + t * 4 * kWidth;
       multiply_stage(reinterpret_cast<const uint32_t*>(&shared), current, x, sums);
     }
-    if (s.end < p.deal.stages) return;
+    if (segment.end < p.deal.stages) return;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int64_t row = s.tile * kTileRows + tile_row(i);
-      if (row >= p.w.rows || row_holds(p, row, rows[i].position)) continue;
+      if (row_holds(p, row_of(i), (rows[i].place - p.values.begin) / kWidth)) continue;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) sums[i / 2][tile][i % 2 * 2] = sums[i / 2][tile][i % 2 * 2 + 1] = quiet_nan();
     }
@@ -380,7 +422,7 @@ struct Multiply {
       const float bias = p.bias == nullptr ? 0 : Element<kDtype>::widen(p.bias[row]);
 #pragma unroll
       for (int j = 0; j < 2 * kTiles; ++j) {
-        const int64_t x_row = 8 * (j / 2) + 2 * lane_of_row() + j % 2;
+        const int64_t x_row = 8 * (j / 2) + 2 * static_cast<int>(threadIdx.x % 4) + j % 2;
         if (x_row < p.m) p.y[x_row * p.w.rows + row] = Element<kDtype>::narrow(sums[i / 2][j / 2][i % 2 * 2 + j % 2] + bias);
       }
     }
@@ -414,13 +456,14 @@ struct Multiply {
     return true;
   }
 
-  static __device__ __forceinline__ void run(const Product& p) {
+  // All segments of a block.
+  static __device__ __forceinline__ void run_block(const Product& p) {
     const int64_t last = p.deal.begin(blockIdx.x + 1);
     for (int64_t unit = p.deal.begin(blockIdx.x); unit < last;) {
       const int64_t tile = unit / p.deal.stages, begin = unit % p.deal.stages, left = begin + last - unit;
       const Segment s{tile, begin, left < p.deal.stages ? left : p.deal.stages};
       Sums sums = {};
-      multiply_segment(p, s, sums);
+      Multiply{p, *ptx::dynamic_shared<Memory>(), s, static_cast<int>(threadIdx.x % 4), {}, {}, nullptr}.run(sums);
       const bool whole = s.begin == 0 && s.end == p.deal.stages;
       if (whole || join(p, s, sums)) store(p, s.tile, sums);
       unit += s.end - s.begin;
@@ -430,7 +473,7 @@ struct Multiply {
 
 template <int kTiles, int kFragments, LinearDtype kDtype>
 __global__ __launch_bounds__(Multiply<kTiles, kFragments, kDtype>::kThreads, kBlocksPerMultiprocessor) void multiply(const Product p) {
-  Multiply<kTiles, kFragments, kDtype>::run(p);
+  Multiply<kTiles, kFragments, kDtype>::run_block(p);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- launching
@@ -439,6 +482,13 @@ constexpr int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1
 
 int64_t shared_bytes_of(int tiles) {
   return tiles == 1 ? sizeof(Shared<1>) : tiles == 2 ? sizeof(Shared<2>) : tiles == 4 ? sizeof(Shared<4>) : sizeof(Shared<8>);
+}
+
+// `run`: bytes that are copied at a time.
+Pieces pieces_of(const void* array, int64_t bytes, int64_t run) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(array);
+  const int64_t skew = static_cast<int64_t>(begin % 16);
+  return {begin - begin % 16, skew, skew + bytes, static_cast<uint64_t>(bytes < run ? 0 : bytes - run + 1)};
 }
 
 struct Plan {
@@ -499,6 +549,8 @@ cudaError_t linear_multiply(const LinearParams& params, const Device& device, vo
   Product product = {};
   product.w = params.w;
   product.row_bytes = bitmask_bytes(params.w.cols);
+  product.values = pieces_of(params.w.values, params.w.nnz * kWidth, kSlotBytes);
+  product.bitmasks = pieces_of(params.w.bitmasks, params.w.rows * product.row_bytes, 16);
   product.bias = static_cast<const uint16_t*>(params.bias);
   product.deal = plan.deal;
   product.arrived = reinterpret_cast<uint32_t*>(scratch);

@@ -55,8 +55,8 @@ __device__ __forceinline__ float quiet_nan() { return __uint_as_float(0x7fffffff
 // An array that is copied in pieces of 16 bytes, aligned. Its first one may begin before the array: places are bytes from there.
 struct Pieces {
   uintptr_t base;
-  int64_t begin, end;  // of the array
-  uint64_t inner;      // places, from `begin` on, after which there are at least as many bytes as are copied at a time
+  uint64_t begin, end;  // of the array
+  uint64_t inner;       // places, from `begin` on, after which there are at least as many bytes as are copied at a time
 };
 
 // What the kernels are told.
@@ -133,19 +133,21 @@ struct Shared {
 };
 
 // Is all that is copied at a time, from `place` on, in the array?
-__device__ __forceinline__ bool inside(const Pieces& array, int64_t place) { return static_cast<uint64_t>(place - array.begin) < array.inner; }
+__device__ __forceinline__ bool inside(const Pieces& array, uint64_t place) { return place - array.begin < array.inner; }
 
-__device__ __forceinline__ const uint8_t* address(const Pieces& array, int64_t place) {
-  return reinterpret_cast<const uint8_t*>(array.base + static_cast<uintptr_t>(place));
+__device__ __forceinline__ const uint8_t* address(const Pieces& array, uint64_t place) {
+  return reinterpret_cast<const uint8_t*>(array.base + place);
 }
 
 // Brings what the array has of the piece at `place`.
-__device__ __forceinline__ void copy_edge(uint8_t* shared, const Pieces& array, int64_t place) {
+__device__ __forceinline__ void copy_edge(uint8_t* shared, const Pieces& array, uint64_t place) {
   if (place >= array.begin && place < array.end) {
     ptx::copy_async_16(shared, address(array, place), static_cast<int>(array.end - place < 16 ? array.end - place : 16));
-  } else if (place < array.begin) {
+  } else {
 #pragma unroll 1
-    for (int64_t i = array.begin - place; i < 16 && place + i < array.end; ++i) shared[i] = *address(array, place + i);
+    for (uint64_t i = 0; i < 16; ++i) {
+      if (place + i >= array.begin && place + i < array.end) shared[i] = *address(array, place + i);
+    }
   }
 }
 
@@ -153,11 +155,10 @@ __device__ __forceinline__ void copy_edge(uint8_t* shared, const Pieces& array, 
 
 // A row of W as each of its four lanes sees it.
 struct Row {
-  int64_t place;  // in values, of the first one of the stage whose bits these are
+  uint64_t place;  // in values, of the first one of the stage whose bits these are
+  uint32_t bytes;  // of those values
   uint32_t bits[kStageColumns / 32];
-  uint32_t origin;  // of the value before that one: bits from the beginning of shared memory
-
-  __device__ __forceinline__ int count() const { return __popc(bits[0]) + __popc(bits[1]) + __popc(bits[2]) + __popc(bits[3]); }
+  uint32_t origin;  // of the value before the first one: bits from the beginning of shared memory
 };
 
 // The bits of a stage, from the bytes that lie `skew` past the beginning of the slot. Those of the last stage end with the row.
@@ -173,21 +174,24 @@ __device__ __forceinline__ void read_bits(const uint8_t* slot, uint32_t skew, in
   }
 }
 
-// Asks for the values of a row in a stage, of which lane t takes every fourth piece.
-__device__ __forceinline__ void copy_values(const Pieces& values, Row& row, int t, uint8_t* slot, const uint8_t* shared) {
-  const int skew = static_cast<int>(row.place % 16), bytes = skew + row.count() * kWidth;
-  const int64_t first = row.place - skew;
-  row.origin = 8 * static_cast<uint32_t>(slot - shared + skew - kWidth);
-  uint8_t* const dst = slot + 16 * t;
+// Asks for the values of a row in a stage, of which lane t takes every fourth piece. `slot`: where the row's go, from the beginning of
+// shared memory.
+__device__ __forceinline__ void copy_values(const Pieces& values, Row& row, int t, uint8_t* shared, uint32_t slot) {
+  const uint32_t skew = static_cast<uint32_t>(row.place) % 16;
+  const uint64_t first = row.place - skew;
+  row.bytes = kWidth * static_cast<uint32_t>(__popc(row.bits[0]) + __popc(row.bits[1]) + __popc(row.bits[2]) + __popc(row.bits[3]));
+  row.origin = 8 * (slot + skew - kWidth);
+  const int left = static_cast<int>(skew + row.bytes) - 16 * t;
+  uint8_t* const dst = shared + slot + 16 * t;
   if (inside(values, first)) {
-    const uint8_t* const src = address(values, first + 16 * t);
+    const uint8_t* const src = address(values, first + 16 * static_cast<uint32_t>(t));
 #pragma unroll
     for (int i = 0; i < kSlotBytes; i += 64) {
-      if (i + 16 * t < bytes) ptx::copy_async_16(dst + i, src + i);
+      if (i < left) ptx::copy_async_16(dst + i, src + i);
     }
   } else {
 #pragma unroll 1
-    for (int i = 0; i + 16 * t < bytes; i += 64) copy_edge(dst + i, values, first + 16 * t + i);
+    for (int i = 0; i < left; i += 64) copy_edge(dst + i, values, first + 16 * static_cast<uint32_t>(t) + static_cast<uint32_t>(i));
   }
 }
 
@@ -239,16 +243,27 @@ struct Multiply {
   using Memory = Shared<kTiles>;
 
   static constexpr int kPieces = kStageColumns * kWidth / 16;  // of a row of x in a stage
-  static constexpr int kXRows = kThreads / kPieces;            // that are copied at a time
+  static constexpr int kXRows = kThreads / kPieces;            // of x that the threads copy at a time
 
   const Product& p;
   Memory& shared;
   const Segment segment;
   const int t;  // which of the four lanes of its rows a lane is
   Row rows[kRows];
-  int64_t bits_place[kFragments];  // in bitmasks, of the piece that the lane brings next for a row of each fragment: lanes 0 and 1 for
-                                   // the upper one, 2 and 3 for the lower one
-  const uint8_t* x_next;           // what the thread brings next for the first of its rows of x
+  uint32_t skews[kRows];            // how far past the beginning of their slots the rows' bits begin: bytes
+  uint64_t bits_place[kFragments];  // in bitmasks, of the piece that the lane copies next: lanes 0 and 1 for the upper row of a fragment
+  bool copies_bits[kFragments];     // that the lane has in it, lanes 2 and 3 for the lower one; whether these need the piece
+  const uint8_t* x_next;            // what the thread copies next for the first of its rows of x
+  int x_rows;                       // rows of x from that one on
+
+  // Slots for the stage to come, by turns: bytes from the beginning of shared memory.
+  uint32_t values_slot;  // of the lane's first row
+  uint32_t x_slot;       // of the thread's first piece of x
+
+  __device__ __forceinline__ Multiply(const Product& product, Memory& memory, const Segment& stages)
+      : p(product), shared(memory), segment(stages), t(static_cast<int>(threadIdx.x % 4)) {}
+
+  __device__ __forceinline__ uint8_t* memory() const { return reinterpret_cast<uint8_t*>(&shared); }
 
   // The lane's row i in a tile.
   static __device__ __forceinline__ int tile_row(int i) {
@@ -261,31 +276,35 @@ struct Multiply {
     return row < p.w.rows ? row : p.w.rows - 1;
   }
 
-  __device__ __forceinline__ uint32_t bits_skew(int i) const {
-    return static_cast<uint32_t>(p.bitmasks.begin + row_of(i) * p.row_bytes) % 16;
-  }
-
-  // Finds where the values of the rows begin in a segment.
-  __device__ __forceinline__ void open() {
+  // Finds where the rows begin in the segment.
+  __device__ __forceinline__ void open_rows() {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
+      const int64_t row = row_of(i);
       int64_t position;
-      if (!find_row(p, row_of(i), &position)) position = 0;  // row_holds will tell
+      if (!find_row(p, row, &position)) position = 0;  // row_holds will tell
       if (segment.begin > 0) {
         for (int64_t block = p.deal.block_of(segment.tile * p.deal.stages); block < blockIdx.x; ++block) {
-          position += p.counts[block * kTileRows + row_of(i) % kTileRows];
+          position += p.counts[block * kTileRows + row % kTileRows];
         }
       }
-      rows[i].place = p.values.begin + position * kWidth;
+      rows[i] = {p.values.begin + static_cast<uint64_t>(position * kWidth), 0, {}, 0};
+      skews[i] = static_cast<uint32_t>(p.bitmasks.begin + static_cast<uint64_t>(row * p.row_bytes)) % 16;
     }
-    const int piece = t % 2;
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
-      const int64_t place = p.bitmasks.begin + row_of(2 * i + t / 2) * p.row_bytes + segment.begin * kStageBytes;
-      bits_place[i] = piece == 1 && place % 16 == 0 ? INT64_MIN / 2 : place - place % 16 + 16 * piece;
+      const int64_t bytes = row_of(2 * i + t / 2) * p.row_bytes + segment.begin * kStageBytes;
+      const uint64_t place = p.bitmasks.begin + static_cast<uint64_t>(bytes);
+      copies_bits[i] = t % 2 == 0 || place % 16 != 0;
+      bits_place[i] = place - place % 16 + 16 * (static_cast<uint32_t>(t) % 2);
     }
-    const int64_t first = static_cast<int64_t>(threadIdx.x) / kPieces * p.w.cols + segment.begin * kStageColumns;
-    x_next = p.x + (first + threadIdx.x % kPieces * 8) * kWidth;
+  }
+
+  __device__ __forceinline__ void open_x() {
+    const int row = static_cast<int>(threadIdx.x) / kPieces, piece = static_cast<int>(threadIdx.x) % kPieces;
+    x_next = p.x + (row * p.w.cols + segment.begin * kStageColumns + 8 * piece) * kWidth;
+    x_rows = static_cast<int>(p.m < 8 * kTiles ? p.m : 8 * kTiles) - row;
+    x_slot = static_cast<uint32_t>(&shared.x[0][0][0] - memory() + row * kXStride + 16 * piece);
   }
 
   // Asks for the bits of the stage that follows those that have been asked for.
@@ -293,32 +312,31 @@ struct Multiply {
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
       uint8_t* const dst = shared.bits[tile_row(2 * i + t / 2)] + 16 * (t % 2);
-      if (inside(p.bitmasks, bits_place[i])) {
-        ptx::copy_async_16(dst, address(p.bitmasks, bits_place[i]));
-      } else if (bits_place[i] >= 0) {
-        copy_edge(dst, p.bitmasks, bits_place[i]);
+      if (copies_bits[i]) {
+        if (inside(p.bitmasks, bits_place[i])) {
+          ptx::copy_async_16(dst, address(p.bitmasks, bits_place[i]));
+        } else {
+          copy_edge(dst, p.bitmasks, bits_place[i]);
+        }
       }
       bits_place[i] += kStageBytes;
     }
   }
 
-  // Asks for x in `stage`; where there is no column there are zeros, where there is no row there is anything.
-  __device__ __forceinline__ void copy_x(int64_t stage, bool whole) {
-    uint8_t(&slots)[8 * kTiles][kXStride] = shared.x[stage % 2];
-    const int first = static_cast<int>(threadIdx.x) / kPieces, piece = static_cast<int>(threadIdx.x) % kPieces;
-    const int64_t left = p.w.cols - stage * kStageColumns - 8 * piece;  // columns
+  // Asks for x where `columns` are left; where there is no column there are zeros, where there is no row there is anything.
+  __device__ __forceinline__ void copy_x(int64_t columns) {
+    const int64_t left = columns - 8 * (static_cast<int>(threadIdx.x) % kPieces);
+    if (p.x_aligned && columns >= kStageColumns) {
 #pragma unroll
-    for (int i = 0; i < 8 * kTiles; i += kXRows) {
-      const int row = first + i;
-      if (kXRows > 8 * kTiles && row >= 8 * kTiles) break;
-      uint8_t* const dst = slots[row] + 16 * piece;
-      const uint8_t* const src = x_next + i * p.w.cols * kWidth;
-      if (row >= p.m) break;
-      if (p.x_aligned && (whole || left >= 8)) {
-        ptx::copy_async_16(dst, src);
-      } else {
+      for (int i = 0; i < 8 * kTiles; i += kXRows) {
+        if (i < x_rows) ptx::copy_async_16(memory() + x_slot + i * kXStride, x_next + i * p.w.cols * kWidth);
+      }
+    } else {
 #pragma unroll 1
-        for (int j = 0; j < 8; ++j) reinterpret_cast<uint16_t*>(dst)[j] = j < left ? reinterpret_cast<const uint16_t*>(src)[j] : uint16_t{0};
+      for (int i = 0; i < x_rows; i += kXRows) {
+        const uint16_t* const src = reinterpret_cast<const uint16_t*>(x_next) + i * p.w.cols;
+        uint16_t* const dst = reinterpret_cast<uint16_t*>(memory() + x_slot + i * kXStride);
+        for (int j = 0; j < 8; ++j) dst[j] = j < left ? src[j] : uint16_t{0};
       }
     }
     x_next += kStageColumns * kWidth;
@@ -328,14 +346,12 @@ struct Multiply {
   __device__ __forceinline__ void copy_stage(int64_t stage) {
     const int64_t columns = p.w.cols - stage * kStageColumns;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) read_bits(shared.bits[tile_row(i)], bits_skew(i), columns, rows[i].bits);
+    for (int i = 0; i < kRows; ++i) read_bits(shared.bits[tile_row(i)], skews[i], columns, rows[i].bits);
     __syncwarp();
     if (stage + 1 < segment.end) copy_bits();
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      copy_values(p.values, rows[i], t, shared.values[stage % 2].slots[tile_row(i)], reinterpret_cast<const uint8_t*>(&shared));
-    }
-    copy_x(stage, columns >= kStageColumns);
+    for (int i = 0; i < kRows; ++i) copy_values(p.values, rows[i], t, memory(), values_slot + static_cast<uint32_t>(8 * i * kSlotBytes));
+    copy_x(columns);
   }
 
   // 16 columns of all rows. `x` is where the lane's elements of the first tile of x are.
@@ -385,7 +401,12 @@ struct Multiply {
 
   // The sums of a segment. Where it ends its tile, its rows are proven: those of a faulty one become NaN.
   __device__ __forceinline__ void run(Sums& sums) {
-    open();
+    open_rows();
+    open_x();
+    values_slot = static_cast<uint32_t>(&shared.values[0].slots[tile_row(0)][0] - memory());
+    uint32_t x_read = static_cast<uint32_t>(&shared.x[1][threadIdx.x % 32 / 4][0] - memory() + t * 4 * kWidth);
+    const uint32_t values_turn = 2 * values_slot + sizeof(Values), x_turn = 2 * x_slot + sizeof(shared.x[0]);
+    const uint32_t x_read_turn = 2 * x_read - sizeof(shared.x[0]);
     __syncthreads();  // the segment before is done with the memory
     copy_bits();
     ptx::copy_async_commit();
@@ -396,18 +417,19 @@ struct Multiply {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         current[i] = rows[i];
-        rows[i].place += rows[i].count() * kWidth;
+        rows[i].place += rows[i].bytes;
       }
       if (stage < segment.end) copy_stage(stage);
       ptx::copy_async_commit();
-      if (stage == segment.begin) continue;
-      const uint8_t* const x = shared.x[(stage - 1) % 2][threadIdx.x % 32 / 4] + t * 4 * kWidth;
-      multiply_stage(reinterpret_cast<const uint32_t*>(&shared), current, x, sums);
+      if (stage > segment.begin) multiply_stage(reinterpret_cast<const uint32_t*>(memory()), current, memory() + x_read, sums);
+      values_slot = values_turn - values_slot;
+      x_slot = x_turn - x_slot;
+      x_read = x_read_turn - x_read;
     }
     if (segment.end < p.deal.stages) return;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (row_holds(p, row_of(i), (rows[i].place - p.values.begin) / kWidth)) continue;
+      if (row_holds(p, row_of(i), static_cast<int64_t>((rows[i].place - p.values.begin) / kWidth))) continue;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) sums[i / 2][tile][i % 2 * 2] = sums[i / 2][tile][i % 2 * 2 + 1] = quiet_nan();
     }
@@ -463,7 +485,7 @@ struct Multiply {
       const int64_t tile = unit / p.deal.stages, begin = unit % p.deal.stages, left = begin + last - unit;
       const Segment s{tile, begin, left < p.deal.stages ? left : p.deal.stages};
       Sums sums = {};
-      Multiply{p, *ptx::dynamic_shared<Memory>(), s, static_cast<int>(threadIdx.x % 4), {}, {}, nullptr}.run(sums);
+      Multiply(p, *ptx::dynamic_shared<Memory>(), s).run(sums);
       const bool whole = s.begin == 0 && s.end == p.deal.stages;
       if (whole || join(p, s, sums)) store(p, s.tile, sums);
       unit += s.end - s.begin;
@@ -487,8 +509,8 @@ int64_t shared_bytes_of(int tiles) {
 // `run`: bytes that are copied at a time.
 Pieces pieces_of(const void* array, int64_t bytes, int64_t run) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(array);
-  const int64_t skew = static_cast<int64_t>(begin % 16);
-  return {begin - begin % 16, skew, skew + bytes, static_cast<uint64_t>(bytes < run ? 0 : bytes - run + 1)};
+  const uint64_t skew = begin % 16;
+  return {begin - skew, skew, skew + static_cast<uint64_t>(bytes), static_cast<uint64_t>(bytes < run ? 0 : bytes - run + 1)};
 }
 
 struct Plan {

@@ -325,30 +325,30 @@ struct Multiply {
 
   // Asks for x where `columns` are left; where there is no column there are zeros, where there is no row there is anything.
   __device__ __forceinline__ void copy_x(int64_t columns) {
-    const int64_t left = columns - 8 * (static_cast<int>(threadIdx.x) % kPieces);
     if (p.x_aligned && columns >= kStageColumns) {
 #pragma unroll
       for (int i = 0; i < 8 * kTiles; i += kXRows) {
         if (i < x_rows) ptx::copy_async_16(memory() + x_slot + i * kXStride, x_next + i * p.w.cols * kWidth);
       }
     } else {
+      const int first = 8 * (static_cast<int>(threadIdx.x) % kPieces);
 #pragma unroll 1
-      for (int i = 0; i < x_rows; i += kXRows) {
-        const uint16_t* const src = reinterpret_cast<const uint16_t*>(x_next) + i * p.w.cols;
-        uint16_t* const dst = reinterpret_cast<uint16_t*>(memory() + x_slot + i * kXStride);
-        for (int j = 0; j < 8; ++j) dst[j] = j < left ? src[j] : uint16_t{0};
+      for (int i = 0; i < 8 * x_rows; i += i % 8 == 7 ? 8 * kXRows - 7 : 1) {
+        const bool there = first + i % 8 < columns;
+        const uint8_t* const src = x_next + (i / 8 * p.w.cols + i % 8) * kWidth;
+        uint8_t* const dst = memory() + x_slot + i / 8 * kXStride + i % 8 * kWidth;
+        *reinterpret_cast<uint16_t*>(dst) = there ? *reinterpret_cast<const uint16_t*>(src) : uint16_t{0};
       }
     }
     x_next += kStageColumns * kWidth;
   }
 
-  // Takes the bits of `stage`, which are there, and asks for all else that it needs, and for the bits of the next one.
-  __device__ __forceinline__ void copy_stage(int64_t stage) {
-    const int64_t columns = p.w.cols - stage * kStageColumns;
+  // Takes the bits of a stage, which are there, and asks for all else that it needs, and for the bits of the next one, if any.
+  __device__ __forceinline__ void copy_stage(int64_t columns, bool last) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) read_bits(shared.bits[tile_row(i)], skews[i], columns, rows[i].bits);
     __syncwarp();
-    if (stage + 1 < segment.end) copy_bits();
+    if (!last) copy_bits();
 #pragma unroll
     for (int i = 0; i < kRows; ++i) copy_values(p.values, rows[i], t, memory(), values_slot + static_cast<uint32_t>(8 * i * kSlotBytes));
     copy_x(columns);
@@ -358,11 +358,11 @@ struct Multiply {
   template <int kStep>
   __device__ __forceinline__ void step(const uint32_t* memory, const Nibbles (&nibbles)[kRows], const uint32_t (&words)[kRows],
                                               const uint32_t (&places)[kRows], const uint8_t* x, Sums& sums) {
-    const uint32_t to_first = (2u << (4 * t + 16 * (kStep % 2))) - 1;
+    const uint32_t to_first = __brev(1u << (4 * t + 16 * (kStep % 2)));  // times a word: leaves the bits up to the first column's
     uint32_t a[kFragments][4];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const uint32_t place = places[i] + 8 * kWidth * static_cast<uint32_t>(__popc(words[i] & to_first));
+      const uint32_t place = places[i] + 8 * kWidth * static_cast<uint32_t>(__popc(words[i] * to_first));
       expand<kStep>(memory, place, nibbles[i], &a[i / 2][i % 2], &a[i / 2][i % 2 + 2]);
     }
 #pragma unroll
@@ -410,7 +410,9 @@ struct Multiply {
     __syncthreads();  // the segment before is done with the memory
     copy_bits();
     ptx::copy_async_commit();
-    for (int64_t stage = segment.begin; stage <= segment.end; ++stage) {  // that is asked for, while the one before is multiplied
+    const int64_t stages = segment.end - segment.begin;
+    int64_t columns = p.w.cols - segment.begin * kStageColumns;
+    for (int64_t left = stages; left >= 0; --left) {  // stages to ask for; the one before is multiplied meanwhile
       ptx::copy_async_wait<0>();
       __syncthreads();
       Row current[kRows];
@@ -419,9 +421,10 @@ struct Multiply {
         current[i] = rows[i];
         rows[i].place += rows[i].bytes;
       }
-      if (stage < segment.end) copy_stage(stage);
+      if (left > 0) copy_stage(columns, left == 1);
       ptx::copy_async_commit();
-      if (stage > segment.begin) multiply_stage(reinterpret_cast<const uint32_t*>(memory()), current, memory() + x_read, sums);
+      if (left < stages) multiply_stage(reinterpret_cast<const uint32_t*>(memory()), current, memory() + x_read, sums);
+      columns -= kStageColumns;
       values_slot = values_turn - values_slot;
       x_slot = x_turn - x_slot;
       x_read = x_read_turn - x_read;

@@ -21,13 +21,15 @@ namespace bitmask::cuda {
 struct Nibbles {
   uint32_t columns[4];  // byte i: its top bit is that of column 4t + (index) of the step
   uint32_t shift;       // byte i: bits from the first pair of values to the second
+  uint32_t reach;       // byte i: its top bit tells whether the values of the two pairs may reach into a third word
 };
 
 __device__ __forceinline__ Nibbles nibbles_of(uint32_t word0, uint32_t word1, int t) {
   const uint32_t turn = static_cast<uint32_t>(4 * t - 2);  // brings the nibbles to the bits 2 to 5 of the bytes 0 and 2
   const uint32_t bits = __byte_perm(__funnelshift_r(word0, word0, turn), __funnelshift_r(word1, word1, turn), 0x6420);
   // 0, 8, 16 or 24, then 8 more, and down to a multiple of 16: 16 for each of the two bits
-  return {{bits << 5, bits << 4, bits << 3, bits << 2}, ((bits & 0x18181818) + 0x08080808) & 0x30303030};
+  const uint32_t shift = ((bits & 0x18181818) + 0x08080808) & 0x30303030;
+  return {{bits << 5, bits << 4, bits << 3, bits << 2}, shift, bits << 4 & bits << 3 & bits << 2};
 }
 
 // All ones in each half whose column, `first` or first + 1, has an element.
@@ -41,7 +43,10 @@ __device__ __forceinline__ uint32_t pair_mask(const Nibbles& nibbles, int first)
 template <int kStep>
 __device__ __forceinline__ void expand(const uint32_t* shared, uint32_t place, const Nibbles& nibbles, uint32_t* first, uint32_t* second) {
   const uint32_t* const words = shared + place / 32;
-  const uint32_t low = __funnelshift_r(words[0], words[1], place), high = __funnelshift_r(words[1], words[2], place);
+  const uint32_t word1 = words[1];
+  uint32_t word2 = word1;  // anything
+  if ((nibbles.reach & 0x80u << 8 * kStep) != 0) word2 = words[2];
+  const uint32_t low = __funnelshift_r(words[0], word1, place), high = __funnelshift_r(word1, word2, place);
   *first = low & pair_mask<kStep>(nibbles, 0);
   *second = __funnelshift_rc(low, high, __byte_perm(nibbles.shift, 0, 0x4440 + kStep)) & pair_mask<kStep>(nibbles, 2);
 }

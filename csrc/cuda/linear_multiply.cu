@@ -52,11 +52,11 @@ struct Segment {
 
 __device__ __forceinline__ float quiet_nan() { return __uint_as_float(0x7fffffff); }
 
-// An array that is copied in pieces of 16 bytes, aligned. Its first one may begin before the array: places are bytes from there.
+// An array that is copied in pieces of 16 bytes, aligned. Places are bytes from the first piece that is whole.
 struct Pieces {
   uintptr_t base;
-  uint64_t begin, end;  // of the array
-  uint64_t inner;       // places, from `begin` on, after which there are at least as many bytes as are copied at a time
+  int64_t begin, end;  // of the array: up to 15 bytes are before its first whole piece
+  int64_t inner;       // places, from 0 on, after which there are at least as many bytes as are copied at a time
 };
 
 // What the kernels are told.
@@ -133,19 +133,21 @@ struct Shared {
 };
 
 // Is all that is copied at a time, from `place` on, in the array?
-__device__ __forceinline__ bool inside(const Pieces& array, uint64_t place) { return place - array.begin < array.inner; }
+__device__ __forceinline__ bool inside(const Pieces& array, int64_t place) {
+  return static_cast<uint64_t>(place) < static_cast<uint64_t>(array.inner);
+}
 
-__device__ __forceinline__ const uint8_t* address(const Pieces& array, uint64_t place) {
-  return reinterpret_cast<const uint8_t*>(array.base + place);
+__device__ __forceinline__ const uint8_t* address(const Pieces& array, int64_t place) {
+  return reinterpret_cast<const uint8_t*>(array.base + static_cast<uintptr_t>(place));
 }
 
 // Brings what the array has of the piece at `place`.
-__device__ __forceinline__ void copy_edge(uint8_t* shared, const Pieces& array, uint64_t place) {
+__device__ __forceinline__ void copy_edge(uint8_t* shared, const Pieces& array, int64_t place) {
   if (place >= array.begin && place < array.end) {
     ptx::copy_async_16(shared, address(array, place), static_cast<int>(array.end - place < 16 ? array.end - place : 16));
   } else {
 #pragma unroll 1
-    for (uint64_t i = 0; i < 16; ++i) {
+    for (int i = 0; i < 16; ++i) {
       if (place + i >= array.begin && place + i < array.end) shared[i] = *address(array, place + i);
     }
   }
@@ -155,10 +157,10 @@ __device__ __forceinline__ void copy_edge(uint8_t* shared, const Pieces& array, 
 
 // A row of W as each of its four lanes sees it.
 struct Row {
-  uint64_t place;  // in values, of the first one of the stage whose bits these are
-  uint32_t bytes;  // of those values
+  int64_t place;   // in values, of the first one of the stage whose bits these are
+  int bytes;       // of those values
   uint32_t bits[kStageColumns / 32];
-  uint32_t origin;  // of the value before the first one: bits from the beginning of shared memory
+  uint32_t origin;  // of the value before the first one: bytes from the beginning of shared memory
 };
 
 // The bits of a stage, from the bytes that lie `skew` past the beginning of the slot. Those of the last stage end with the row.
@@ -177,21 +179,21 @@ __device__ __forceinline__ void read_bits(const uint8_t* slot, uint32_t skew, in
 // Asks for the values of a row in a stage, of which lane t takes every fourth piece. `slot`: where the row's go, from the beginning of
 // shared memory.
 __device__ __forceinline__ void copy_values(const Pieces& values, Row& row, int t, uint8_t* shared, uint32_t slot) {
-  const uint32_t skew = static_cast<uint32_t>(row.place) % 16;
-  const uint64_t first = row.place - skew;
-  row.bytes = kWidth * static_cast<uint32_t>(__popc(row.bits[0]) + __popc(row.bits[1]) + __popc(row.bits[2]) + __popc(row.bits[3]));
-  row.origin = 8 * (slot + skew - kWidth);
-  const int left = static_cast<int>(skew + row.bytes) - 16 * t;
+  const int skew = static_cast<int>(row.place & 15);
+  const int64_t first = row.place & ~int64_t{15};
+  row.bytes = kWidth * (__popc(row.bits[0]) + __popc(row.bits[1]) + __popc(row.bits[2]) + __popc(row.bits[3]));
+  row.origin = slot + static_cast<uint32_t>(skew - kWidth);
+  const int left = skew + row.bytes - 16 * t;
   uint8_t* const dst = shared + slot + 16 * t;
   if (inside(values, first)) {
-    const uint8_t* const src = address(values, first + 16 * static_cast<uint32_t>(t));
+    const uint8_t* const src = address(values, first + 16 * t);
 #pragma unroll
     for (int i = 0; i < kSlotBytes; i += 64) {
       if (i < left) ptx::copy_async_16(dst + i, src + i);
     }
   } else {
 #pragma unroll 1
-    for (int i = 0; i < left; i += 64) copy_edge(dst + i, values, first + 16 * static_cast<uint32_t>(t) + static_cast<uint32_t>(i));
+    for (int i = 0; i < left; i += 64) copy_edge(dst + i, values, first + 16 * t + i);
   }
 }
 
@@ -251,7 +253,7 @@ struct Multiply {
   const int t;  // which of the four lanes of its rows a lane is
   Row rows[kRows];
   uint32_t skews[kRows];            // how far past the beginning of their slots the rows' bits begin: bytes
-  uint64_t bits_place[kFragments];  // in bitmasks, of the piece that the lane copies next: lanes 0 and 1 for the upper row of a fragment
+  int64_t bits_place[kFragments];   // in bitmasks, of the piece that the lane copies next: lanes 0 and 1 for the upper row of a fragment
   bool copies_bits[kFragments];     // that the lane has in it, lanes 2 and 3 for the lower one; whether these need the piece
   const uint8_t* x_next;            // what the thread copies next for the first of its rows of x
   int x_rows;                       // rows of x from that one on
@@ -288,15 +290,14 @@ struct Multiply {
           position += p.counts[block * kTileRows + row % kTileRows];
         }
       }
-      rows[i] = {p.values.begin + static_cast<uint64_t>(position * kWidth), 0, {}, 0};
-      skews[i] = static_cast<uint32_t>(p.bitmasks.begin + static_cast<uint64_t>(row * p.row_bytes)) % 16;
+      rows[i] = {p.values.begin + position * kWidth, 0, {}, 0};
+      skews[i] = static_cast<uint32_t>(p.bitmasks.begin + row * p.row_bytes) % 16;
     }
 #pragma unroll
     for (int i = 0; i < kFragments; ++i) {
-      const int64_t bytes = row_of(2 * i + t / 2) * p.row_bytes + segment.begin * kStageBytes;
-      const uint64_t place = p.bitmasks.begin + static_cast<uint64_t>(bytes);
-      copies_bits[i] = t % 2 == 0 || place % 16 != 0;
-      bits_place[i] = place - place % 16 + 16 * (static_cast<uint32_t>(t) % 2);
+      const int64_t place = p.bitmasks.begin + row_of(2 * i + t / 2) * p.row_bytes + segment.begin * kStageBytes;
+      copies_bits[i] = t % 2 == 0 || (place & 15) != 0;
+      bits_place[i] = (place & ~int64_t{15}) + 16 * (t % 2);
     }
   }
 
@@ -356,13 +357,13 @@ struct Multiply {
 
   // 16 columns of all rows. `x` is where the lane's elements of the first tile of x are.
   template <int kStep>
-  __device__ __forceinline__ void step(const uint32_t* memory, const Nibbles (&nibbles)[kRows], const uint32_t (&words)[kRows],
+  __device__ __forceinline__ void step(const uint8_t* memory, const Nibbles (&nibbles)[kRows], const uint32_t (&words)[kRows],
                                               const uint32_t (&places)[kRows], const uint8_t* x, Sums& sums) {
     const uint32_t to_first = __brev(1u << (4 * t + 16 * (kStep % 2)));  // times a word: leaves the bits up to the first column's
     uint32_t a[kFragments][4];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const uint32_t place = places[i] + 8 * kWidth * static_cast<uint32_t>(__popc(words[i] * to_first));
+      const uint32_t place = places[i] + kWidth * static_cast<uint32_t>(__popc(words[i] * to_first));
       expand<kStep>(memory, place, nibbles[i], &a[i / 2][i % 2], &a[i / 2][i % 2 + 2]);
     }
 #pragma unroll
@@ -374,7 +375,7 @@ struct Multiply {
     }
   }
 
-  __device__ __forceinline__ void multiply_stage(const uint32_t* memory, const Row (&current)[kRows], const uint8_t* x, Sums& sums) {
+  __device__ __forceinline__ void multiply_stage(const uint8_t* memory, const Row (&current)[kRows], const uint8_t* x, Sums& sums) {
     uint32_t places[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) places[i] = current[i].origin;
@@ -391,11 +392,11 @@ struct Multiply {
       step<0>(memory, nibbles, words[0], places, x, sums);
       step<1>(memory, nibbles, words[0], places, x, sums);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) places[i] += 8 * kWidth * static_cast<uint32_t>(__popc(words[0][i]));
+      for (int i = 0; i < kRows; ++i) places[i] += kWidth * static_cast<uint32_t>(__popc(words[0][i]));
       step<2>(memory, nibbles, words[1], places, x, sums);
       step<3>(memory, nibbles, words[1], places, x, sums);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) places[i] += 8 * kWidth * static_cast<uint32_t>(__popc(words[1][i]));
+      for (int i = 0; i < kRows; ++i) places[i] += kWidth * static_cast<uint32_t>(__popc(words[1][i]));
     }
   }
 
@@ -423,7 +424,7 @@ struct Multiply {
       }
       if (left > 0) copy_stage(columns, left == 1);
       ptx::copy_async_commit();
-      if (left < stages) multiply_stage(reinterpret_cast<const uint32_t*>(memory()), current, memory() + x_read, sums);
+      if (left < stages) multiply_stage(memory(), current, memory() + x_read, sums);
       columns -= kStageColumns;
       values_slot = values_turn - values_slot;
       x_slot = x_turn - x_slot;
@@ -432,7 +433,7 @@ struct Multiply {
     if (segment.end < p.deal.stages) return;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (row_holds(p, row_of(i), static_cast<int64_t>((rows[i].place - p.values.begin) / kWidth))) continue;
+      if (row_holds(p, row_of(i), (rows[i].place - p.values.begin) / kWidth)) continue;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) sums[i / 2][tile][i % 2 * 2] = sums[i / 2][tile][i % 2 * 2 + 1] = quiet_nan();
     }
@@ -511,9 +512,9 @@ int64_t shared_bytes_of(int tiles) {
 
 // `run`: bytes that are copied at a time.
 Pieces pieces_of(const void* array, int64_t bytes, int64_t run) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(array);
-  const uint64_t skew = begin % 16;
-  return {begin - skew, skew, skew + static_cast<uint64_t>(bytes), static_cast<uint64_t>(bytes < run ? 0 : bytes - run + 1)};
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(array), base = (begin + 15) / 16 * 16;
+  const int64_t before = static_cast<int64_t>(base - begin), inner = bytes - before - run + 1;
+  return {base, -before, bytes - before, inner < 0 ? 0 : inner};
 }
 
 struct Plan {

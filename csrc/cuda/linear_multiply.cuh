@@ -39,14 +39,14 @@ __device__ __forceinline__ uint32_t pair_mask(const Nibbles& nibbles, int first)
   return ptx::permute(nibbles.columns[first], nibbles.columns[first + 1], kTopBits);
 }
 
-// The four elements of a lane in one step. Value c - 1 is `place` bits past the beginning of `shared`.
+// The four elements of a lane in one step. Value c - 1 is `place` bytes past the beginning of `shared`.
 template <int kStep>
-__device__ __forceinline__ void expand(const uint32_t* shared, uint32_t place, const Nibbles& nibbles, uint32_t* first, uint32_t* second) {
-  const uint32_t* const words = shared + place / 32;
+__device__ __forceinline__ void expand(const uint8_t* shared, uint32_t place, const Nibbles& nibbles, uint32_t* first, uint32_t* second) {
+  const uint32_t* const words = reinterpret_cast<const uint32_t*>(shared + (place & ~3u));
   const uint32_t word1 = words[1];
   uint32_t word2 = word1;  // anything
   if ((nibbles.reach & 0x80u << 8 * kStep) != 0) word2 = words[2];
-  const uint32_t low = __funnelshift_r(words[0], word1, place), high = __funnelshift_r(word1, word2, place);
+  const uint32_t low = __funnelshift_r(words[0], word1, 8 * place), high = __funnelshift_r(word1, word2, 8 * place);
   *first = low & pair_mask<kStep>(nibbles, 0);
   *second = __funnelshift_rc(low, high, __byte_perm(nibbles.shift, 0, 0x4440 + kStep)) & pair_mask<kStep>(nibbles, 2);
 }

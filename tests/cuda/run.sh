@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Builds and runs the tests of the CUDA kernels on the CPU, by the twin of the CUDA runtime in tests/cuda/twin: no GPU, no CUDA toolkit.
 #
-#   tests/cuda/run.sh [host|sanitize|planted|all] [--only FAMILY]      default: all
+#   tests/cuda/run.sh [host|sanitize|race|planted|all] [--only FAMILY]      default: all
 #
 #   host      every test
 #   sanitize  the same under AddressSanitizer and UndefinedBehaviorSanitizer
-#   planted   errors planted in kernels on purpose, which the sanitizers, the twin or a check must report
+#   race      the same under ThreadSanitizer, to which every CUDA thread is a thread: accesses that nothing orders are reported
+#   planted   errors planted on purpose, which a sanitizer, the twin or a check must report
 #
 # BITMASK_TWIN_SEED=N replays the schedule that a failure names. Needs g++, clang++ with its sanitizer runtimes; CXX and CLANGXX name other
 # programs. Everything built goes to build/cuda.
@@ -47,14 +48,25 @@ build() {
   "$@" "$output.o"/*.o -o "$output"
 }
 
-# The program of all tests under both sanitizers, built once.
+# build_sanitized NAME SANITIZERS FLAGS...: the program of all tests under sanitizers, built once.
 build_sanitized() {
-  [[ -z ${SANITIZED:-} ]] || return 0
+  local name=$1 sanitizers=$2
+  shift 2
+  [[ " ${SANITIZED:-} " != *" $name "* ]] || return 0
   local clangxx
   clangxx=$(tool CLANGXX clang++-16 clang++-14 clang++)
-  build sanitize "$clangxx" -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize=address,undefined \
-    -fsanitize-address-use-after-return=never -Wno-pass-failed
-  SANITIZED=yes
+  build "$name" "$clangxx" -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all "-fsanitize=$sanitizers" -Wno-pass-failed "$@"
+  SANITIZED="${SANITIZED:-} $name"
+}
+
+build_sanitize() { build_sanitized sanitize address,undefined -fsanitize-address-use-after-return=never; }
+build_race() { build_sanitized race thread; }
+
+# race ARGUMENTS...: ThreadSanitizer needs memory where it expects it, not at random places, if this machine lets us ask for that.
+race() {
+  local -a fixed=(setarch "$(uname -m)" --addr-no-randomize)
+  "${fixed[@]}" true 2> /dev/null || fixed=()
+  "${fixed[@]}" "$BUILD/race" "$@"
 }
 
 run_host() {
@@ -65,16 +77,24 @@ run_host() {
 }
 
 run_sanitize() {
-  build_sanitized
+  build_sanitize
   "$BUILD/sanitize" "$@"
 }
 
+run_race() {
+  build_race
+  race "$@"
+}
+
 run_planted() {
-  build_sanitized
-  local error expected
+  build_sanitize
+  build_race
+  local error expected program
   while IFS=$'\t' read -r error expected; do
     local report=$BUILD/planted.$error.txt
-    if "$BUILD/sanitize" --plant "$error" > "$report" 2>&1; then fail "the error planted in $error went unnoticed"; fi
+    program=$BUILD/sanitize
+    [[ $expected != ThreadSanitizer* ]] || program=race
+    if "$program" --plant "$error" > "$report" 2>&1; then fail "the error planted in $error went unnoticed"; fi
     grep -q -- "$expected" "$report" || fail "$error: failed otherwise than planned; see $report"
     echo "$error: reported"
   done < <("$BUILD/sanitize" --planted)
@@ -85,9 +105,9 @@ WHAT=${1:-all}
 [[ $# == 0 || ($# == 2 && $1 == --only) ]] || fail "not understood: $*"
 mkdir -p "$BUILD"
 case $WHAT in
-  host | sanitize | planted) PARTS=("$WHAT") ;;
-  all) PARTS=(host sanitize planted) ;;
-  *) fail "unknown part \"$WHAT\": host, sanitize, planted or all" ;;
+  host | sanitize | race | planted) PARTS=("$WHAT") ;;
+  all) PARTS=(host sanitize race planted) ;;
+  *) fail "unknown part \"$WHAT\": host, sanitize, race, planted or all" ;;
 esac
 for part in "${PARTS[@]}"; do
   echo "== $part"

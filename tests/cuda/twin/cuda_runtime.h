@@ -49,20 +49,22 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* k
 
 // ---------------------------------------------------------------------------------------------------------------- barriers
 
-inline void __syncthreads(BITMASK_TWIN_SITE) { bitmask::twin::barrier("__syncthreads", false, site); }
-inline int __syncthreads_count(int vote, BITMASK_TWIN_SITE) { return bitmask::twin::barrier("__syncthreads_count", vote != 0, site).yes; }
-inline int __syncthreads_or(int vote, BITMASK_TWIN_SITE) { return bitmask::twin::barrier("__syncthreads_or", vote != 0, site).yes != 0; }
+inline void __syncthreads(BITMASK_TWIN_SITE) { bitmask::twin::sync_block("__syncthreads", false, site); }
+inline int __syncthreads_count(int vote, BITMASK_TWIN_SITE) {
+  return bitmask::twin::sync_block("__syncthreads_count", vote != 0, site).yes;
+}
+inline int __syncthreads_or(int vote, BITMASK_TWIN_SITE) { return bitmask::twin::sync_block("__syncthreads_or", vote != 0, site).yes != 0; }
 inline int __syncthreads_and(int vote, BITMASK_TWIN_SITE) {
-  const bitmask::twin::Votes votes = bitmask::twin::barrier("__syncthreads_and", vote != 0, site);
+  const bitmask::twin::Votes votes = bitmask::twin::sync_block("__syncthreads_and", vote != 0, site);
   return votes.yes == votes.all;
 }
 
-inline void __threadfence_block() {}
-inline void __threadfence() {}
-inline void __threadfence_system() {}
+inline void __threadfence_block() { bitmask::twin::fence(); }
+inline void __threadfence() { bitmask::twin::fence(); }
+inline void __threadfence_system() { bitmask::twin::fence(); }
 
 [[noreturn]] inline void __trap() { bitmask::twin::fail("__trap"); }
-inline void __nanosleep(unsigned int) { bitmask::twin::yield(bitmask::twin::Yield::kWaiting); }
+inline void __nanosleep(unsigned int, BITMASK_TWIN_SITE) { bitmask::twin::yield_waiting("__nanosleep", site); }
 
 // ---------------------------------------------------------------------------------------------------------------- collectives of a warp
 
@@ -180,16 +182,9 @@ T reduce(const char* name, uint32_t mask, T value, Site site) {
   return mine.value;
 }
 
-struct Nothing {
-  static void combine(Nothing* const (&)[kLanes], uint32_t) {}
-};
-
 }  // namespace bitmask::twin
 
-inline void __syncwarp(unsigned int mask = 0xffffffff, BITMASK_TWIN_SITE) {
-  bitmask::twin::Nothing nothing;
-  bitmask::twin::exchange<bitmask::twin::Nothing>("__syncwarp", mask, nothing, site);
-}
+inline void __syncwarp(unsigned int mask = 0xffffffff, BITMASK_TWIN_SITE) { bitmask::twin::sync_warp(mask, site); }
 
 #define BITMASK_TWIN_SHUFFLES(T)                                                                                                        \
   inline T __shfl_sync(unsigned int mask, T value, int source, int width = warpSize, BITMASK_TWIN_SITE) {                               \
@@ -286,12 +281,31 @@ BITMASK_TWIN_REDUCE(unsigned int, __reduce_xor_sync, Xor)
 
 namespace bitmask::twin {
 
+template <typename T>
+void check_aligned(const T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0)
+    fail("an atomic of %zu bytes at %p", sizeof(T), static_cast<const void*>(address));
+}
+
+// Nobody runs between the load and the store. They are atomic and relaxed so that ThreadSanitizer takes them for what they are.
 template <typename Operation, typename T>
 T atomic(T* address, T operand) {
-  yield(Yield::kWorking);
-  const T old = *address;
-  *address = Operation::apply(old, operand);
+  check_aligned(address);
+  yield();
+  T old;
+  __atomic_load(address, &old, __ATOMIC_RELAXED);
+  T updated = Operation::apply(old, operand);
+  __atomic_store(address, &updated, __ATOMIC_RELAXED);
   return old;
+}
+
+template <typename T>
+T compare_and_swap(T* address, T expected, T desired, Site site) {
+  check_aligned(address);
+  yield_waiting("atomicCAS", site);
+  __atomic_compare_exchange_n(address, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  saw(address, static_cast<uint64_t>(expected));
+  return expected;
 }
 
 }  // namespace bitmask::twin
@@ -303,10 +317,10 @@ T atomic(T* address, T operand) {
   BITMASK_TWIN_ATOMIC(T, atomicMax, Max) \
   BITMASK_TWIN_ATOMIC(T, atomicAnd, And) \
   BITMASK_TWIN_ATOMIC(T, atomicOr, Or)   \
-  BITMASK_TWIN_ATOMIC(T, atomicXor, Xor) \
-  BITMASK_TWIN_ATOMIC(T, atomicExch, Exchange)
+  BITMASK_TWIN_ATOMIC(T, atomicXor, Xor)
 BITMASK_TWIN_ATOMICS(int)
 BITMASK_TWIN_ATOMICS(unsigned int)
+BITMASK_TWIN_ATOMICS(long long)
 BITMASK_TWIN_ATOMICS(unsigned long long)
 BITMASK_TWIN_ATOMIC(int, atomicAdd, Add)
 BITMASK_TWIN_ATOMIC(unsigned int, atomicAdd, Add)
@@ -315,18 +329,18 @@ BITMASK_TWIN_ATOMIC(float, atomicAdd, Add)
 BITMASK_TWIN_ATOMIC(double, atomicAdd, Add)
 BITMASK_TWIN_ATOMIC(int, atomicSub, Sub)
 BITMASK_TWIN_ATOMIC(unsigned int, atomicSub, Sub)
+BITMASK_TWIN_ATOMIC(int, atomicExch, Exchange)
+BITMASK_TWIN_ATOMIC(unsigned int, atomicExch, Exchange)
+BITMASK_TWIN_ATOMIC(unsigned long long, atomicExch, Exchange)
 BITMASK_TWIN_ATOMIC(float, atomicExch, Exchange)
 BITMASK_TWIN_ATOMIC(unsigned int, atomicInc, Increment)
 BITMASK_TWIN_ATOMIC(unsigned int, atomicDec, Decrement)
 #undef BITMASK_TWIN_ATOMICS
 #undef BITMASK_TWIN_ATOMIC
 
-#define BITMASK_TWIN_CAS(T)                               \
-  inline T atomicCAS(T* address, T expected, T desired) { \
-    bitmask::twin::yield(bitmask::twin::Yield::kWaiting); \
-    const T old = *address;                               \
-    if (old == expected) *address = desired;              \
-    return old;                                           \
+#define BITMASK_TWIN_CAS(T)                                                   \
+  inline T atomicCAS(T* address, T expected, T desired, BITMASK_TWIN_SITE) {  \
+    return bitmask::twin::compare_and_swap(address, expected, desired, site); \
   }
 BITMASK_TWIN_CAS(int)
 BITMASK_TWIN_CAS(unsigned int)
@@ -394,16 +408,11 @@ inline unsigned long long __brevll(unsigned long long value) {
   return static_cast<unsigned long long>(__brev(static_cast<unsigned int>(value))) << 32 | __brev(static_cast<unsigned int>(value >> 32));
 }
 
-// Byte i of the result is byte s % 8 of (y, x), s being nibble i of the selector; where s has bit 3 set, that byte's sign eight times.
+// Byte i of the result is byte s % 8 of (y, x), s being nibble i of the selector; unlike in prmt, bit 3 of s is ignored.
 inline unsigned int __byte_perm(unsigned int x, unsigned int y, unsigned int selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
   unsigned int result = 0;
-  for (int i = 0; i < 4; ++i) {
-    const unsigned int s = selector >> (4 * i) & 15;
-    unsigned int byte = static_cast<unsigned int>(bytes >> (8 * (s & 7)) & 0xff);
-    if ((s & 8) != 0) byte = (byte & 0x80) != 0 ? 0xff : 0;
-    result |= byte << (8 * i);
-  }
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned int>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
   return result;
 }
 

@@ -29,18 +29,14 @@ void copy_async_wait() {
   twin::copy_async_wait(kPending);
 }
 
-// ldmatrix, as in the PTX ISA, "Warp-level matrix load instruction: ldmatrix".
+// PTX ISA, "Warp-level matrix load instruction: ldmatrix". Each lane reads the row that it names.
 struct LoadMatrix {
-  const void* row;
+  uint32_t row[4];
   uint32_t r[4];
 
   static void combine(LoadMatrix* const (&lanes)[twin::kLanes], uint32_t) {
-    for (int i = 0; i < 4; ++i) {
-      for (int row = 0; row < 8; ++row) {
-        uint32_t pairs[4];
-        std::memcpy(pairs, lanes[8 * i + row]->row, sizeof(pairs));
-        for (int pair = 0; pair < 4; ++pair) lanes[4 * row + pair]->r[i] = pairs[pair];
-      }
+    for (int lane = 0; lane < twin::kLanes; ++lane) {
+      for (int i = 0; i < 4; ++i) lanes[lane]->r[i] = lanes[8 * i + lane / 4]->row[lane % 4];
     }
   }
 };
@@ -48,7 +44,8 @@ struct LoadMatrix {
 inline void load_matrix_x4(uint32_t (&r)[4], const void* shared_row, BITMASK_TWIN_SITE) {
   if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0) twin::fail("ldmatrix: %p is not aligned to 16 bytes", shared_row);
   if (!twin::is_shared(shared_row, 16)) twin::fail("ldmatrix: %p is outside of the block's shared memory", shared_row);
-  LoadMatrix mine{shared_row, {}};
+  LoadMatrix mine{};
+  std::memcpy(mine.row, shared_row, sizeof(mine.row));
   twin::exchange<LoadMatrix>("ldmatrix", ~0u, mine, site);
   std::memcpy(r, mine.r, sizeof(mine.r));
 }
@@ -104,13 +101,15 @@ inline void mma_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
   twin::exchange<MultiplyMatrix<half_to_float>>("mma.f16", ~0u, mine, site);
 }
 
-inline uint64_t load_acquire(const uint64_t* address) {
-  twin::yield(twin::Yield::kWaiting);
-  return __atomic_load_n(address, __ATOMIC_ACQUIRE);
+inline uint64_t load_acquire(const uint64_t* address, BITMASK_TWIN_SITE) {
+  twin::yield_waiting("load_acquire", site);
+  const uint64_t value = __atomic_load_n(address, __ATOMIC_ACQUIRE);
+  twin::saw(address, value);
+  return value;
 }
 
 inline void store_release(uint64_t* address, uint64_t value) {
-  twin::yield(twin::Yield::kWorking);
+  twin::yield();
   __atomic_store_n(address, value, __ATOMIC_RELEASE);
 }
 
@@ -124,7 +123,7 @@ inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
   return result;
 }
 
-inline void pause() { twin::yield(twin::Yield::kWaiting); }
+inline void pause(BITMASK_TWIN_SITE) { twin::yield_waiting("pause", site); }
 
 inline uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = __float_as_uint(value);

@@ -20,9 +20,6 @@ namespace bitmask::cuda {
 namespace {
 
 constexpr int kTileRows = 128;
-constexpr int kStageColumns = 128;
-constexpr int kStageBytes = kStageColumns / 8;  // of a row's bitmask
-constexpr int kWidth = 2;                       // bytes of an element
 constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int kLeastStages = 2;  // that are worth a block
 
@@ -48,15 +45,6 @@ struct Deal {
 // Stages of one tile.
 struct Segment {
   int64_t tile, begin, end;
-};
-
-__device__ __forceinline__ float quiet_nan() { return __uint_as_float(0x7fffffff); }
-
-// An array that is copied in pieces of 16 bytes, aligned. Places are bytes from the first piece that is whole.
-struct Pieces {
-  uintptr_t base;
-  int64_t begin, end;  // of the array: up to 15 bytes are before its first whole piece
-  int64_t inner;       // places, from 0 on, after which there are at least as many bytes as are copied at a time
 };
 
 // What the kernels are told.
@@ -114,13 +102,11 @@ __global__ __launch_bounds__(4 * kTileRows) void count(const Product p) {
 
 // ---------------------------------------------------------------------------------------------------------------- shared memory
 
-constexpr int kSlotBytes = kStageColumns * kWidth + 16;
+// Strides that are 4 banks (values, bits: 12) or 8 (x) more than a multiple of 32 keep the eight rows of an operand apart.
 constexpr int kXStride = kStageColumns * kWidth + 32;
 
-// A row's values in a stage begin in the first 16 bytes of its slot, as far from its start as they are from a multiple of 16 in global
-// memory. Strides that are 4 (slots) or 8 (x) banks more than a multiple of 32 keep the eight rows of an operand in different banks.
 struct Values {
-  uint8_t before[16];  // slots are read up to 2 bytes before and 8 bytes after what they hold; this is masked
+  uint8_t before[16];  // slots are read up to 4 bytes before and 8 bytes after what they hold; this is masked
   uint8_t slots[kTileRows][kSlotBytes];
 };
 
@@ -128,74 +114,69 @@ template <int kTiles>
 struct Shared {
   Values values[2];
   uint8_t after[16];
-  uint8_t bits[kTileRows][48];  // 16 bytes that begin in the first 16
+  uint8_t bits[kTileRows][kBitsBytes];
   uint8_t x[2][8 * kTiles][kXStride];
 };
 
-// Is all that is copied at a time, from `place` on, in the array?
-__device__ __forceinline__ bool inside(const Pieces& array, int64_t place) {
-  return static_cast<uint64_t>(place) < static_cast<uint64_t>(array.inner);
-}
+// An offset from the beginning of shared memory that is the one or the other by turns. Carried from stage to stage, as compilers would
+// otherwise compute it anew wherever it is used.
+struct Turning {
+  uint32_t offset, sum;
 
-__device__ __forceinline__ const uint8_t* address(const Pieces& array, int64_t place) {
-  return reinterpret_cast<const uint8_t*>(array.base + static_cast<uintptr_t>(place));
-}
-
-// Brings what the array has of the piece at `place`.
-__device__ __forceinline__ void copy_edge(uint8_t* shared, const Pieces& array, int64_t place) {
-  if (place >= array.begin && place < array.end) {
-    ptx::copy_async_16(shared, address(array, place), static_cast<int>(array.end - place < 16 ? array.end - place : 16));
-  } else {
-#pragma unroll 1
-    for (int i = 0; i < 16; ++i) {
-      if (place + i >= array.begin && place + i < array.end) shared[i] = *address(array, place + i);
-    }
+  __device__ __forceinline__ Turning(const void* memory, const void* first, const void* second) {
+    const uint8_t* const begin = static_cast<const uint8_t*>(memory);
+    offset = static_cast<uint32_t>(static_cast<const uint8_t*>(first) - begin);
+    sum = offset + static_cast<uint32_t>(static_cast<const uint8_t*>(second) - begin);
   }
-}
-
-// ---------------------------------------------------------------------------------------------------------------- rows of W
-
-// A row of W as each of its four lanes sees it.
-struct Row {
-  int64_t place;   // in values, of the first one of the stage whose bits these are
-  int bytes;       // of those values
-  uint32_t bits[kStageColumns / 32];
-  uint32_t origin;  // of the value before the first one: bytes from the beginning of shared memory
+  __device__ __forceinline__ void turn() { offset = sum - offset; }
 };
 
-// The bits of a stage, from the bytes that lie `skew` past the beginning of the slot. Those of the last stage end with the row.
-__device__ __forceinline__ void read_bits(const uint8_t* slot, uint32_t skew, int64_t columns, uint32_t (&bits)[kStageColumns / 32]) {
-  const uint32_t* const words = reinterpret_cast<const uint32_t*>(slot + (skew & 12));
-#pragma unroll
-  for (int i = 0; i < kStageColumns / 32; ++i) bits[i] = __funnelshift_r(words[i], words[i + 1], 8 * skew);
-  if (columns >= kStageColumns) return;
-#pragma unroll
-  for (int i = 0; i < kStageColumns / 32; ++i) {
-    const int used = static_cast<int>(columns) - 32 * i;
-    bits[i] = used <= 0 ? 0 : used < 32 ? bits[i] & ((1u << used) - 1) : bits[i];
-  }
-}
+// ---------------------------------------------------------------------------------------------------------------- rows of x
 
-// Asks for the values of a row in a stage, of which lane t takes every fourth piece. `slot`: where the row's go, from the beginning of
-// shared memory.
-__device__ __forceinline__ void copy_values(const Pieces& values, Row& row, int t, uint8_t* shared, uint32_t slot) {
-  const int skew = static_cast<int>(row.place & 15);
-  const int64_t first = row.place & ~int64_t{15};
-  row.bytes = kWidth * (__popc(row.bits[0]) + __popc(row.bits[1]) + __popc(row.bits[2]) + __popc(row.bits[3]));
-  row.origin = slot + static_cast<uint32_t>(skew - kWidth);
-  const int left = skew + row.bytes - 16 * t;
-  uint8_t* const dst = shared + slot + 16 * t;
-  if (inside(values, first)) {
-    const uint8_t* const src = address(values, first + 16 * t);
+// What a thread copies of x: one piece of each of some rows.
+template <int kTiles, int kThreads>
+struct XCopier {
+  static constexpr int kPieces = kStageColumns * kWidth / 16;  // of a row in a stage
+  static constexpr int kRows = kThreads / kPieces;             // that the threads copy at a time
+
+  const uint8_t* next;  // in the first row
+  int64_t stride;       // between rows
+  int rows;             // from the first one on
+  bool aligned;
+  Turning slot;
+
+  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / kPieces; }
+  static __device__ __forceinline__ int piece() { return static_cast<int>(threadIdx.x) % kPieces; }
+
+  __device__ __forceinline__ XCopier(const Product& p, int64_t stage, const Shared<kTiles>& shared)
+      : next(p.x + (row() * p.w.cols + stage * kStageColumns + 8 * piece()) * kWidth),
+        stride(p.w.cols * kWidth),
+        rows(static_cast<int>(p.m < 8 * kTiles ? p.m : 8 * kTiles) - row()),
+        aligned(p.x_aligned),
+        slot(&shared, shared.x[0][0] + row() * kXStride + 16 * piece(), shared.x[1][0] + row() * kXStride + 16 * piece()) {}
+
+  // Asks for a stage, `columns` being left. Where there is no column there are zeros, where there is no row there is anything.
+  __device__ __forceinline__ void copy(int64_t columns, uint8_t* shared) {
+    if (aligned && columns >= kStageColumns) {
 #pragma unroll
-    for (int i = 0; i < kSlotBytes; i += 64) {
-      if (i < left) ptx::copy_async_16(dst + i, src + i);
-    }
-  } else {
+      for (int i = 0; i < 8 * kTiles; i += kRows) {
+        if (i < rows) ptx::copy_async_16(shared + slot.offset + i * kXStride, next + i * stride);
+      }
+    } else {
 #pragma unroll 1
-    for (int i = 0; i < left; i += 64) copy_edge(dst + i, values, first + 16 * t + i);
+      for (int i = 0; i < rows; i += kRows) {
+        uint16_t* const dst = reinterpret_cast<uint16_t*>(shared + slot.offset + i * kXStride);
+        const uint16_t* const src = reinterpret_cast<const uint16_t*>(next + i * stride);
+#pragma unroll 1
+        for (int j = 0; j < 8; ++j) dst[j] = 8 * piece() + j < columns ? src[j] : uint16_t{0};
+      }
+    }
+    next += kStageColumns * kWidth;
+    slot.turn();
   }
-}
+};
+
+// ---------------------------------------------------------------------------------------------------------------- rows of W
 
 __device__ __forceinline__ bool padding_is_zero(const Product& p, int64_t row) {
   const int used = static_cast<int>(p.w.cols % 8);
@@ -214,6 +195,92 @@ __device__ __forceinline__ bool row_holds(const Product& p, int64_t row, int64_t
   const int64_t next = row + 1 < p.w.rows ? p.w.row_offsets[row + 1] : p.w.nnz;
   return find_row(p, row, &start) && position == next && next <= p.w.nnz && padding_is_zero(p, row);
 }
+
+// The rows of W that a lane reads, each with three other lanes, and what it copies of them.
+//
+// kFragments  rows of a warp, in sixteens
+template <int kFragments>
+struct WCopier {
+  static constexpr int kRows = 2 * kFragments;  // of the lane: g + 8 i of the warp's, with g = lane / 4
+
+  const Product& p;
+  const Segment segment;
+  const int t = static_cast<int>(threadIdx.x % 4);  // which of the row's lanes
+  Row rows[kRows];
+  uint32_t skews[kRows];           // of the rows' bits in their slots
+  int64_t bits_place[kFragments];  // in bitmasks, of the piece that the lane copies next: lanes 0 and 1 for the upper row of a fragment
+  bool copies_bits[kFragments];    // that the lane has in it, lanes 2 and 3 for the lower one; whether such a piece is needed
+  Turning slot;                    // for the values of the first row
+
+  // The lane's row i in a tile.
+  static __device__ __forceinline__ int tile_row(int i) {
+    return static_cast<int>(threadIdx.x / 32 * 16 * kFragments + threadIdx.x % 32 / 4) + 8 * i;
+  }
+
+  // The lane's row i of W; the last one instead of those that are not there.
+  __device__ __forceinline__ int64_t row_of(int i) const {
+    const int64_t row = segment.tile * kTileRows + tile_row(i);
+    return row < p.w.rows ? row : p.w.rows - 1;
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ WCopier(const Product& product, const Segment& stages, const Shared<kTiles>& shared)
+      : p(product), segment(stages), slot(&shared, shared.values[0].slots[tile_row(0)], shared.values[1].slots[tile_row(0)]) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      rows[i] = {p.values.begin + position_of(row_of(i)) * kWidth, 0, {}, 0};
+      skews[i] = static_cast<uint32_t>(p.bitmasks.begin + row_of(i) * p.row_bytes) % 16;
+    }
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+      const int64_t place = p.bitmasks.begin + row_of(2 * i + t / 2) * p.row_bytes + segment.begin * kStageBytes;
+      copies_bits[i] = t % 2 == 0 || (place & 15) != 0;
+      bits_place[i] = (place & ~int64_t{15}) + 16 * (t % 2);
+    }
+  }
+
+  // Where the values of a row begin in the segment.
+  __device__ __forceinline__ int64_t position_of(int64_t row) const {
+    int64_t position;
+    if (!find_row(p, row, &position)) position = 0;  // row_holds will tell
+    if (segment.begin == 0) return position;
+    for (int64_t block = p.deal.block_of(segment.tile * p.deal.stages); block < blockIdx.x; ++block) {
+      position += p.counts[block * kTileRows + row % kTileRows];
+    }
+    return position;
+  }
+
+  // Asks for the bits of the stage that follows those that have been asked for.
+  template <int kTiles>
+  __device__ __forceinline__ void copy_bits(Shared<kTiles>& shared) {
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) {
+      uint8_t* const dst = shared.bits[tile_row(2 * i + t / 2)] + 16 * (t % 2);
+      if (copies_bits[i]) {
+        if (inside(p.bitmasks, bits_place[i])) {
+          ptx::copy_async_16(dst, address(p.bitmasks, bits_place[i]));
+        } else {
+          copy_edge(dst, p.bitmasks, bits_place[i]);
+        }
+      }
+      bits_place[i] += kStageBytes;
+    }
+  }
+
+  // Takes the bits of a stage, which are there, and asks for its values, and for the bits of the next one unless it is the last one.
+  template <int kTiles>
+  __device__ __forceinline__ void copy_stage(int64_t columns, bool last, Shared<kTiles>& shared) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) read_bits(shared.bits[tile_row(i)], skews[i], columns, rows[i].bits);
+    __syncwarp();
+    if (!last) copy_bits(shared);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      copy_values(p.values, rows[i], t, reinterpret_cast<uint8_t*>(&shared), slot.offset + static_cast<uint32_t>(8 * i * kSlotBytes));
+    }
+    slot.turn();
+  }
+};
 
 // ---------------------------------------------------------------------------------------------------------------- the product
 
@@ -238,127 +305,16 @@ struct Element<kFloat16> {
 // kFragments  rows of W that a warp multiplies them with, in sixteens: more rows use an operand of x more often
 template <int kTiles, int kFragments, LinearDtype kDtype>
 struct Multiply {
-  static constexpr int kRows = 2 * kFragments;  // of W in which a lane takes part: g + 8 i of the warp's, with g = lane / 4
   static constexpr int kThreads = kTileRows / (16 * kFragments) * 32;
   static constexpr int64_t kPartial = int64_t{kFragments} * kTiles * kThreads;  // sums of a tile, in fours
+  static constexpr int kRows = WCopier<kFragments>::kRows;
   using Sums = float[kFragments][kTiles][4];
-  using Memory = Shared<kTiles>;
-
-  static constexpr int kPieces = kStageColumns * kWidth / 16;  // of a row of x in a stage
-  static constexpr int kXRows = kThreads / kPieces;            // of x that the threads copy at a time
-
-  const Product& p;
-  Memory& shared;
-  const Segment segment;
-  const int t;  // which of the four lanes of its rows a lane is
-  Row rows[kRows];
-  uint32_t skews[kRows];            // how far past the beginning of their slots the rows' bits begin: bytes
-  int64_t bits_place[kFragments];   // in bitmasks, of the piece that the lane copies next: lanes 0 and 1 for the upper row of a fragment
-  bool copies_bits[kFragments];     // that the lane has in it, lanes 2 and 3 for the lower one; whether these need the piece
-  const uint8_t* x_next;            // what the thread copies next for the first of its rows of x
-  int x_rows;                       // rows of x from that one on
-
-  // Slots for the stage to come, by turns: bytes from the beginning of shared memory.
-  uint32_t values_slot;  // of the lane's first row
-  uint32_t x_slot;       // of the thread's first piece of x
-
-  __device__ __forceinline__ Multiply(const Product& product, Memory& memory, const Segment& stages)
-      : p(product), shared(memory), segment(stages), t(static_cast<int>(threadIdx.x % 4)) {}
-
-  __device__ __forceinline__ uint8_t* memory() const { return reinterpret_cast<uint8_t*>(&shared); }
-
-  // The lane's row i in a tile.
-  static __device__ __forceinline__ int tile_row(int i) {
-    return static_cast<int>(threadIdx.x / 32 * 16 * kFragments + threadIdx.x % 32 / 4) + 8 * i;
-  }
-
-  // The lane's row i of W; the last one instead of those that are not there.
-  __device__ __forceinline__ int64_t row_of(int i) const {
-    const int64_t row = segment.tile * kTileRows + tile_row(i);
-    return row < p.w.rows ? row : p.w.rows - 1;
-  }
-
-  // Finds where the rows begin in the segment.
-  __device__ __forceinline__ void open_rows() {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int64_t row = row_of(i);
-      int64_t position;
-      if (!find_row(p, row, &position)) position = 0;  // row_holds will tell
-      if (segment.begin > 0) {
-        for (int64_t block = p.deal.block_of(segment.tile * p.deal.stages); block < blockIdx.x; ++block) {
-          position += p.counts[block * kTileRows + row % kTileRows];
-        }
-      }
-      rows[i] = {p.values.begin + position * kWidth, 0, {}, 0};
-      skews[i] = static_cast<uint32_t>(p.bitmasks.begin + row * p.row_bytes) % 16;
-    }
-#pragma unroll
-    for (int i = 0; i < kFragments; ++i) {
-      const int64_t place = p.bitmasks.begin + row_of(2 * i + t / 2) * p.row_bytes + segment.begin * kStageBytes;
-      copies_bits[i] = t % 2 == 0 || (place & 15) != 0;
-      bits_place[i] = (place & ~int64_t{15}) + 16 * (t % 2);
-    }
-  }
-
-  __device__ __forceinline__ void open_x() {
-    const int row = static_cast<int>(threadIdx.x) / kPieces, piece = static_cast<int>(threadIdx.x) % kPieces;
-    x_next = p.x + (row * p.w.cols + segment.begin * kStageColumns + 8 * piece) * kWidth;
-    x_rows = static_cast<int>(p.m < 8 * kTiles ? p.m : 8 * kTiles) - row;
-    x_slot = static_cast<uint32_t>(&shared.x[0][0][0] - memory() + row * kXStride + 16 * piece);
-  }
-
-  // Asks for the bits of the stage that follows those that have been asked for.
-  __device__ __forceinline__ void copy_bits() {
-#pragma unroll
-    for (int i = 0; i < kFragments; ++i) {
-      uint8_t* const dst = shared.bits[tile_row(2 * i + t / 2)] + 16 * (t % 2);
-      if (copies_bits[i]) {
-        if (inside(p.bitmasks, bits_place[i])) {
-          ptx::copy_async_16(dst, address(p.bitmasks, bits_place[i]));
-        } else {
-          copy_edge(dst, p.bitmasks, bits_place[i]);
-        }
-      }
-      bits_place[i] += kStageBytes;
-    }
-  }
-
-  // Asks for x where `columns` are left; where there is no column there are zeros, where there is no row there is anything.
-  __device__ __forceinline__ void copy_x(int64_t columns) {
-    if (p.x_aligned && columns >= kStageColumns) {
-#pragma unroll
-      for (int i = 0; i < 8 * kTiles; i += kXRows) {
-        if (i < x_rows) ptx::copy_async_16(memory() + x_slot + i * kXStride, x_next + i * p.w.cols * kWidth);
-      }
-    } else {
-      const int first = 8 * (static_cast<int>(threadIdx.x) % kPieces);
-#pragma unroll 1
-      for (int i = 0; i < 8 * x_rows; i += i % 8 == 7 ? 8 * kXRows - 7 : 1) {
-        const bool there = first + i % 8 < columns;
-        const uint8_t* const src = x_next + (i / 8 * p.w.cols + i % 8) * kWidth;
-        uint8_t* const dst = memory() + x_slot + i / 8 * kXStride + i % 8 * kWidth;
-        *reinterpret_cast<uint16_t*>(dst) = there ? *reinterpret_cast<const uint16_t*>(src) : uint16_t{0};
-      }
-    }
-    x_next += kStageColumns * kWidth;
-  }
-
-  // Takes the bits of a stage, which are there, and asks for all else that it needs, and for the bits of the next one, if any.
-  __device__ __forceinline__ void copy_stage(int64_t columns, bool last) {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) read_bits(shared.bits[tile_row(i)], skews[i], columns, rows[i].bits);
-    __syncwarp();
-    if (!last) copy_bits();
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) copy_values(p.values, rows[i], t, memory(), values_slot + static_cast<uint32_t>(8 * i * kSlotBytes));
-    copy_x(columns);
-  }
 
   // 16 columns of all rows. `x` is where the lane's elements of the first tile of x are.
   template <int kStep>
-  __device__ __forceinline__ void step(const uint8_t* memory, const Nibbles (&nibbles)[kRows], const uint32_t (&words)[kRows],
+  static __device__ __forceinline__ void step(const uint8_t* memory, const Nibbles (&nibbles)[kRows], const uint32_t (&words)[kRows],
                                               const uint32_t (&places)[kRows], const uint8_t* x, Sums& sums) {
+    const int t = static_cast<int>(threadIdx.x % 4);
     const uint32_t to_first = __brev(1u << (4 * t + 16 * (kStep % 2)));  // times a word: leaves the bits up to the first column's
     uint32_t a[kFragments][4];
 #pragma unroll
@@ -375,19 +331,19 @@ struct Multiply {
     }
   }
 
-  __device__ __forceinline__ void multiply_stage(const uint8_t* memory, const Row (&current)[kRows], const uint8_t* x, Sums& sums) {
+  static __device__ __forceinline__ void multiply_stage(const uint8_t* memory, const Row (&rows)[kRows], const uint8_t* x, Sums& sums) {
     uint32_t places[kRows];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) places[i] = current[i].origin;
+    for (int i = 0; i < kRows; ++i) places[i] = rows[i].origin;
 #pragma unroll
     for (int half = 0; half < 2; ++half, x += kStageColumns / 2 * kWidth) {
       uint32_t words[2][kRows];
       Nibbles nibbles[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        words[0][i] = current[i].bits[2 * half];
-        words[1][i] = current[i].bits[2 * half + 1];
-        nibbles[i] = nibbles_of(words[0][i], words[1][i], t);
+        words[0][i] = rows[i].bits[2 * half];
+        words[1][i] = rows[i].bits[2 * half + 1];
+        nibbles[i] = nibbles_of(words[0][i], words[1][i], static_cast<int>(threadIdx.x % 4));
       }
       step<0>(memory, nibbles, words[0], places, x, sums);
       step<1>(memory, nibbles, words[0], places, x, sums);
@@ -401,41 +357,42 @@ struct Multiply {
   }
 
   // The sums of a segment. Where it ends its tile, its rows are proven: those of a faulty one become NaN.
-  __device__ __forceinline__ void run(Sums& sums) {
-    open_rows();
-    open_x();
-    values_slot = static_cast<uint32_t>(&shared.values[0].slots[tile_row(0)][0] - memory());
-    uint32_t x_read = static_cast<uint32_t>(&shared.x[1][threadIdx.x % 32 / 4][0] - memory() + t * 4 * kWidth);
-    const uint32_t values_turn = 2 * values_slot + sizeof(Values), x_turn = 2 * x_slot + sizeof(shared.x[0]);
-    const uint32_t x_read_turn = 2 * x_read - sizeof(shared.x[0]);
-    __syncthreads();  // the segment before is done with the memory
-    copy_bits();
-    ptx::copy_async_commit();
+  static __device__ __forceinline__ void multiply_segment(const Product& p, const Segment& segment, Sums& sums) {
+    Shared<kTiles>& shared = *ptx::dynamic_shared<Shared<kTiles>>();
+    uint8_t* const memory = reinterpret_cast<uint8_t*>(&shared);
+    WCopier<kFragments> w(p, segment, shared);
+    XCopier<kTiles, kThreads> x(p, segment.begin, shared);
+    const int lane_bytes = static_cast<int>(threadIdx.x % 32 / 4 * kXStride + threadIdx.x % 4 * 4 * kWidth);
+    Turning operand(&shared, shared.x[1][0] + lane_bytes, shared.x[0][0] + lane_bytes);
     const int64_t stages = segment.end - segment.begin;
     int64_t columns = p.w.cols - segment.begin * kStageColumns;
+    __syncthreads();  // the segment before is done with the memory
+    w.copy_bits(shared);
+    ptx::copy_async_commit();
     for (int64_t left = stages; left >= 0; --left) {  // stages to ask for; the one before is multiplied meanwhile
       ptx::copy_async_wait<0>();
       __syncthreads();
-      Row current[kRows];
+      Row rows[kRows];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        current[i] = rows[i];
-        rows[i].place += rows[i].bytes;
+        rows[i] = w.rows[i];
+        w.rows[i].place += rows[i].bytes;
       }
-      if (left > 0) copy_stage(columns, left == 1);
+      if (left > 0) {
+        w.copy_stage(columns, left == 1, shared);
+        x.copy(columns, memory);
+      }
       ptx::copy_async_commit();
-      if (left < stages) multiply_stage(memory(), current, memory() + x_read, sums);
+      if (left < stages) multiply_stage(memory, rows, memory + operand.offset, sums);
+      operand.turn();
       columns -= kStageColumns;
-      values_slot = values_turn - values_slot;
-      x_slot = x_turn - x_slot;
-      x_read = x_read_turn - x_read;
     }
     if (segment.end < p.deal.stages) return;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (row_holds(p, row_of(i), (rows[i].place - p.values.begin) / kWidth)) continue;
+      if (row_holds(p, w.row_of(i), (w.rows[i].place - p.values.begin) / kWidth)) continue;
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) sums[i / 2][tile][i % 2 * 2] = sums[i / 2][tile][i % 2 * 2 + 1] = quiet_nan();
+      for (auto& tile : sums[i / 2]) tile[i % 2 * 2] = tile[i % 2 * 2 + 1] = __uint_as_float(0x7fffffff);  // NaN
     }
   }
 
@@ -443,7 +400,7 @@ struct Multiply {
   static __device__ __forceinline__ void store(const Product& p, int64_t tile_of_w, const Sums& sums) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int64_t row = tile_of_w * kTileRows + tile_row(i);
+      const int64_t row = tile_of_w * kTileRows + WCopier<kFragments>::tile_row(i);
       if (row >= p.w.rows) continue;
       const float bias = p.bias == nullptr ? 0 : Element<kDtype>::widen(p.bias[row]);
 #pragma unroll
@@ -483,13 +440,13 @@ struct Multiply {
   }
 
   // All segments of a block.
-  static __device__ __forceinline__ void run_block(const Product& p) {
+  static __device__ __forceinline__ void run(const Product& p) {
     const int64_t last = p.deal.begin(blockIdx.x + 1);
     for (int64_t unit = p.deal.begin(blockIdx.x); unit < last;) {
       const int64_t tile = unit / p.deal.stages, begin = unit % p.deal.stages, left = begin + last - unit;
       const Segment s{tile, begin, left < p.deal.stages ? left : p.deal.stages};
       Sums sums = {};
-      Multiply(p, *ptx::dynamic_shared<Memory>(), s).run(sums);
+      multiply_segment(p, s, sums);
       const bool whole = s.begin == 0 && s.end == p.deal.stages;
       if (whole || join(p, s, sums)) store(p, s.tile, sums);
       unit += s.end - s.begin;
@@ -499,7 +456,7 @@ struct Multiply {
 
 template <int kTiles, int kFragments, LinearDtype kDtype>
 __global__ __launch_bounds__(Multiply<kTiles, kFragments, kDtype>::kThreads, kBlocksPerMultiprocessor) void multiply(const Product p) {
-  Multiply<kTiles, kFragments, kDtype>::run_block(p);
+  Multiply<kTiles, kFragments, kDtype>::run(p);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- launching
@@ -508,13 +465,6 @@ constexpr int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1
 
 int64_t shared_bytes_of(int tiles) {
   return tiles == 1 ? sizeof(Shared<1>) : tiles == 2 ? sizeof(Shared<2>) : tiles == 4 ? sizeof(Shared<4>) : sizeof(Shared<8>);
-}
-
-// `run`: bytes that are copied at a time.
-Pieces pieces_of(const void* array, int64_t bytes, int64_t run) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(array), base = (begin + 15) / 16 * 16;
-  const int64_t before = static_cast<int64_t>(base - begin), inner = bytes - before - run + 1;
-  return {base, -before, bytes - before, inner < 0 ? 0 : inner};
 }
 
 struct Plan {

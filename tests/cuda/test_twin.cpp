@@ -214,6 +214,9 @@ TEST_FAMILY(twin_integers) {
   check(__brev(1) == 0x80000000 && __brev(0x12345678) == 0x1e6a2c48 && __brevll(1) == 1ull << 63, "__brev");
   check(__byte_perm(0x33221100, 0x77665544, 0x7250) == 0x77225500, "__byte_perm");
   check(__byte_perm(0x33221100, 0x77665544, 0xfad8) == 0x77225500, "__byte_perm ignores bit 3");
+  check(ptx::permute(0x33221100, 0x77665544, 0x7250) == 0x77225500, "permute");
+  check(ptx::permute(0x80ff017f, 0x00008000, 0xdc98) == 0xff000000, "permute: signs of either word");
+  check(ptx::permute(0x80ff017f, 0, 0xba98) == 0xffff0000, "permute: signs of the lower word");
   check(__funnelshift_l(0x80000001, 0x0000000f, 4) == 0xf8, "__funnelshift_l");
   check(__funnelshift_l(1, 2, 32) == 2 && __funnelshift_lc(1, 2, 32) == 1 && __funnelshift_lc(1, 2, 99) == 1, "__funnelshift_l past 31");
   check(__funnelshift_r(0x80000001, 0x0000000f, 4) == 0xf8000000, "__funnelshift_r");

@@ -335,7 +335,7 @@ __device__ __forceinline__ void load_octets(const CompressParams& p, const Tile<
 
 // Blocks that a multiprocessor is to hold at least, which bounds their registers; with more, octets spill.
 template <int W>
-constexpr int kCompressBlocks = W == 1 || W == 16 ? 4 : 5;
+[[maybe_unused]] constexpr int kCompressBlocks = W == 1 || W == 16 ? 4 : 5;
 
 // W: bytes of an element. kStaged: octets may be partial or not aligned, and are read by way of shared memory.
 template <int W, bool kStaged>
@@ -428,9 +428,9 @@ enum class Write {
 
 // Blocks that a multiprocessor is to hold at least, which bounds their registers; with more, some spill.
 template <int W, Write kWrite>
-constexpr int kDecompressBlocks = W == 16                    ? 4
-                                  : kWrite == Write::kStaged ? 5
-                                                             : 6;
+[[maybe_unused]] constexpr int kDecompressBlocks = W == 16                    ? 4
+                                                   : kWrite == Write::kStaged ? 5
+                                                                              : 6;
 
 // W: bytes of an element.
 template <int W, Write kWrite>

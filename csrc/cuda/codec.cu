@@ -428,9 +428,7 @@ enum class Write {
 
 // Blocks that a multiprocessor is to hold at least, which bounds their registers; with more, some spill.
 template <int W, Write kWrite>
-[[maybe_unused]] constexpr int kDecompressBlocks = W == 16                    ? 4
-                                                   : kWrite == Write::kStaged ? 5
-                                                                              : 6;
+[[maybe_unused]] constexpr int kDecompressBlocks = W == 16 ? 4 : (kWrite == Write::kStaged ? 5 : 6);
 
 // W: bytes of an element.
 template <int W, Write kWrite>

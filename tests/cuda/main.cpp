@@ -1,4 +1,5 @@
-// The program of all CUDA tests: main [--only FAMILY | --plant ERROR | --planted]. --planted lists the planted errors and their reports.
+// The program of all CUDA tests: main [--only FAMILY | --families | --plant ERROR | --planted]. --families and --planted list what there
+// is, the latter with the reports that are expected.
 #include <cstdio>
 #include <cstring>
 
@@ -13,7 +14,7 @@ int run_families(const char* only) {
     if (test.report != nullptr || (only != nullptr && std::strcmp(only, test.name) != 0)) continue;
     const int64_t before = passed;
     place = test.name;
-    twin::seed(0);
+    begin_seed(0);
     test.run();
     std::printf("%s: %" PRId64 " checks passed\n", test.name, passed - before);
     std::fflush(stdout);
@@ -28,7 +29,7 @@ int plant(const char* name) {
   for (const Registered& error : registry()) {
     if (error.report == nullptr || std::strcmp(name, error.name) != 0) continue;
     place = name;
-    twin::seed(0);
+    begin_seed(0);
     error.run();
     return failed == 0 ? 0 : 1;
   }
@@ -36,9 +37,10 @@ int plant(const char* name) {
   return 2;
 }
 
-int list_planted() {
-  for (const Registered& error : registry()) {
-    if (error.report != nullptr) std::printf("%s\t%s\n", error.name, error.report);
+int list(bool planted) {
+  for (const Registered& entry : registry()) {
+    if (planted && entry.report != nullptr) std::printf("%s\t%s\n", entry.name, entry.report);
+    if (!planted && entry.report == nullptr) std::printf("%s\n", entry.name);
   }
   return 0;
 }
@@ -51,7 +53,8 @@ int main(int count, char** arguments) {
   if (count == 1) return run_families(nullptr);
   if (count == 3 && std::strcmp(arguments[1], "--only") == 0) return run_families(arguments[2]);
   if (count == 3 && std::strcmp(arguments[1], "--plant") == 0) return plant(arguments[2]);
-  if (count == 2 && std::strcmp(arguments[1], "--planted") == 0) return list_planted();
-  std::printf("usage: %s [--only FAMILY | --plant ERROR | --planted]\n", arguments[0]);
+  if (count == 2 && std::strcmp(arguments[1], "--planted") == 0) return list(true);
+  if (count == 2 && std::strcmp(arguments[1], "--families") == 0) return list(false);
+  std::printf("usage: %s [--only FAMILY | --families | --plant ERROR | --planted]\n", arguments[0]);
   return 2;
 }

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "copies.h"
 #include "stack.h"
 #include "twin.h"
 
@@ -17,13 +18,6 @@ namespace {
 struct Block;
 struct Warp;
 
-struct Copy {
-  uint8_t* shared;
-  const uint8_t* global;
-  std::size_t bytes;
-  int64_t group;
-};
-
 // A stack and the thread that it serves, one after another.
 struct Fiber {
   Stack stack;
@@ -33,15 +27,17 @@ struct Fiber {
   int lane = 0;
   uint3 index = {};
 
-  // The collective, barrier or acquire that it is in, or was in last.
+  // What it waits in, or was in last.
   bool waits = false;
   const char* name = nullptr;
   Site site = {};
   void* brought = nullptr;  // to the collective
   Votes votes = {};         // of the barrier
 
-  std::vector<Copy> copies;  // not done yet, oldest first
-  int64_t group = 0;         // that new copies belong to; earlier ones are committed
+  const void* seen_at = nullptr;  // by its last atomic or acquire
+  uint64_t seen = 0;
+
+  Copies copies;
 };
 
 // A collective that waits for lanes.
@@ -57,7 +53,8 @@ struct Warp {
   Fiber* fibers[kLanes] = {};
   uint32_t present = 0;  // lanes that have not ended
   std::vector<Pending> pending;
-  char orders[64];  // taken in turn, more than collectives are under way
+  bool polled = false;  // since its last collective
+  char orders[64];      // taken in turn, more than collectives are under way
   unsigned int next_order = 0;
 };
 
@@ -86,14 +83,14 @@ struct Launch {
 
 constexpr uint64_t kMostResident = 8;
 constexpr uint64_t kMostFibers = kWatchesRaces ? 512 : 8192;  // ThreadSanitizer becomes slow with more
-constexpr uint64_t kEndless = 20'000'000;                     // yields in a row of threads that wait
+constexpr uint64_t kEndless = 2'000'000;                      // yields in a row of threads that wait
 
 Fiber host;  // the caller of the kernel
 Fiber* current = &host;
 std::vector<Fiber*> runnable;
 std::vector<Fiber*>& idle = *new std::vector<Fiber*>;  // stacks without a thread, kept to the end of the process
 Launch* running = nullptr;
-char launch_order;  // host to threads and back
+char begin_order, end_order;  // host to threads, threads to host
 char fence_order;
 uint64_t yields_waiting = 0;  // since something was done
 
@@ -176,18 +173,6 @@ void run_any() {
 
 // ---------------------------------------------------------------------------------------------------------------- threads and blocks
 
-// Does those of this thread's asynchronous copies that belong to groups before `end`.
-void do_copies(int64_t end) {
-  std::vector<Copy>& copies = current->copies;
-  std::size_t done = 0;
-  while (done < copies.size() && copies[done].group < end) {
-    const Copy& copy = copies[done++];
-    if (copy.bytes != 0) std::memcpy(copy.shared, copy.global, copy.bytes);
-    std::memset(copy.shared + copy.bytes, 0, 16 - copy.bytes);
-  }
-  copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(done));
-}
-
 void open_barrier(Block* block) {
   yields_waiting = 0;
   const Votes votes{block->yes, static_cast<int>(block->at_barrier.size())};
@@ -221,10 +206,10 @@ void end_thread() {
 [[noreturn]] void serve_threads() {
   entered();
   for (;;) {
-    acquire(&launch_order);
+    acquire(&begin_order);
     (*running->thread)();
-    do_copies(current->group + 1);
-    release(&launch_order);
+    finish_copies();
+    release(&end_order);
     const Unwatched unwatched;
     end_thread();
   }
@@ -262,7 +247,7 @@ void start_block() {
     fiber->index = position(static_cast<uint64_t>(thread), block_size);
     fiber->name = nullptr;
     fiber->site = {"", 0};
-    fiber->group = 0;
+    fiber->seen_at = nullptr;
     fiber->warp->fibers[fiber->lane] = fiber;
     fiber->warp->present |= 1u << fiber->lane;
     block->fibers.push_back(fiber);
@@ -292,12 +277,16 @@ std::vector<uint64_t> block_order(uint64_t blocks) {
 
 // ---------------------------------------------------------------------------------------------------------------- collectives
 
+bool same_call(const char* name, Site site, const char* other_name, Site other_site) {
+  return site.line == other_site.line && (name == other_name || std::strcmp(name, other_name) == 0);
+}
+
 // The pending collective that this lane's call belongs to, begun if it is the first.
 Pending* find_pending(const char* name, uint32_t mask, Site site) {
   Warp* warp = current->warp;
   Pending* found = nullptr;
   for (Pending& other : warp->pending) {
-    if (other.mask == mask && other.site.line == site.line && std::strcmp(other.name, name) == 0) {
+    if (other.mask == mask && same_call(name, site, other.name, other.site)) {
       found = &other;
     } else if ((other.mask >> current->lane & 1) != 0 && (other.arrived & mask) != 0) {
       fail("calls %s with mask %08x at %s:%d; lanes %08x wait for it in %s with mask %08x at %s:%d", name, mask, site.file, site.line,
@@ -311,6 +300,8 @@ Pending* find_pending(const char* name, uint32_t mask, Site site) {
 
 void complete(Pending* pending, Combine combine) {
   Warp* warp = current->warp;
+  if (!warp->polled) yields_waiting = 0;
+  warp->polled = false;
   if (combine != nullptr) {
     void* brought[kLanes] = {};
     for (uint32_t lanes = pending->mask; lanes != 0; lanes &= lanes - 1) {
@@ -376,10 +367,10 @@ void run_grid(const dim3& grid, const dim3& block, std::size_t shared_bytes, con
   launch.order = block_order(uint64_t{grid.x} * grid.y * grid.z);
   uint64_t resident = 1 + random_below(kMostResident);
   while (resident > 2 && resident * threads > kMostFibers) --resident;
-  host.stack = this_stack();
+  if (host.stack.base == nullptr) host.stack = this_stack();
   running = &launch;
   yields_waiting = 0;
-  release(&launch_order);
+  release(&begin_order);
   {
     const Unwatched unwatched;
     for (;;) {
@@ -390,12 +381,13 @@ void run_grid(const dim3& grid, const dim3& block, std::size_t shared_bytes, con
     }
     running = nullptr;
   }
-  acquire(&launch_order);
+  acquire(&end_order);
 }
 
 bool in_kernel() { return current != &host; }
 
 void fail(const char* format, ...) {
+  const Unwatched unwatched;
   std::fprintf(stderr, "twin: ");
   if (in_kernel()) {
     std::fprintf(stderr, "seed %llu: block (%u, %u, %u) warp %d lane %d: ", seed_printed(), block_index.x, block_index.y, block_index.z,
@@ -424,8 +416,16 @@ void yield_waiting(const char* name, Site site) {
   const Unwatched unwatched;
   current->name = name;
   current->site = site;
+  current->warp->polled = true;
   if (++yields_waiting > kEndless) report_standstill("endless wait, threads ask for what nobody does");
   run_any();
+}
+
+void saw(const void* address, uint64_t value) {
+  const Unwatched unwatched;
+  if (current->seen_at != address || current->seen != value) yields_waiting = 0;
+  current->seen_at = address;
+  current->seen = value;
 }
 
 void collective(const char* name, uint32_t mask, void* brought, Combine combine, Site site) {
@@ -443,7 +443,7 @@ Votes sync_block(const char* name, bool vote, Site site) {
   Block* block = current->block;
   if (!block->at_barrier.empty()) {
     const Fiber* other = block->at_barrier.front();
-    if (other->site.line != site.line || std::strcmp(other->name, name) != 0) {
+    if (!same_call(name, site, other->name, other->site)) {
       fail("calls %s at %s:%d; other threads of the block wait in %s at %s:%d", name, site.file, site.line, other->name, other->site.file,
            other->site.line);
     }
@@ -477,26 +477,19 @@ bool is_shared(const void* address, std::size_t bytes) {
   return offset <= running->shared_bytes && bytes <= running->shared_bytes - offset;
 }
 
-void copy_async(void* shared, const void* global, int bytes) {
-  if (reinterpret_cast<std::size_t>(shared) % 16 != 0) fail("cp.async: target %p is not aligned to 16 bytes", shared);
-  if (reinterpret_cast<std::size_t>(global) % 16 != 0) fail("cp.async: source %p is not aligned to 16 bytes", global);
-  if (bytes < 0 || bytes > 16) fail("cp.async: reads %d bytes", bytes);
-  if (!is_shared(shared, 16)) fail("cp.async: target %p is outside of the block's shared memory", shared);
-  const std::size_t size = static_cast<std::size_t>(bytes);
-  if (size != 0) std::memcpy(shared, global, size);  // for a sanitizer to find and name the caller
-  asm volatile("" ::: "memory");
-  std::memset(shared, running->pattern, 16);
-  current->copies.push_back({static_cast<uint8_t*>(shared), static_cast<const uint8_t*>(global), size, current->group});
+Copies& copies() {
+  const Unwatched unwatched;
+  return current->copies;
 }
 
-void copy_async_commit() {
-  ++current->group;
-  if (!running->copies_late && random_below(2) == 0) do_copies(current->group);
+int senseless_byte() {
+  const Unwatched unwatched;
+  return running->pattern;
 }
 
-void copy_async_wait(int pending) {
-  do_copies(current->group - pending);
-  yield();
+bool copies_early() {
+  const Unwatched unwatched;
+  return !running->copies_late && random_below(2) == 0;
 }
 
 }  // namespace bitmask::twin

@@ -8,7 +8,7 @@
 //
 // Fibers switch at collectives of a warp, barriers, atomics, acquires, releases and pauses, nowhere else. A kernel that does what CUDA
 // leaves undefined, or that waits forever, ends the process with a report. What plain memory accesses of a GPU may do out of order is not
-// imitated; ThreadSanitizer (tests/cuda/run.sh race) reports accesses that nothing orders.
+// imitated; ThreadSanitizer (tests/cuda/run.sh race) reports accesses that nothing orders. All of it is one thread of the host.
 #pragma once
 
 #include <cstddef>
@@ -59,9 +59,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
 // Ends the process with a report that names the thread.
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
 
-// Lets any thread run. Who only waits for others says so by the second, so that an endless wait is noticed.
+// Lets any thread run. Who may only be waiting for others says so by the second, so that an endless wait is noticed, and then what it saw:
+// the same as last time is no progress.
 void yield();
 void yield_waiting(const char* name, Site site);
+void saw(const void* address, uint64_t value);
 
 // Waits until every lane of `mask` has called this with the same name, mask and line; the last one to come runs `combine` on what all of
 // them brought, by lane. Orders no memory, as on a GPU.

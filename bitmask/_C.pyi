@@ -1,5 +1,6 @@
 INTERRUPTED: str
 INVALID: str
+OUT_OF_MEMORY: str
 
 def build_info() -> dict[str, object]: ...
 def available_isas() -> list[str]: ...

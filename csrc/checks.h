@@ -22,6 +22,9 @@ template <typename... Parts>
   throw std::invalid_argument(message.str());
 }
 
+// What the message begins with when a GPU has no memory left: comes out as torch.OutOfMemoryError.
+constexpr const char* kOutOfMemory = "bitmask: out of memory: ";
+
 // A list of sizes as "[2, 3]". Sizes: anything with size() and operator[].
 template <typename Sizes>
 std::string to_text(const Sizes& sizes) {
@@ -51,11 +54,9 @@ inline void check_dtype(const char* name, int32_t got, const char* expected_name
   if (got != expected) fail(name, ": got torch scalar type ", got, ", expected ", expected_name);
 }
 
-// Fails unless the sizes of the parts fit each other and the shape: values [nnz]; bitmasks [rows, row bytes], or with the leading
-// dimensions of the shape for its rows; row_offsets [rows].
+// Fails unless bitmasks have the size [rows, row bytes], or the leading dimensions of the shape for its rows, and row_offsets [rows].
 template <typename Sizes, typename Shape>
-void check_part_sizes(const Sizes& values, const Sizes& bitmasks, const Sizes& row_offsets, const Shape& shape, const Geometry& g) {
-  if (values.size() != 1) fail("values: got ", values.size(), " dimensions, expected 1");
+void check_index_sizes(const Sizes& bitmasks, const Sizes& row_offsets, const Shape& shape, const Geometry& g) {
   const int64_t row_bytes = bitmask_bytes(g.cols);
   const bool flat = bitmasks.size() == 2 && bitmasks[0] == g.rows && bitmasks[1] == row_bytes;
   bool leading = bitmasks.size() == (shape.size() == 0 ? 1 : shape.size()) && bitmasks[bitmasks.size() - 1] == row_bytes;
@@ -67,6 +68,18 @@ void check_part_sizes(const Sizes& values, const Sizes& bitmasks, const Sizes& r
   if (row_offsets.size() != 1 || row_offsets[0] != g.rows) {
     fail("row_offsets: got size ", to_text(row_offsets), ", expected [", g.rows, "] (one per row)");
   }
+}
+
+template <typename Sizes>
+void check_values_size(const Sizes& values) {
+  if (values.size() != 1) fail("values: got ", values.size(), " dimensions, expected 1");
+}
+
+// Fails unless the sizes of the parts fit each other and the shape.
+template <typename Sizes, typename Shape>
+void check_part_sizes(const Sizes& values, const Sizes& bitmasks, const Sizes& row_offsets, const Shape& shape, const Geometry& g) {
+  check_values_size(values);
+  check_index_sizes(bitmasks, row_offsets, shape, g);
   if (g.rows == 0 && values[0] != 0) fail("values: got ", values[0], " elements, expected 0 for a tensor without rows");
 }
 
@@ -83,18 +96,16 @@ void check_bias_size(const Sizes& sizes, int64_t rows) {
   if (sizes.size() != 1 || sizes[0] != rows) fail("bias: got size ", to_text(sizes), ", expected [", rows, "] (out_features)");
 }
 
-// Fails with what is wrong in a row that a kernel found faulty. `end` is the next row's offset, or nnz after the last row.
-[[noreturn]] inline void fail_row(const uint8_t* bitmasks, const int64_t* row_offsets, int64_t row, const Geometry& g, int64_t nnz) {
-  const int64_t start = row_offsets[row];
+// Fails with what is wrong in a row that a kernel found faulty, given its bitmask and its offset. `end` is the next row's offset, or nnz
+// after the last row.
+[[noreturn]] inline void fail_row(const uint8_t* bits, int64_t start, int64_t end, int64_t row, const Geometry& g, int64_t nnz) {
   const bool last = row + 1 == g.rows;
-  const int64_t end = last ? nnz : row_offsets[row + 1];
   const std::string where = "row_offsets[" + std::to_string(row) + "]";
   if (start < 0 || start > nnz) fail(where, ": got ", start, ", expected 0 to ", nnz, " (the number of values)");
   if (end > nnz) fail("row_offsets[", row + 1, "]: got ", end, ", expected 0 to ", nnz, " (the number of values)");
   if (row == 0 && start != 0) fail(where, ": got ", start, ", expected 0");
   if (end < start) fail("row_offsets[", row + 1, "]: got ", end, ", expected no less than ", where, " = ", start);
 
-  const uint8_t* bits = bitmasks + row * bitmask_bytes(g.cols);
   const int64_t row_bytes = bitmask_bytes(g.cols);
   int64_t count = 0;
   for (int64_t i = 0; i < row_bytes; ++i) count += __builtin_popcount(bits[i]);
@@ -107,6 +118,11 @@ void check_bias_size(const Sizes& sizes, int64_t rows) {
   }
   fail("row_offsets[", row + 1, "]: got ", end, ", expected ", start + count, " (", where, " = ", start, " and ", count,
        " bits set in that row)");
+}
+
+// The same for a row of whole bitmasks and row_offsets.
+[[noreturn]] inline void fail_row(const uint8_t* bitmasks, const int64_t* row_offsets, int64_t row, const Geometry& g, int64_t nnz) {
+  fail_row(bitmasks + row * bitmask_bytes(g.cols), row_offsets[row], row + 1 == g.rows ? nnz : row_offsets[row + 1], row, g, nnz);
 }
 
 }  // namespace bitmask

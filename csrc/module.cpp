@@ -65,6 +65,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native core of bitmask: build information and choice of instruction set. The ops are in torch.ops.bitmask.";
   m.attr("INVALID") = bitmask::kInvalid;
+  m.attr("OUT_OF_MEMORY") = bitmask::kOutOfMemory;
   m.attr("INTERRUPTED") = bitmask::kInterrupted;
   m.def("build_info", &build_info);
   m.def("available_isas", &available_isas);

@@ -7,7 +7,9 @@
 
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "dtypes.h"
 #include "layout.h"
+#include "operands.h"
 #include "parallel.h"
 #include "proof.h"
 #include "tensors.h"
@@ -30,19 +32,8 @@ constexpr int64_t kLeastTileRows = 32;
 // Rows of x that reuse a tile too little to pay for one that outgrows the first cache.
 constexpr int64_t kFewRows = 32;
 
-cpu::LinearDtype linear_dtype(const Tensor& values) {
-  switch (static_cast<ScalarType>(dtype_of(values))) {
-    case ScalarType::Float:
-      return cpu::kFloat32;
-    case ScalarType::BFloat16:
-      return cpu::kBfloat16;
-    case ScalarType::Half:
-      return cpu::kFloat16;
-    case ScalarType::Double:
-      return cpu::kFloat64;
-    default:
-      fail("values: got torch scalar type ", dtype_of(values), ", expected float32, bfloat16, float16 or float64");
-  }
+const LinearKernels& kernels_for(const Parts& weight) {
+  return cpu::kernels().linear[by_linear_dtype(weight.element.dtype, cpu::kFloat32, cpu::kBfloat16, cpu::kFloat16, cpu::kFloat64)];
 }
 
 int64_t groups_of(int64_t cols) { return (cols + kGroup - 1) / kGroup; }
@@ -178,71 +169,37 @@ void multiply_transposed(const LinearKernels& kernels, const BitmaskMatrix& w, c
   check_faults(faults, w);
 }
 
-// The parts of a weight and what else an op needs to know of it, checked but for what its rows hold.
-struct Weight {
-  Tensor values, bitmasks, row_offsets;
-  int32_t dtype;
-  int64_t width;
-  BitmaskMatrix matrix;
-  const LinearKernels& kernels;
-};
-
-Weight weight_of(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, int64_t in_features) {
-  const LinearKernels& kernels = cpu::kernels().linear[linear_dtype(values)];
-  check_dtype("bitmasks", dtype_of(bitmasks), "torch.uint8", aoti_torch_dtype_uint8());
-  check_dtype("row_offsets", dtype_of(row_offsets), "torch.int64", aoti_torch_dtype_int64());
-  const std::vector<int64_t> shape{row_offsets.numel(), in_features};
-  const Geometry g = geometry(shape);
-  check_part_sizes(values.sizes(), bitmasks.sizes(), row_offsets.sizes(), shape, g);
-  const Tensor packed = contiguous("values", values), masks = contiguous("bitmasks", bitmasks);
-  const Tensor offsets = contiguous("row_offsets", row_offsets);
-  const int32_t dtype = dtype_of(values);
-  const BitmaskMatrix matrix{const_bytes(packed), const_bytes(masks), static_cast<const int64_t*>(offsets.const_data_ptr()), g.rows, g.cols,
-                             values.numel()};
-  return {packed, masks, offsets, dtype, static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)), matrix, kernels};
-}
-
 Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, int64_t in_features,
               const std::optional<Tensor>& bias) {
-  const Weight weight = weight_of(values, bitmasks, row_offsets, in_features);
+  const Parts weight = weight_of(values, bitmasks, row_offsets, in_features);
   const BitmaskMatrix& w = weight.matrix;
-  check_dtype("x", dtype_of(x), "the dtype of values", weight.dtype);
-  check_last_size("x", x.sizes(), w.cols, "in_features");
-  if (bias) check_dtype("bias", dtype_of(*bias), "the dtype of values", weight.dtype);
-  if (bias) check_bias_size(bias->sizes(), w.rows);
+  const Tensor y = empty(linear_sizes(x, weight, bias), weight.element.dtype);
   const Tensor rows = contiguous("x", x);
   const Tensor offset = bias ? contiguous("bias", *bias) : rows;
   const int64_t m = geometry(x.sizes()).rows;
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = w.rows;
-  geometry(sizes);
-  const Tensor y = empty(sizes, weight.dtype);
   if (w.rows == 0 || m == 0) return y;
   if (w.row_offsets[0] != 0) fail_row(w.bitmasks, w.row_offsets, 0, {w.rows, w.cols}, w.nnz);
   const void* const bias_data = bias ? const_bytes(offset) : nullptr;
-  const auto run = m <= weight.kernels.streaming_rows ? stream : multiply;
-  run(weight.kernels, w, rows, m, bias_data, mutable_bytes(y), weight.width);
+  const LinearKernels& kernels = kernels_for(weight);
+  const auto run = m <= kernels.streaming_rows ? stream : multiply;
+  run(kernels, w, rows, m, bias_data, mutable_bytes(y), weight.element.width);
   return y;
 }
 
 Tensor linear_backward_input(const Tensor& grad, const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets,
                              int64_t in_features) {
-  const Weight weight = weight_of(values, bitmasks, row_offsets, in_features);
+  const Parts weight = weight_of(values, bitmasks, row_offsets, in_features);
   const BitmaskMatrix& w = weight.matrix;
-  check_dtype("grad", dtype_of(grad), "the dtype of values", weight.dtype);
-  check_last_size("grad", grad.sizes(), w.rows, "out_features");
+  const std::vector<int64_t> sizes = backward_input_sizes(grad, weight);
   validate(weight.values, weight.bitmasks, weight.row_offsets, {w.rows, w.cols});
   const Tensor g = contiguous("grad", grad);
-  const int64_t m = geometry(grad.sizes()).rows;
-  std::vector<int64_t> sizes(grad.sizes().begin(), grad.sizes().end());
-  sizes.back() = w.cols;
-  geometry(sizes);
-  const Tensor y = empty(sizes, weight.dtype);
+  const int64_t m = geometry(grad.sizes()).rows, width = weight.element.width;
+  const Tensor y = empty(sizes, weight.element.dtype);
   if (w.cols == 0 || m == 0) return y;
 
-  for_each_block(weight.kernels, m, [&](int64_t first, int64_t count) {
-    multiply_transposed(weight.kernels, w, const_bytes(g) + first * w.rows * weight.width, count,
-                        mutable_bytes(y) + first * w.cols * weight.width, weight.width);
+  const LinearKernels& kernels = kernels_for(weight);
+  for_each_block(kernels, m, [&](int64_t first, int64_t count) {
+    multiply_transposed(kernels, w, const_bytes(g) + first * w.rows * width, count, mutable_bytes(y) + first * w.cols * width, width);
   });
   return y;
 }

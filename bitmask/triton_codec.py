@@ -1,20 +1,19 @@
 """The codec in Triton: compress, decompress and validate on GPUs that the native library has no kernels for.
 
-A matrix [rows, cols] is cut into tiles: parts of one row where rows are long, several whole rows where they are short.
-Both directions take two passes over tiles, with torch's cumsum in between:
+A matrix [rows, cols] is cut into tiles: a part of one row where rows are long, several whole rows where they are short.
+Both directions take two passes over the tiles, with torch's cumsum in between:
 
-    bits set in each row of a tile → where its values start → each value's place: start + bits set before it in the tile
+    bits set in each row of a tile → where its values start → an element's place: start + bits set before it in that row
 
-So what is written or read through these starts stays within `values`, whatever the contents: they are counted from the
-very bits that are used, and held against the `row_offsets` of the caller rather than replaced by them. Elements are moved
-as integers of their width; 16 bytes as two words.
+Starts are counted from the bits that are then used, and the caller's row_offsets only compared with them: so nothing
+outside of `values` is touched, whatever the parts hold. Elements are moved as integers of their width, 16 bytes as two.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -23,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitmask import _C
-from bitmask.ops import FormatError, bitmask_sizes, check_part_sizes, check_parts
+from bitmask.ops import FormatError, _check_dense, bitmask_sizes, check_part_sizes, check_parts
 from bitmask.reference import rows_and_columns
 
 _TILE_ELEMENTS = 1024
@@ -168,20 +167,23 @@ class Tiling(NamedTuple):
     def launch(self, kernel: Any, *arguments: Tensor | int, **constants: int) -> None:
         """Run a kernel on every tile."""
         programs = -(-self.rows // self.tile_rows) * self.parts
-        if programs > 0:
-            sizes = (self.rows, self.cols, self.row_bytes, self.parts)
-            kernel[(programs,)](*arguments, *sizes, **constants, ROWS=self.tile_rows, COLS=self.tile_cols)
+        sizes = (self.rows, self.cols, self.row_bytes, self.parts)
+        launch(kernel, programs, *arguments, *sizes, **constants, ROWS=self.tile_rows, COLS=self.tile_cols)
 
 
-def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Makes the tensor's GPU the current one: Triton launches there."""
-    return torch.accelerator.device_index(tensor.device.index)
+def launch(kernel: Any, programs: int, *arguments: Tensor | int, **constants: Any) -> None:
+    """Run a kernel on the GPU where its first argument is."""
+    if programs > 0:
+        # Triton launches on the current GPU. It may contract products and sums, but wants to be told so.
+        with torch.accelerator.device_index(arguments[0].device.index):  # type: ignore[union-attr]
+            kernel[(programs,)](*arguments, **constants, enable_fp_fusion=True)
 
 
 def contiguous(name: str, tensor: Tensor) -> Tensor:
     """Row-major and without gaps; refuses a tensor whose storage was shrunk under it."""
-    last = tensor.storage_offset() + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    expected, got = (last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    expected = (tensor.storage_offset() + steps + 1) * tensor.element_size()
+    got = tensor.untyped_storage().nbytes()
     if tensor.numel() > 0 and got < expected:
         raise ValueError(f"{name}: got a storage of {got} bytes, expected at least {expected}")
     return tensor.contiguous()
@@ -206,54 +208,68 @@ def _tested_bits(dtype: torch.dtype, keep_negative_zero: bool) -> int:
     return sum(all_but_the_sign << 8 * byte for byte in range(0, word, number))
 
 
-class _Marked(NamedTuple):
-    """What the first pass of compress leaves to the second."""
-
-    dense: Tensor
-    starts: Tensor
-    nnz: Tensor
-    tiling: Tiling
-
-
-def _mark(dense: Tensor, keep_negative_zero: bool, bitmasks: Tensor, row_offsets: Tensor) -> _Marked:
-    """Fills bitmasks and row_offsets, which are contiguous."""
-    source, tiling = contiguous("dense", dense), Tiling.of(dense.shape)
-    counts = torch.empty([tiling.rows, tiling.parts], dtype=torch.int64, device=dense.device)
-    tested, words = _tested_bits(dense.dtype, keep_negative_zero), _words_per_element(dense)
-    with device_of(dense):
-        tiling.launch(mark_nonzero, _words(source), bitmasks, counts, TESTED=tested, WORDS=words)
-    starts = _starts(counts)
-    row_offsets.copy_(starts[:, 0])
-    return _Marked(source, starts, counts.sum(), tiling)
-
-
 def _starts(counts: Tensor) -> Tensor:
     """Where the values of each part of a row begin: exclusive prefix sums [rows, parts]."""
     return (counts.view(-1).cumsum(0) - counts.view(-1)).view(counts.shape)
 
 
-def _pack(marked: _Marked, bitmasks: Tensor, values: Tensor) -> None:
-    with device_of(values):
-        marked.tiling.launch(
-            pack_values,
-            _words(marked.dense),
-            bitmasks,
-            marked.starts,
-            _words(values),
-            values.numel(),
-            WORDS=_words_per_element(values),
-        )
+def _mark(dense: Tensor, keep_negative_zero: bool, bitmasks: Tensor, tiling: Tiling) -> Tensor:
+    """Writes the bitmasks of a contiguous tensor; how many values each part of a row has [rows, parts]."""
+    counts = torch.empty([tiling.rows, tiling.parts], dtype=torch.int64, device=dense.device)
+    tested = _tested_bits(dense.dtype, keep_negative_zero)
+    tiling.launch(mark_nonzero, _words(dense), bitmasks, counts, TESTED=tested, WORDS=_words_per_element(dense))
+    return counts
+
+
+def _pack(dense: Tensor, bitmasks: Tensor, starts: Tensor, values: Tensor, tiling: Tiling) -> None:
+    """Writes the values of a contiguous tensor, as many as there is room for."""
+    arguments = (_words(dense), bitmasks, starts, _words(values), values.numel())
+    tiling.launch(pack_values, *arguments, WORDS=_words_per_element(dense))
 
 
 def compress(dense: Tensor, keep_negative_zero: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The op of that name."""
-    check_shape(dense.shape)
+    _check_dense(dense)
+    source, tiling = contiguous("dense", dense), Tiling.of(dense.shape)
     bitmasks = torch.empty(bitmask_sizes(dense.shape), dtype=torch.uint8, device=dense.device)
-    row_offsets = torch.empty(rows_and_columns(dense.shape)[0], dtype=torch.int64, device=dense.device)
-    marked = _mark(dense, keep_negative_zero, bitmasks, row_offsets)
-    values = torch.empty(int(marked.nnz), dtype=dense.dtype, device=dense.device)
-    _pack(marked, bitmasks, values)
-    return values, bitmasks, row_offsets
+    counts = _mark(source, keep_negative_zero, bitmasks, tiling)
+    starts = _starts(counts)
+    values = torch.empty(int(counts.sum()), dtype=dense.dtype, device=dense.device)
+    _pack(source, bitmasks, starts, values, tiling)
+    return values, bitmasks, starts[:, 0].clone(memory_format=torch.contiguous_format)
+
+
+def compress_into(
+    dense: Tensor, keep_negative_zero: bool, values: Tensor, bitmasks: Tensor, row_offsets: Tensor
+) -> Tensor:
+    """The op of that name."""
+    _check_dense(dense)
+    source, tiling = contiguous("dense", dense), Tiling.of(dense.shape)
+    _check_buffers(source, values, bitmasks, row_offsets)
+    counts = _mark(source, keep_negative_zero, bitmasks, tiling)
+    starts = _starts(counts)
+    row_offsets.copy_(starts[:, 0])
+    _pack(source, bitmasks, starts, values, tiling)
+    return counts.sum()
+
+
+def _check_buffers(source: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
+    """Raise unless the three buffers can be written to and overlap neither each other nor what is read."""
+    check_parts(values, bitmasks, row_offsets)
+    check_part_sizes(values, bitmasks, row_offsets, source.shape)
+    if values.dtype != source.dtype:
+        raise ValueError(f"values: got dtype {values.dtype}, expected {source.dtype}, the dtype of dense")
+    if values.device != source.device:
+        raise ValueError(f"values: got device {values.device}, expected {source.device}, the device of dense")
+    buffers = {"dense": source, "values": values, "bitmasks": bitmasks, "row_offsets": row_offsets}
+    for name, buffer in buffers.items():
+        if not buffer.is_contiguous():
+            raise ValueError(f"{name}: got strides {list(buffer.stride())}, expected contiguous memory to write to")
+        contiguous(name, buffer)
+    for (name, buffer), (other_name, other) in itertools.combinations(buffers.items(), 2):
+        begin, other_begin = buffer.data_ptr(), other.data_ptr()
+        if begin < other_begin + other.nbytes and other_begin < begin + buffer.nbytes:
+            raise ValueError(f"{other_name}: got memory that overlaps that of {name}, expected memory of its own")
 
 
 def check_shape(shape: Sequence[int]) -> None:
@@ -265,8 +281,9 @@ def check_shape(shape: Sequence[int]) -> None:
 
 
 def refuse(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> NoReturn:
-    """Raise what the CPU says of parts that have proven faulty: it finds the row and the words. Contents of values do not matter."""
-    torch.ops.bitmask.validate(torch.empty_like(values, device="cpu"), bitmasks.cpu(), row_offsets.cpu(), shape)
+    """Raise what the CPU op says of parts that have proven faulty; it looks at the values' number alone."""
+    unread = torch.empty(values.shape, dtype=values.dtype)
+    torch.ops.bitmask.validate(unread, bitmasks.cpu(), row_offsets.cpu(), shape)
     raise ValueError(f"{_C.INVALID}bitmasks or row_offsets: changed while they were read")
 
 
@@ -286,8 +303,7 @@ def _prove(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequenc
     packed, offsets, tiling = contiguous("values", values), contiguous("row_offsets", row_offsets), Tiling.of(shape)
     masks = contiguous("bitmasks", bitmasks).view(tiling.rows, tiling.row_bytes)
     counts = torch.empty([tiling.rows, tiling.parts], dtype=torch.int64, device=values.device)
-    with device_of(values):
-        tiling.launch(count_bits, masks, counts)
+    tiling.launch(count_bits, masks, counts)
     starts = _starts(counts)
     faulty = (offsets != starts[:, 0]).any() | (counts.sum() != values.numel())
     if tiling.cols % 8 != 0:
@@ -301,10 +317,8 @@ def decompress(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Seq
     """The op of that name."""
     proven = _prove(values, bitmasks, row_offsets, shape)
     dense = torch.empty(list(shape), dtype=values.dtype, device=values.device)
-    words = _words_per_element(values)
     arguments = (_words(proven.values), proven.bitmasks, proven.starts, _words(dense), values.numel())
-    with device_of(values):
-        proven.tiling.launch(expand_values, *arguments, WORDS=words)
+    proven.tiling.launch(expand_values, *arguments, WORDS=_words_per_element(values))
     return dense
 
 

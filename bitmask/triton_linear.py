@@ -1,8 +1,8 @@
 """Linear layers in Triton, on GPUs that the native library has no kernels for.
 
-Few rows of x: each program walks along a block of rows of the weight, expands a tile at a time and multiplies it at once;
-the walk also proves the rows, one by one: from 0 on, each one's popcount leads to the offset of the next, the last one's
-to nnz. Until the host has looked at the verdict, no offset is trusted: values are loaded from within [0, nnz) alone.
+Few rows of x: a program walks along a block of rows of the weight, expands a tile at a time and multiplies it at once.
+The walk proves the weight, too: the first row starts at 0, each one's popcount leads to the offset of the next, that of
+the last to nnz. No offset is trusted before the host has read the verdict: values are loaded from [0, nnz) alone.
 More rows of x: the weight is decompressed, and multiplied by the vendor's library.
 """
 
@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitmask.ops import _check_linear, check_parts
-from bitmask.triton_codec import bits_of, check_shape, contiguous, decompress, device_of, places_of, refuse
+from bitmask.ops import LINEAR_DTYPES, _check_linear, check_parts
+from bitmask.triton_codec import bits_of, check_shape, contiguous, decompress, launch, places_of, refuse
 
-# Rows of x up to which a tile is multiplied as it is expanded: the tensor cores' work for one tile, and its sums, fit.
+# Rows of x up to which a tile is multiplied as it is expanded: their sums fit into registers.
 _MOST_ROWS = 64
 _DOT_ROWS = 16  # the least that tl.dot takes
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -76,7 +76,7 @@ def multiply(
 
 
 def _tile_sizes(m: int) -> dict[str, int]:
-    """Sizes of `multiply` for m rows of x: about as many elements to a tile, in few rows where there is one program to a row of x."""
+    """Sizes of the tiles of `multiply` for m rows of x: a dot product alone takes them long, and keeps GPUs busier."""
     if m == 1:
         return {"M": 1, "ROWS": 8, "COLS": 256}
     return {"M": max(triton.next_power_of_2(m), _DOT_ROWS), "ROWS": 32, "COLS": 64}
@@ -88,29 +88,16 @@ def _dense(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, in_features: i
 
 def _multiply(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, y: Tensor) -> bool:
     """Fills y [m, rows] from x [m, cols], all contiguous; whether the weight has proven sound."""
-    values, bitmasks, row_offsets = weight
+    values, bitmasks, _ = weight
     m, cols = x.shape
-    rows, row_bytes = row_offsets.numel(), bitmasks.shape[1]
+    rows, row_bytes = bitmasks.shape
     sound = torch.empty(rows, dtype=torch.bool, device=x.device)
     sizes = _tile_sizes(m)
     # The interpreter, for which tensors on the CPU are, has no product of bfloat16; in float32 it is the same number.
     operand = tl.float32 if x.device.type == "cpu" else _OPERANDS[x.dtype]
-    with device_of(x):
-        multiply[(triton.cdiv(rows, sizes["ROWS"]),)](
-            x,
-            *weight,
-            x if bias is None else bias,
-            y,
-            sound,
-            values.numel(),
-            m,
-            rows,
-            cols,
-            row_bytes,
-            OPERAND=operand,
-            BIAS=bias is not None,
-            **sizes,
-        )
+    tensors = (x, *weight, x if bias is None else bias, y, sound)
+    constants = {"OPERAND": operand, "BIAS": bias is not None, **sizes}
+    launch(multiply, triton.cdiv(rows, sizes["ROWS"]), *tensors, values.numel(), m, rows, cols, row_bytes, **constants)
     return bool(sound.all())
 
 
@@ -143,6 +130,8 @@ def linear_backward_input(
     """The op of that name."""
     check_parts(values, bitmasks, row_offsets)
     rows = row_offsets.numel()
+    if values.dtype not in LINEAR_DTYPES or grad.dtype != values.dtype:
+        raise TypeError(f"grad: got dtype {grad.dtype} for values of {values.dtype}, expected one floating-point dtype")
     if grad.ndim == 0 or grad.shape[-1] != rows:
         raise ValueError(f"grad: got size {list(grad.shape)}, expected [..., {rows}] (out_features)")
     return grad @ _dense(values, bitmasks, row_offsets, in_features)

@@ -6,11 +6,12 @@ import torch  # noqa: F401  # first: the native library needs torch's to be load
 
 import bitmask.handlers as _handlers  # noqa: F401  # fills in what BitmaskTensor does by torch op
 import bitmask.portable as _portable
-from bitmask._C import available_isas, build_info, get_isa, set_isa
+from bitmask._C import available_isas, get_isa, set_isa
 from bitmask.bitmask_tensor import BitmaskTensor, DecompressWarning
 from bitmask.linear import BitmaskLinear
 from bitmask.models import CompressionReport, compress_, compression_report, decompress_
-from bitmask.ops import FormatError, compress, decompress
+from bitmask.native import build_info
+from bitmask.ops import FormatError, compress, compress_into, decompress
 from bitmask.reference import NaiveBitmaskTensor
 
 _portable.register()  # after the native libraries
@@ -29,6 +30,7 @@ __all__ = [
     "build_info",
     "compress",
     "compress_",
+    "compress_into",
     "compression_report",
     "decompress",
     "decompress_",

@@ -211,7 +211,7 @@ def _reason_against(weight: _Weight) -> str:
 
 def _can_be_measured(tensor: Tensor) -> bool:
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.ndim == 2
-    return plain and tensor.dtype in ops.LINEAR_DTYPES and tensor.device.type == "cpu"
+    return plain and tensor.dtype in ops.LINEAR_DTYPES and tensor.device.type in ops.DEVICES
 
 
 def _sparsity(tensor: Tensor) -> float:

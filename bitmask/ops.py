@@ -14,7 +14,7 @@ from torch import Tensor, library
 from torch.autograd import forward_ad
 from torch.fx.node import has_side_effect
 
-from bitmask import _C
+from bitmask import _C, native, portable
 from bitmask.reference import rows_and_columns, unpack_bits
 
 _DTYPE_NAMES = (
@@ -22,6 +22,8 @@ _DTYPE_NAMES = (
     "complex32 complex64 complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
 )
 DTYPES = frozenset(getattr(torch, name) for name in _DTYPE_NAMES.split() if hasattr(torch, name))
+# Kinds of device that have kernels here.
+DEVICES = portable.devices() | ({"cpu"} if native.cuda_missing else {"cpu", "cuda"})
 LINEAR_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
@@ -32,7 +34,8 @@ class FormatError(ValueError):
 def _call(op: Callable[..., Any], *args: object, invalid: type[ValueError] = ValueError) -> Any:
     """Call a native op, whose exceptions torch hands over as ValueError or RuntimeError, depending on its version.
 
-    What the native checks refuse comes out as `invalid`, what a Python signal handler raised meanwhile as itself.
+    What the native checks refuse comes out as `invalid`, what a Python signal handler raised meanwhile as itself, a GPU
+    without memory as torch.OutOfMemoryError.
     """
     try:
         return op(*args)
@@ -40,6 +43,10 @@ def _call(op: Callable[..., Any], *args: object, invalid: type[ValueError] = Val
         message = str(error)
         if message.startswith(_C.INVALID):
             raise invalid(message.removeprefix(_C.INVALID)) from None
+        if message.startswith(_C.OUT_OF_MEMORY):
+            raise torch.OutOfMemoryError(f"CUDA out of memory. {message.removeprefix(_C.OUT_OF_MEMORY)}") from None
+        if isinstance(error, NotImplementedError) and native.cuda_missing and "'CUDA' backend" in message:
+            raise NotImplementedError(f"bitmask has no kernels for CUDA here: {native.cuda_missing}") from error
         pending = _C.take_pending_exception() if message == _C.INTERRUPTED else None
         if pending is not None:
             raise pending from None
@@ -118,8 +125,59 @@ def compress(dense: Tensor, keep_negative_zero: bool = False) -> tuple[Tensor, T
     return parts
 
 
+def _check_into(dense: Tensor, keep_negative_zero: bool, values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
+    """Raise what `compress_into` promises, for all that can be seen without looking at memory."""
+    check_parts(values, bitmasks, row_offsets)
+    if values.dtype != dense.dtype:
+        raise TypeError(f"values: got dtype {values.dtype}, expected {dense.dtype}, the dtype of dense")
+    if values.device != dense.device:
+        raise ValueError(f"values: got device {values.device}, expected {dense.device}, the device of dense")
+    check_part_sizes(values, bitmasks, row_offsets, dense.shape)
+    if values.requires_grad:
+        raise TypeError("values: got a tensor that requires a gradient, expected one that does not: it is written to")
+
+
+def compress_into(
+    dense: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, keep_negative_zero: bool = False
+) -> Tensor:
+    """Compress `dense` into buffers of the caller's, without waiting for a GPU: what `compress` does in a CUDA graph.
+
+    No gradient flows.
+
+    Args:
+        dense: any shape, strides and supported dtype.
+        values: [capacity] in the dtype of `dense`; gets the first `capacity` stored elements.
+        bitmasks: uint8 [..., ceil(cols / 8)] or [rows, ceil(cols / 8)].
+        row_offsets: int64 [rows].
+        keep_negative_zero: as for `compress`.
+
+    Returns:
+        How many elements there are to store: int64, on the device of `dense`. Where that is more than `capacity`, the
+        parts are not those of a whole tensor; else `values[:nnz]`, `bitmasks` and `row_offsets` are.
+
+    Raises:
+        TypeError, ValueError: a tensor of the wrong kind, dtype, device or size, or buffers that have gaps, or that
+            overlap each other or `dense`.
+
+    >>> values, bitmasks, row_offsets = torch.zeros(4), torch.zeros(2, 1, dtype=torch.uint8), torch.zeros(2).long()
+    >>> compress_into(torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]), values, bitmasks, row_offsets)
+    tensor(3)
+    >>> values, bitmasks.tolist(), row_offsets.tolist()
+    (tensor([1., 2., 3., 0.]), [[5], [2]], [0, 2])
+    """
+    _check_dense(dense)
+    _check_into(dense, keep_negative_zero, values, bitmasks, row_offsets)
+    nnz: Tensor = _call(
+        torch.ops.bitmask.compress_into, dense.detach(), keep_negative_zero, values, bitmasks, row_offsets
+    )
+    return nnz
+
+
 def decompress(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> Tensor:
     """Restore the dense tensor of `shape` from its parts, which are proven consistent before they are used.
+
+    While a CUDA graph is captured, nothing can be raised for what the parts hold: if they prove faulty when the graph
+    runs, the result is NaN. Integers and other dtypes for which all bits set is no NaN are refused then.
 
     Raises:
         FormatError: parts that contradict each other or the shape.
@@ -133,7 +191,10 @@ def decompress(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Seq
 
 
 def validate(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> list[int]:
-    """Raise as `decompress` does if the parts are faulty, without decompressing; returns the shape as a list."""
+    """Raise as `decompress` does if the parts are faulty, without decompressing; returns the shape as a list.
+
+    Waits for a GPU, so not while a CUDA graph is captured.
+    """
     sizes = _check_shape(shape)
     _call_on_parts(torch.ops.bitmask.validate, values, bitmasks, row_offsets, sizes)
     return sizes
@@ -190,8 +251,9 @@ def linear(
 ) -> Tensor:
     """`F.linear(x, weight, bias)` straight from the parts of a weight [out_features, in_features].
 
-    The parts are proven while they are used. Gradients flow to `x` and `bias`; the weight is frozen. Under autocast,
-    `x`, the values and `bias` are cast as for `F.linear`.
+    The parts are proven while they are used. A GPU is not waited for to raise what they hold: there a faulty weight
+    gives NaN, at least in the outputs of its faulty rows (`validate` raises). Gradients flow to `x` and `bias`; the
+    weight is frozen. Under autocast, `x`, the values and `bias` are cast as for `F.linear`.
 
     Args:
         x: [..., in_features], in the dtype of `values`: float32, bfloat16, float16 or float64.
@@ -201,10 +263,11 @@ def linear(
         bias: [out_features], in the dtype of `values`.
 
     Returns:
-        [..., out_features] in the dtype of `x`; sums are kept in float32 (float64 for float64) and rounded once.
+        [..., out_features] in the dtype of `x`; sums are kept in float32 (float64 for float64) and rounded once. Large
+        products on a GPU are cuBLAS's, in the precision that `torch.backends.cuda.matmul` asks of it.
 
     Raises:
-        FormatError: parts that contradict each other or `in_features`.
+        FormatError: parts that contradict each other or `in_features`; on a GPU only where their sizes do.
         TypeError, ValueError: a tensor of the wrong kind, dtype, device or size.
 
     >>> values, bitmasks, row_offsets = compress(torch.tensor([[1.0, 0.0, 2.0], [5.0, 3.0, 0.0]]))
@@ -237,6 +300,24 @@ def _fake_compress(dense: Tensor, keep_negative_zero: bool) -> tuple[Tensor, Ten
         dense.new_empty(bitmask_sizes(dense.shape), dtype=torch.uint8),
         dense.new_empty([rows], dtype=torch.int64),
     )
+
+
+def _fake_compress_into(
+    dense: Tensor, keep_negative_zero: bool, values: Tensor, bitmasks: Tensor, row_offsets: Tensor
+) -> Tensor:
+    _check_into(dense, keep_negative_zero, values, bitmasks, row_offsets)
+    return dense.new_empty([], dtype=torch.int64)
+
+
+def _count_writes(keyset: Any, dense: Tensor, keep_negative_zero: bool, *buffers: Tensor) -> Tensor:
+    """compress_into, noting for autograd and for BitmaskTensor that the buffers are written to."""
+    torch.autograd.graph.increment_version(buffers)
+    op: Any = torch.ops.bitmask.compress_into.default
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        nnz: Tensor = op.redispatch(
+            keyset & torch._C._after_ADInplaceOrView_keyset, dense, keep_negative_zero, *buffers
+        )
+    return nnz
 
 
 def check_part_sizes(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
@@ -340,23 +421,29 @@ def _backward_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None
     return y, None, None, None, None
 
 
-def _autocast_linear(
-    x: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, in_features: int, bias: Tensor | None = None
-) -> Tensor:
-    """Cast what autocast casts for F.linear: floating-point numbers, but for float64."""
-    dtype = torch.get_autocast_dtype("cpu")
+def _autocast_linear(device: str, key: torch._C.DispatchKey) -> Callable[..., Tensor]:
+    """The op under autocast of a kind of device, which `key` stands for in the dispatcher."""
 
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+    def linear(
+        x: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, in_features: int, bias: Tensor | None = None
+    ) -> Tensor:
+        """Cast what autocast casts for F.linear: floating-point numbers, but for float64."""
+        dtype = torch.get_autocast_dtype(device)
 
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
-        y: Tensor = torch.ops.bitmask.linear(
-            cast(x), cast(values), bitmasks, row_offsets, in_features, None if bias is None else cast(bias)
-        )
-        return y
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            y: Tensor = torch.ops.bitmask.linear(
+                cast(x), cast(values), bitmasks, row_offsets, in_features, None if bias is None else cast(bias)
+            )
+            return y
+
+    return linear
 
 
 library.register_fake("bitmask::compress", _fake_compress)
+library.register_fake("bitmask::compress_into", _fake_compress_into)
 library.register_fake("bitmask::decompress", _fake_decompress)
 library.register_fake("bitmask::linear", _fake_linear)
 library.register_fake("bitmask::linear_backward_input", _fake_linear_backward_input)
@@ -368,5 +455,8 @@ library.register_autograd("bitmask::linear", _linear_backward, setup_context=_li
 library.register_autograd(
     "bitmask::linear_backward_input", _backward_input_backward, setup_context=_backward_input_setup
 )
-_autocast: Any = library.Library("bitmask", "FRAGMENT")  # type: ignore[no-untyped-call]  # unregisters as it dies
-_autocast.impl("linear", _autocast_linear, "AutocastCPU")
+_implementations: Any = library.Library("bitmask", "FRAGMENT")  # type: ignore[no-untyped-call]  # die with it
+_implementations.impl("linear", _autocast_linear("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
+_implementations.impl("linear", _autocast_linear("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
+_implementations.impl("linear", _autocast_linear("xpu", torch._C.DispatchKey.AutocastXPU), "AutocastXPU")
+_implementations.impl("compress_into", _count_writes, "ADInplaceOrView", with_keyset=True)

@@ -1,18 +1,19 @@
-"""Where the ops come from on GPUs that the native library has no kernels for: AMD's, Intel's, and any with a CPU build.
+"""The ops on GPUs that the native libraries have no kernels for: AMD's, Intel's, and any if built without CUDA.
 
-They are written in Triton, which comes with the GPU builds of torch; it is imported by the first call that needs it.
+They are written in Triton, which comes with the GPU builds of torch; the first call that needs it imports it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import library
 
-_MODULES = {
+MODULES = {
     "compress": "bitmask.triton_codec",
     "compress_into": "bitmask.triton_codec",
     "decompress": "bitmask.triton_codec",
@@ -20,32 +21,28 @@ _MODULES = {
     "linear": "bitmask.triton_linear",
     "linear_backward_input": "bitmask.triton_linear",
 }
-_DISPATCH_KEYS = ("CUDA", "XPU")  # AMD's GPUs go by the name CUDA too
 
 _library: Any = library.Library("bitmask", "IMPL")  # type: ignore[no-untyped-call]  # unregisters as it dies
 
 
+def devices() -> frozenset[str]:
+    """Kinds of GPU that this torch knows and Triton, if it is there, compiles for; AMD's go by the name of cuda."""
+    known = {name for name in ("cuda", "xpu") if getattr(torch, name)._is_compiled()}
+    return frozenset(known if find_spec("triton") else ())
+
+
 def register() -> None:
-    """Register each op for each kind of GPU that it has no kernel for; to be called after the native libraries."""
-    for key in _DISPATCH_KEYS:
-        for op in _MODULES:
+    """Give each kind of GPU the ops that it has no kernels for; to be called after the native libraries are loaded."""
+    for key in sorted(device.upper() for device in devices()):
+        for op in MODULES:
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"bitmask::{op}", key):
-                _library.impl(op, _deferred(op), key)
+                _library.impl(op, implementation(op), key)
 
 
-def _deferred(op: str) -> Callable[..., Any]:
+def implementation(op: str) -> Callable[..., Any]:
+    """The op in Triton, which is imported when it is called."""
+
     def run(*args: Any) -> Any:
-        return getattr(_imported(_MODULES[op]), op)(*args)
+        return getattr(import_module(MODULES[op]), op)(*args)
 
     return run
-
-
-def _imported(module: str) -> Any:
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "triton":
-            raise
-        raise RuntimeError(
-            "bitmask: this build has no kernels for this GPU, and the portable ones need Triton (pip install triton)"
-        ) from error

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitmask import _C
-from bitmask.ops import FormatError, _check_dense, bitmask_sizes, check_part_sizes, check_parts
+from bitmask.ops import FormatError, _check_dense, _check_into, bitmask_sizes, check_part_sizes, check_parts
 from bitmask.reference import rows_and_columns
 
 _TILE_ELEMENTS = 1024
@@ -245,7 +245,8 @@ def compress_into(
     """The op of that name."""
     _check_dense(dense)
     source, tiling = contiguous("dense", dense), Tiling.of(dense.shape)
-    _check_buffers(source, values, bitmasks, row_offsets)
+    _check_into(dense, keep_negative_zero, values, bitmasks, row_offsets)
+    _check_memory(dense=source, values=values, bitmasks=bitmasks, row_offsets=row_offsets)
     counts = _mark(source, keep_negative_zero, bitmasks, tiling)
     starts = _starts(counts)
     row_offsets.copy_(starts[:, 0])
@@ -253,23 +254,16 @@ def compress_into(
     return counts.sum()
 
 
-def _check_buffers(source: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
-    """Raise unless the three buffers can be written to and overlap neither each other nor what is read."""
-    check_parts(values, bitmasks, row_offsets)
-    check_part_sizes(values, bitmasks, row_offsets, source.shape)
-    if values.dtype != source.dtype:
-        raise ValueError(f"values: got dtype {values.dtype}, expected {source.dtype}, the dtype of dense")
-    if values.device != source.device:
-        raise ValueError(f"values: got device {values.device}, expected {source.device}, the device of dense")
-    buffers = {"dense": source, "values": values, "bitmasks": bitmasks, "row_offsets": row_offsets}
-    for name, buffer in buffers.items():
-        if not buffer.is_contiguous():
-            raise ValueError(f"{name}: got strides {list(buffer.stride())}, expected contiguous memory to write to")
-        contiguous(name, buffer)
-    for (name, buffer), (other_name, other) in itertools.combinations(buffers.items(), 2):
-        begin, other_begin = buffer.data_ptr(), other.data_ptr()
-        if begin < other_begin + other.nbytes and other_begin < begin + buffer.nbytes:
-            raise ValueError(f"{other_name}: got memory that overlaps that of {name}, expected memory of its own")
+def _check_memory(**tensors: Tensor) -> None:
+    """Raise unless the tensors have no gaps and do not overlap each other."""
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: got strides {list(tensor.stride())}, expected contiguous memory to write to")
+        contiguous(name, tensor)
+    for (other_name, other), (name, tensor) in itertools.combinations(tensors.items(), 2):
+        begin, other_begin = tensor.data_ptr(), other.data_ptr()
+        if begin < other_begin + other.nbytes and other_begin < begin + tensor.nbytes:
+            raise ValueError(f"{name}: got memory that overlaps that of {other_name}, expected memory of its own")
 
 
 def check_shape(shape: Sequence[int]) -> None:

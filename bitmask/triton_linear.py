@@ -93,8 +93,8 @@ def _multiply(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, y: Tenso
     rows, row_bytes = bitmasks.shape
     sound = torch.empty(rows, dtype=torch.bool, device=x.device)
     sizes = _tile_sizes(m)
-    # The interpreter, for which tensors on the CPU are, has no product of bfloat16; in float32 it is the same number.
-    operand = tl.float32 if x.device.type == "cpu" else _OPERANDS[x.dtype]
+    # Triton's interpreter has no product of bfloat16; in float32 it is the same number.
+    operand = tl.float32 if triton.knobs.runtime.interpret else _OPERANDS[x.dtype]
     tensors = (x, *weight, x if bias is None else bias, y, sound)
     constants = {"OPERAND": operand, "BIAS": bias is not None, **sizes}
     launch(multiply, triton.cdiv(rows, sizes["ROWS"]), *tensors, values.numel(), m, rows, cols, row_bytes, **constants)

@@ -225,14 +225,12 @@ def test_storage_shrunk_under_a_tensor():
 @pytest.fixture
 def far_program(monkeypatch):
     """Numbers the one program of a launch as if billions of elements came before it."""
+    builder = interpreter.interpreter_builder
+    set_size, set_index = builder.set_grid_dim, builder.set_grid_idx
 
     def number(index):
-        builder = interpreter.interpreter_builder
-        place = builder.set_grid_idx
-        monkeypatch.setattr(
-            builder, "set_grid_dim", lambda *sizes: type(builder).set_grid_dim(builder, index + 1, 1, 1)
-        )
-        monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: place(index, y, z))
+        monkeypatch.setattr(builder, "set_grid_dim", lambda x, y, z: set_size(index + 1, y, z))
+        monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: set_index(index, y, z))
 
     return number
 
@@ -376,9 +374,9 @@ def test_operands_that_do_not_fit():
 def _portable_on_cpu():
     """The CPU gets the ops of a GPU without native kernels, but for validate, which words the errors."""
     override = library.Library("bitmask", "IMPL")
-    for op in portable._MODULES:
+    for op in portable.MODULES:
         if op != "validate":
-            override.impl(op, portable._deferred(op), "CPU", allow_override=True)
+            override.impl(op, portable.implementation(op), "CPU", allow_override=True)
     yield
     override._destroy()
 
@@ -401,6 +399,14 @@ def test_compressed_layers_work(monkeypatch):
     assert launched == [triton_linear.multiply]
     (got,), (expected,) = (torch.autograd.grad(f(x).sum(), x) for f in (layer, dense))
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.usefixtures("_portable_on_cpu")
+def test_gradients_of_the_codec():
+    dense = random_numbers(4, 16).requires_grad_()
+    values, bitmasks, row_offsets = ops.compress(dense)
+    (2 * ops.decompress(values, bitmasks, row_offsets, dense.shape)).sum().backward()
+    torch.testing.assert_close(dense.grad, 2.0 * (dense != 0))
 
 
 @pytest.mark.usefixtures("_portable_on_cpu")

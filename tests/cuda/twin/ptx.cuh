@@ -1,0 +1,134 @@
+// The functions of csrc/cuda/ptx.cuh, done by the CPU (see there for what they do). They check what an instruction demands: alignment,
+// lanes that all take part, addresses in shared memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace bitmask::cuda::ptx {
+
+template <typename T>
+T* dynamic_shared() {
+  return reinterpret_cast<T*>(twin::shared_memory());
+}
+
+inline uint32_t shared_address(const void* shared) {
+  if (!twin::is_shared(shared, 0)) twin::fail("takes %p for an address in shared memory", shared);
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(shared) - twin::shared_memory());
+}
+
+inline void copy_async_16(void* shared, const void* global, int bytes = 16) { twin::copy_async(shared, global, bytes); }
+
+inline void copy_async_commit() { twin::copy_async_commit(); }
+
+template <int kPending>
+void copy_async_wait() {
+  static_assert(kPending >= 0);
+  twin::copy_async_wait(kPending);
+}
+
+// PTX ISA, "Warp-level matrix load instruction: ldmatrix". Each lane reads the row that it names.
+struct LoadMatrix {
+  uint32_t row[4];
+  uint32_t r[4];
+
+  static void combine(LoadMatrix* const (&lanes)[twin::kLanes], uint32_t) {
+    for (int lane = 0; lane < twin::kLanes; ++lane) {
+      for (int i = 0; i < 4; ++i) lanes[lane]->r[i] = lanes[8 * i + lane / 4]->row[lane % 4];
+    }
+  }
+};
+
+inline void load_matrix_x4(uint32_t (&r)[4], const void* shared_row, BITMASK_TWIN_SITE) {
+  if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0) twin::fail("ldmatrix: %p is not aligned to 16 bytes", shared_row);
+  if (!twin::is_shared(shared_row, 16)) twin::fail("ldmatrix: %p is outside of the block's shared memory", shared_row);
+  LoadMatrix mine{};
+  std::memcpy(mine.row, shared_row, sizeof(mine.row));
+  twin::exchange<LoadMatrix>("ldmatrix", ~0u, mine, site);
+  std::memcpy(r, mine.r, sizeof(mine.r));
+}
+
+inline float bfloat16_to_float(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+
+inline float half_to_float(uint16_t bits) {
+  const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fff) << 13;  // the exponent is 112 too low
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
+  if (magnitude >= 0x0f800000) return __uint_as_float(sign | magnitude | 0x7f800000);  // infinity, NaN
+  return __uint_as_float(sign | __float_as_uint(__uint_as_float(magnitude) * 0x1p112f));
+}
+
+// The matrices of mma.m16n8k16, as in the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type". Products are exact;
+// each sum of 16 of them and d is taken in double precision and rounded once, where a GPU sums in fp32 in an order of its own.
+template <float (*kToFloat)(uint16_t)>
+struct MultiplyMatrix {
+  const uint32_t* a;
+  const uint32_t* b;
+  float* d;
+
+  static void combine(MultiplyMatrix* const (&lanes)[twin::kLanes], uint32_t) {
+    double a[16][16], b[16][8], d[16][8];
+    for (int lane = 0; lane < twin::kLanes; ++lane) {
+      const int group = lane / 4, column = 2 * (lane % 4);
+      for (int i = 0; i < 8; ++i) {  // element i of a: of pair i / 2
+        a[group + 8 * (i / 2 % 2)][column + i % 2 + 8 * (i / 4)] = kToFloat(static_cast<uint16_t>(lanes[lane]->a[i / 2] >> (16 * (i % 2))));
+      }
+      for (int i = 0; i < 4; ++i) {
+        b[column + i % 2 + 8 * (i / 2)][group] = kToFloat(static_cast<uint16_t>(lanes[lane]->b[i / 2] >> (16 * (i % 2))));
+        d[group + 8 * (i / 2)][column + i % 2] = lanes[lane]->d[i];
+      }
+    }
+    for (int m = 0; m < 16; ++m) {
+      for (int k = 0; k < 16; ++k) {
+        for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
+      }
+    }
+    for (int lane = 0; lane < twin::kLanes; ++lane) {
+      const int group = lane / 4, column = 2 * (lane % 4);
+      for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = static_cast<float>(d[group + 8 * (i / 2)][column + i % 2]);
+    }
+  }
+};
+
+inline void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BITMASK_TWIN_SITE) {
+  MultiplyMatrix<bfloat16_to_float> mine{a, b, d};
+  twin::exchange<MultiplyMatrix<bfloat16_to_float>>("mma.bf16", ~0u, mine, site);
+}
+
+inline void mma_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BITMASK_TWIN_SITE) {
+  MultiplyMatrix<half_to_float> mine{a, b, d};
+  twin::exchange<MultiplyMatrix<half_to_float>>("mma.f16", ~0u, mine, site);
+}
+
+inline uint64_t load_acquire(const uint64_t* address, BITMASK_TWIN_SITE) {
+  twin::yield_waiting("load_acquire", site);
+  return __atomic_load_n(address, __ATOMIC_ACQUIRE);
+}
+
+inline void store_release(uint64_t* address, uint64_t value) {
+  twin::yield();
+  __atomic_store_n(address, value, __ATOMIC_RELEASE);
+}
+
+inline void pause(BITMASK_TWIN_SITE) { twin::yield_waiting("pause", site); }
+
+inline uint16_t float_to_bfloat16(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;  // the NaN of the conversion
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline uint16_t float_to_half(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  if (magnitude > 0x7f800000) return 0x7fff;
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to 65536 or more
+  if (magnitude < 0x38800000) {  // below 2^-14: steps of 2^-24, which are those of numbers about 0.5
+    return static_cast<uint16_t>(sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000));
+  }
+  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
+}
+
+}  // namespace bitmask::cuda::ptx

@@ -21,6 +21,7 @@ from bitmask import triton_codec, triton_linear  # noqa: E402
 TARGETS = [GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)]
 
 
+@pytest.mark.skipif(triton.__version__.startswith("3.6."), reason="Triton 3.6 cannot interpret with NumPy 2.4")
 def test_results_under_the_interpreter():
     """In a process of its own, as Triton either interprets kernels or compiles them."""
     done = subprocess.run(
@@ -118,7 +119,7 @@ def compile_for(target, kernel, arguments, constants):
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.backend}-{target.arch}")
 def test_kernels_compile_without_a_gpu(target, launched, monkeypatch, tmp_path):
-    """Down to machine code: the narrowest and the widest elements, tiles of long and short rows, each way to multiply."""
+    """Down to machine code: narrow and wide elements, tiles of long and of short rows, each way to multiply."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     elements = [(torch.int8, (3, 2000)), (torch.float32, (3, 5)), (torch.complex128, (3, 2000))]
     for dtype, shape in elements:

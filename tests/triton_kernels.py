@@ -263,6 +263,15 @@ def test_offsets_past_two_to_the_31(far_program):
     assert_bits_equal(dense[last], line)
 
 
+def test_masks_that_lead_past_the_last_value():
+    """As when they are written to after they were counted: nothing is touched outside (see _bounds)."""
+    values, dense = torch.tensor([7.0, 8.0]), torch.ones(2, 8)
+    bitmasks, starts = torch.full((2, 1), 255, dtype=torch.uint8), torch.tensor([0, 1])
+    arguments = (triton_codec._words(values), bitmasks, starts, triton_codec._words(dense), 2)
+    triton_codec.Tiling.of(dense.shape).launch(triton_codec.expand_values, *arguments, WORDS=1)
+    assert dense.tolist() == [[7.0, 8.0] + [0.0] * 6, [8.0] + [0.0] * 7]
+
+
 # ---------------------------------------------------------------------------------------------------------- linear
 
 
@@ -299,6 +308,23 @@ def test_absent_weights_are_zeros(m, special):
     x = torch.ones(m, 70)
     x[0, 4] = special
     assert_linear_right(x, dense, None)
+
+
+def test_linear_past_two_to_the_31(far_program, monkeypatch):
+    """The last row alone is worked on, as above."""
+    launch = triton_linear.launch
+    monkeypatch.setattr(triton_linear, "launch", lambda kernel, _, *args, **sizes: launch(kernel, 1, *args, **sizes))
+    rows, cols, start = 2**25 + 1, 1024, 2**31
+    far_program(rows // triton_linear._tile_sizes(1)["ROWS"])
+    values, mask, _ = ops.compress(random_numbers(cols, dtype=torch.float16))
+    packed = torch.empty(start + values.numel(), dtype=torch.float16)
+    bitmasks = torch.empty(rows, cols // 8, dtype=torch.uint8)
+    row_offsets, y = torch.empty(rows, dtype=torch.int64), torch.empty(1, rows, dtype=torch.float16)
+    packed[start:], bitmasks[-1], row_offsets[-1] = values, mask, start
+    x = random_numbers(1, cols, density=1, dtype=torch.float16)
+    triton_linear._multiply(x, (packed, bitmasks, row_offsets), None, y)
+    expected = reference.linear(x, values, mask.view(1, -1), torch.zeros(1).long(), cols)
+    torch.testing.assert_close(y[:, -1:], expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("m", [1, 3])

@@ -197,6 +197,7 @@ def faulty_parts():
         yield values, changed(bitmasks, (row, 0), int(bitmasks[row, 0]) ^ 0x10), row_offsets, shape
     yield values[:-1], bitmasks, row_offsets, shape
     yield torch.cat([values, values]), bitmasks, row_offsets, shape
+    yield torch.cat([values, values[:1]]), bitmasks, row_offsets + 1, shape
     yield values[:0], bitmasks, row_offsets, shape
     yield values, bitmasks[:0], row_offsets[:0], (0, 11)
     yield values, bitmasks[:, :0], row_offsets, (3, 0)

@@ -113,6 +113,16 @@ inline void store_release(uint64_t* address, uint64_t value) {
   __atomic_store_n(address, value, __ATOMIC_RELEASE);
 }
 
+inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t s = selector >> (4 * i) & 15, byte = static_cast<uint32_t>(bytes >> (8 * (s & 7)) & 0xff);
+    result |= (s < 8 ? byte : byte >> 7 != 0 ? 0xff : 0) << (8 * i);
+  }
+  return result;
+}
+
 inline void pause(BITMASK_TWIN_SITE) { twin::yield_waiting("pause", site); }
 
 inline uint16_t float_to_bfloat16(float value) {

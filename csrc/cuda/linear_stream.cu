@@ -1,0 +1,544 @@
+// y = x W^T + bias for few rows of x: bound by the bytes of W, and next to that by how many instructions expand an element.
+//
+//   block   some rows of W, two side by side; they share what is read of x
+//   unit    1024 columns of such a pair: one word of each bitmask a lane. The units of a block are dealt to its warps in order, so that
+//           each warp reads two streams of values, ahead by a stage of shared memory
+//   step    128 columns of a unit: lane l takes columns 4l ... 4l + 3, so that the values of a warp lie next to each other, in banks of
+//           shared memory that do not conflict
+//
+// Where a unit begins among the values is known from the bitmask of the row before it, which a warp that starts inside of a row counts.
+// Sums are kept by lane, added up by warp, then by block in the order of the units: they depend on the sizes alone. Elements that are not
+// stored are multiplied as zeros, as in a dense product. Nothing in W is trusted: see read_ahead.
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <ptx.cuh>
+
+#include "kernels.h"
+
+namespace bitmask::cuda {
+namespace {
+
+constexpr int kLanes = 32;
+constexpr unsigned int kAllLanes = 0xffffffff;
+constexpr int kPair = 2;                // rows of W side by side
+constexpr int kUnitColumns = 1024;      // 32 lanes of 32 bits
+constexpr int kStepColumns = 128;       // 32 lanes of 4 bits
+constexpr int kStages = 2;              // units of a warp that are in shared memory
+constexpr int kMostWarps = 16;          // of a block
+constexpr int kMostBlockRows = 512;     // of W
+constexpr int kMostProductRows = 4;     // of x that one launch takes
+constexpr int64_t kSparseElements = 6;  // for each value, from which on bits are looked for instead of at
+
+// ---------------------------------------------------------------------------------------------------------------- elements
+
+// The products of 16-bit elements are those of tensor cores, which cost no conversion: row g of A is what the lanes 4g ... 4g + 3 have of
+// one row of W, row g + 8 what they have of the other, and column g of B what they have of x. So element (g, g) of the product is a sum
+// that is wanted, and so is (g + 8, g); the others are left alone.
+struct Element16 {
+  using Bits = uint16_t;
+  using X = uint2;                 // 4 elements of x
+  static constexpr int kBias = 2;  // bytes by which a place in a stage is less than where the value is
+
+  struct Four {
+    uint32_t pairs[2];
+  };
+
+  // The elements of a lane in one step. Let c be the number of values before its second column: the first two columns are the values
+  // (c - 1, c), masked, since either column's value is there if it has one; the other two lie 0, 1 or 2 values on.
+  static __device__ __forceinline__ Four expand(const uint8_t* values, uint32_t entry, int quarter) {
+    const uint32_t bits = entry >> (4 * quarter) & 15;
+    const uint32_t place = (entry >> 16) + 2 * __popc(entry & ((2u << (4 * quarter)) - 1));
+    const uint32_t* const words = reinterpret_cast<const uint32_t*>(values + (place & ~3u));
+    const uint32_t low = __funnelshift_r(words[0], words[1], 8 * place), high = __funnelshift_r(words[1], words[2], 8 * place);
+    const uint32_t tops = bits * 0x10204080;                  // the top bit of byte i is bit i
+    const uint32_t further = ((4 * bits & 0x18) + 8) & 0x30;  // 16 bits for each of the middle columns' values
+    return {{low & ptx::permute(tops, 0, 0x9988), __funnelshift_rc(low, high, further) & ptx::permute(tops, 0, 0xbbaa)}};
+  }
+
+  static __device__ __forceinline__ float own(const float (&sums)[4], int row, int lane) {
+    const float sum = (lane >> 2 & 1) != 0 ? sums[2 * row + 1] : sums[2 * row];
+    return lane % 4 == lane / 8 ? sum : 0;
+  }
+};
+
+struct Bfloat16 : Element16 {
+  static __device__ __forceinline__ float widen(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }
+  static __device__ __forceinline__ uint16_t narrow(float value) { return ptx::float_to_bfloat16(value); }
+  static __device__ __forceinline__ void multiply_add(float (&sums)[4], const Four& a, const Four& b, uint2 x) {
+    ptx::mma_bfloat16(sums, {a.pairs[0], b.pairs[0], a.pairs[1], b.pairs[1]}, {x.x, x.y});
+  }
+};
+
+struct Float16 : Element16 {
+  static __device__ __forceinline__ float widen(uint16_t bits) { return ptx::half_to_float(bits); }
+  static __device__ __forceinline__ uint16_t narrow(float value) { return ptx::float_to_half(value); }
+  static __device__ __forceinline__ void multiply_add(float (&sums)[4], const Four& a, const Four& b, uint2 x) {
+    ptx::mma_float16(sums, {a.pairs[0], b.pairs[0], a.pairs[1], b.pairs[1]}, {x.x, x.y});
+  }
+};
+
+struct Float32 {
+  using Bits = float;
+  using X = float4;
+  static constexpr int kBias = 0;
+
+  struct Four {
+    float v[4];
+  };
+
+  static __device__ __forceinline__ float widen(float value) { return value; }
+  static __device__ __forceinline__ float narrow(float value) { return value; }
+
+  static __device__ __forceinline__ Four expand(const uint8_t* values, uint32_t entry, int quarter) {
+    const uint32_t bits = entry >> (4 * quarter);
+    const float* next = reinterpret_cast<const float*>(values + (entry >> 16)) + __popc(entry & ((1u << (4 * quarter)) - 1));
+    Four four{};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((bits >> i & 1) != 0) four.v[i] = *next++;
+    }
+    return four;
+  }
+
+  static __device__ __forceinline__ void multiply_add(float (&sums)[4], const Four& a, const Four& b, const float4& x) {
+    const float operand[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sums[0] = fmaf(a.v[i], operand[i], sums[0]);
+      sums[1] = fmaf(b.v[i], operand[i], sums[1]);
+    }
+  }
+
+  static __device__ __forceinline__ float own(const float (&sums)[4], int row, int) { return sums[row]; }
+};
+
+// ---------------------------------------------------------------------------------------------------------------- shared memory
+
+// What a warp has of one unit.
+template <class Element>
+struct Stage {
+  static constexpr int kFront = 16;  // bytes before the values, which are as far from a multiple of 16 as in global memory
+  static constexpr int kBytes = kFront + 16 + kUnitColumns * int{sizeof(typename Element::Bits)} + 16;
+
+  uint8_t values[kPair][kBytes];
+  // Looking at bits: 16 columns of both rows in each half, their bits below the place of their first value. Looking for bits: the columns
+  // of a lane, {bits, place} of both rows.
+  uint4 entries[kLanes];
+  uint32_t faulty;  // bit r: row r of the pair
+};
+
+// kRows  rows of x
+template <int kRows>
+struct Sums {
+  float parts[kMostBlockRows / kPair + kMostWarps][kPair][kRows];  // of warps: a warp's part of a pair at the sum of their numbers
+  float rows[kMostBlockRows * kRows];                              // of the ranges of columns so far
+};
+
+// What the kernel is told.
+struct Stream {
+  BitmaskMatrix w;
+  int64_t row_bytes;  // of its bitmask
+  const void* x;
+  const void* bias;
+  void* y;
+  int m;
+  int block_rows;   // of W
+  int units;        // of a pair
+  int range_units;  // of which x is in shared memory at a time
+  bool words;       // bitmask rows are aligned to words
+  bool sparse;      // bits are looked for, not at
+};
+
+// ---------------------------------------------------------------------------------------------------------------- reading W
+
+// Four bytes of the bitmask row, zeros past its end.
+__device__ __forceinline__ uint32_t load_word(const uint8_t* row, int64_t at, int64_t row_bytes, bool words) {
+  if (words && at < row_bytes) return *reinterpret_cast<const uint32_t*>(row + at);
+  uint32_t word = 0;
+  for (int64_t i = 0; i < 4 && at + i < row_bytes; ++i) word |= uint32_t{row[at + i]} << (8 * i);
+  return word;
+}
+
+// A unit of a block, by its pair of rows and its number in these.
+struct Place {
+  int pair, unit;
+};
+
+// What the reading of a unit waits for longest, asked for a unit before.
+struct Request {
+  uint32_t words[kPair];  // the lane's columns
+  int64_t begin[kPair];   // where values begin, of rows that begin here
+  int64_t end[kPair];     // where they end, of rows that end here
+};
+
+// A warp's way through its units, ahead of the products. The values of a row are followed through `next`; a row is faulty from where that
+// leaves the values, or where the row ends and `next` is not where the offsets say.
+template <class Element, bool kSparse>
+struct Reader {
+  static constexpr int kWidth = sizeof(typename Element::Bits);
+
+  const Stream& p;
+  int64_t first_row, end_row;  // of the block
+  int lane;
+  int64_t next[kPair];
+  uint32_t faulty;
+
+  __device__ __forceinline__ int64_t row_of(Place place, int r) const { return first_row + kPair * place.pair + r; }
+
+  __device__ __forceinline__ Request request(Place place) const {
+    Request request{};
+#pragma unroll
+    for (int r = 0; r < kPair; ++r) {
+      const int64_t row = row_of(place, r);
+      if (row >= end_row) continue;
+      request.words[r] =
+          load_word(p.w.bitmasks + row * p.row_bytes, int64_t{kUnitColumns / 8} * place.unit + 4 * lane, p.row_bytes, p.words);
+      if (place.unit == 0) request.begin[r] = p.w.row_offsets[row];
+      if (place.unit == p.units - 1) request.end[r] = row + 1 < p.w.rows ? p.w.row_offsets[row + 1] : p.w.nnz;
+    }
+    return request;
+  }
+
+  __device__ __forceinline__ void begin_row(int r, int64_t row, int64_t begin) {
+    const bool possible = begin >= 0 && begin <= p.w.nnz && (row > 0 || begin == 0);
+    next[r] = possible ? begin : 0;
+    faulty = possible ? faulty & ~(1u << r) : faulty | 1u << r;
+  }
+
+  // Counts what the rows of a unit, not their first one, have before it.
+  __device__ void start(Place place) {
+    faulty = 0;
+    for (int r = 0; r < kPair; ++r) {
+      const int64_t row = row_of(place, r);
+      if (row >= end_row) continue;
+      begin_row(r, row, p.w.row_offsets[row]);
+      uint32_t before = 0;
+      for (int unit = 0; unit < place.unit; ++unit) {
+        before += __popc(load_word(p.w.bitmasks + row * p.row_bytes, int64_t{kUnitColumns / 8} * unit + 4 * lane, p.row_bytes, p.words));
+      }
+      next[r] += __reduce_add_sync(kAllLanes, before);
+    }
+  }
+
+  // Copies `count` values from the place `next` on -> where in the stage they begin. Pieces of 16 bytes, unless some of these are outside.
+  __device__ __forceinline__ uint32_t copy(uint8_t* target, int64_t first, int count) const {
+    using Bits = typename Element::Bits;
+    constexpr int kPieces = (kUnitColumns * kWidth + 16) / 16;
+    const uint8_t* const values = static_cast<const uint8_t*>(p.w.values);
+    const uint8_t* const source = values + first * kWidth;
+    const int past = static_cast<int>(reinterpret_cast<uintptr_t>(source) % 16);
+    const int pieces = count == 0 ? 0 : (past + count * kWidth + 15) / 16;
+    const int64_t before = first * kWidth - past;
+    if (before >= 0 && before + 16 * pieces <= p.w.nnz * kWidth) {
+#pragma unroll
+      for (int i = 0; i < (kPieces + kLanes - 1) / kLanes; ++i) {
+        const int piece = kLanes * i + lane;
+        if (piece < pieces) ptx::copy_async_16(target + Stage<Element>::kFront + 16 * piece, source - past + 16 * piece);
+      }
+    } else {
+      Bits* const to = reinterpret_cast<Bits*>(target + Stage<Element>::kFront + past);
+      for (int i = lane; i < count; i += kLanes) to[i] = reinterpret_cast<const Bits*>(source)[i];
+    }
+    return static_cast<uint32_t>(Stage<Element>::kFront + past);
+  }
+
+  // Proves the unit and fills its stage. What is faulty has no bits and no values, from there to the end of its row.
+  __device__ __forceinline__ void read_ahead(Place place, Request request, Stage<Element>& stage) {
+    uint32_t counts = 0;
+#pragma unroll
+    for (int r = 0; r < kPair; ++r) {
+      if (place.unit == 0) begin_row(r, row_of(place, r), request.begin[r]);
+      counts |= static_cast<uint32_t>(__popc(request.words[r])) << (16 * r);
+    }
+    uint32_t through = counts;
+#pragma unroll
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+      const uint32_t below = __shfl_up_sync(kAllLanes, through, distance);
+      if (lane >= distance) through += below;
+    }
+    const uint32_t total = __shfl_sync(kAllLanes, through, kLanes - 1);
+    const bool last = place.unit == p.units - 1;
+    uint32_t entries[kPair][2];
+#pragma unroll
+    for (int r = 0; r < kPair; ++r) {
+      int count = static_cast<int>(total >> (16 * r) & 0xffff);
+      if (last) {
+        const int64_t columns = p.w.cols - int64_t{kUnitColumns} * place.unit - kLanes * lane;
+        const uint32_t padding = columns >= kLanes ? 0 : columns <= 0 ? ~0u : ~0u << columns;
+        const bool wrong = row_of(place, r) < end_row && next[r] + count != request.end[r];
+        if (wrong || __any_sync(kAllLanes, (request.words[r] & padding) != 0)) faulty |= 1u << r;
+      }
+      if (count > p.w.nnz - next[r]) faulty |= 1u << r;
+      if ((faulty >> r & 1) != 0) {
+        request.words[r] = 0;
+        count = 0;
+      }
+      const uint32_t begin = copy(stage.values[r], next[r], count);
+      next[r] += count;
+      const uint32_t bits = request.words[r], low = bits & 0xffff;
+      const uint32_t before = ((through - counts) >> (16 * r) & 0xffff) * kWidth + begin - Element::kBias;
+      entries[r][0] = kSparse ? bits : low | before << 16;
+      entries[r][1] = kSparse ? before : bits >> 16 | (before + kWidth * __popc(low)) << 16;
+    }
+    stage.entries[lane] = kSparse ? uint4{entries[0][0], entries[0][1], entries[1][0], entries[1][1]}
+                                  : uint4{entries[0][0], entries[1][0], entries[0][1], entries[1][1]};
+    if (lane == 0) stage.faulty = faulty;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------- products
+
+// A unit by looking at its bits. x is [kRows][range columns].
+template <class Element, int kRows>
+__device__ __forceinline__ void multiply_all(const Stage<Element>& stage, const typename Element::Bits* x, int x_stride, int lane,
+                                             float (&sums)[kRows][4]) {
+  const uint2* const entries = reinterpret_cast<const uint2*>(stage.entries) + lane / 4;
+#pragma unroll
+  for (int step = 0; step < kUnitColumns / kStepColumns; ++step) {
+    const uint2 entry = entries[step * (kStepColumns / 16)];
+    const typename Element::Four a = Element::expand(stage.values[0], entry.x, lane % 4);
+    const typename Element::Four b = Element::expand(stage.values[1], entry.y, lane % 4);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const typename Element::Bits* const operand = x + i * x_stride + step * kStepColumns + 4 * lane;
+      Element::multiply_add(sums[i], a, b, *reinterpret_cast<const typename Element::X*>(operand));
+    }
+  }
+}
+
+// A unit by looking for the bits that are set: each lane in 32 columns, for which x lies in its own bank: [kRows][range units][32][lane].
+template <class Element, int kRows>
+__device__ __forceinline__ void multiply_set(const Stage<Element>& stage, const float* x, int x_stride, int lane, float (&sums)[kRows][4]) {
+  using Bits = typename Element::Bits;
+  const uint4 entry = stage.entries[lane];
+  uint32_t bits[kPair] = {entry.x, entry.z};
+  const Bits* next[kPair] = {reinterpret_cast<const Bits*>(stage.values[0] + entry.y + Element::kBias),
+                             reinterpret_cast<const Bits*>(stage.values[1] + entry.w + Element::kBias)};
+  const int most = static_cast<int>(__reduce_max_sync(kAllLanes, static_cast<uint32_t>(max(__popc(bits[0]), __popc(bits[1])))));
+#pragma unroll 2
+  for (int step = 0; step < most; ++step) {
+#pragma unroll
+    for (int r = 0; r < kPair; ++r) {
+      if (bits[r] == 0) continue;
+      const int column = 31 - __clz(static_cast<int>(bits[r] & (0 - bits[r])));
+      bits[r] &= bits[r] - 1;
+      const float value = Element::widen(*next[r]++);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) sums[i][r] = fmaf(value, x[i * x_stride + kLanes * column + lane], sums[i][r]);
+    }
+  }
+}
+
+__device__ __forceinline__ float sum_of_warp(float value) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
+  return value;
+}
+
+// The units [begin, end) of the range, by one warp. Unit u of the range is unit first_unit + u % range_units of pair u / range_units.
+template <class Element, int kRows, bool kSparse>
+__device__ __forceinline__ void stream_units(Reader<Element, kSparse>& reader, Stage<Element>* stages, const void* x, int begin, int end,
+                                             int first_unit, int range_units, int x_stride, int warp, Sums<kRows>& shared) {
+  const int lane = reader.lane;
+  const auto advance = [&](Place& place) {
+    if (++place.unit == first_unit + range_units) place = {place.pair + 1, first_unit};
+  };
+  Place here{begin / range_units, first_unit + begin % range_units}, ahead = here;
+  int read = begin;
+  Request request = reader.request(ahead);
+  const auto read_one = [&] {
+    if (read < end) {
+      const Request now = request;
+      const Place place = ahead;
+      if (place.unit != 0 && (read == begin || place.unit == first_unit)) reader.start(place);
+      advance(ahead);
+      if (read + 1 < end) request = reader.request(ahead);
+      reader.read_ahead(place, now, stages[read % kStages]);
+    }
+    ++read;
+    ptx::copy_async_commit();
+  };
+  for (int i = 0; i < kStages - 1; ++i) read_one();
+  float sums[kRows][4] = {};
+  for (int unit = begin; unit < end; ++unit) {
+    read_one();
+    ptx::copy_async_wait<kStages - 1>();
+    __syncwarp();
+    const Stage<Element>& stage = stages[unit % kStages];
+    if constexpr (kSparse) {
+      multiply_set<Element, kRows>(stage, static_cast<const float*>(x) + (here.unit - first_unit) * kUnitColumns, x_stride, lane, sums);
+    } else {
+      using Bits = typename Element::Bits;
+      multiply_all<Element, kRows>(stage, static_cast<const Bits*>(x) + (here.unit - first_unit) * kUnitColumns, x_stride, lane, sums);
+    }
+    if (here.unit == first_unit + range_units - 1 || unit == end - 1) {
+#pragma unroll
+      for (int r = 0; r < kPair; ++r) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const float sum = sum_of_warp(kSparse ? sums[i][r] : Element::own(sums[i], r, lane));
+          if (lane == 0) shared.parts[here.pair + warp][r][i] = (stage.faulty >> r & 1) != 0 ? __int_as_float(0x7fffffff) : sum;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        for (float& sum : sums[i]) sum = 0;
+      }
+    }
+    __syncwarp();  // before the stage is filled again
+    advance(here);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- the kernel
+
+template <class Element>
+__device__ bool all_finite(const Stream& p, int64_t begin, int64_t end) {
+  bool finite = true;
+  for (int i = 0; i < p.m; ++i) {
+    const typename Element::Bits* const row = static_cast<const typename Element::Bits*>(p.x) + i * p.w.cols;
+    for (int64_t col = begin + threadIdx.x; col < end; col += blockDim.x) finite &= fabsf(Element::widen(row[col])) <= 3.40282347e38f;
+  }
+  return __syncthreads_and(finite) != 0;
+}
+
+// The columns from `begin` on, padded with zeros to `columns`, as the products want them.
+template <class Element, int kRows, bool kSparse>
+__device__ void fill_x(const Stream& p, int64_t begin, int columns, void* x) {
+  using Bits = typename Element::Bits;
+  for (int i = 0; i < kRows; ++i) {
+    const Bits* const row = static_cast<const Bits*>(p.x) + i * p.w.cols;
+    for (int at = static_cast<int>(threadIdx.x); at < columns; at += static_cast<int>(blockDim.x)) {
+      // In `x`: unit, bit, lane; in a row: unit, lane, bit.
+      const int col = kSparse ? at / kUnitColumns * kUnitColumns + at % kLanes * kLanes + at % kUnitColumns / kLanes : at;
+      const Bits bits = i < p.m && begin + col < p.w.cols ? row[begin + col] : Bits{0};
+      if constexpr (kSparse) {
+        static_cast<float*>(x)[i * columns + at] = Element::widen(bits);
+      } else {
+        static_cast<Bits*>(x)[i * columns + at] = bits;
+      }
+    }
+  }
+}
+
+// Adds up what the warps have of each row, in order, and writes y after the last range of columns.
+template <class Element, int kRows>
+__device__ void finish_range(const Stream& p, Sums<kRows>& shared, int64_t first_row, int rows, int range_units, int warp_units, bool first,
+                             bool last) {
+  using Bits = typename Element::Bits;
+  for (int at = static_cast<int>(threadIdx.x); at < rows * kRows; at += static_cast<int>(blockDim.x)) {
+    const int i = at / rows, row = at % rows, pair = row / kPair;
+    const int first_warp = pair * range_units / warp_units, last_warp = ((pair + 1) * range_units - 1) / warp_units;
+    float sum = first ? 0 : shared.rows[at];
+    for (int warp = first_warp; warp <= last_warp; ++warp) sum += shared.parts[pair + warp][row % kPair][i];
+    shared.rows[at] = sum;
+    if (!last || i >= p.m) continue;
+    const int64_t column = first_row + row;
+    if (p.bias != nullptr) sum += Element::widen(static_cast<const Bits*>(p.bias)[column]);
+    static_cast<Bits*>(p.y)[i * p.w.rows + column] = Element::narrow(sum);
+  }
+}
+
+template <class Element, int kRows, bool kSparse>
+__device__ __forceinline__ void stream_range(const Stream& p, Sums<kRows>& shared, Stage<Element>* stages, void* x, int64_t first_row,
+                                             int rows, int first_unit, int range_units, int warp_units) {
+  const int warp = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int columns = range_units * kUnitColumns, units = (rows + 1) / kPair * range_units;
+  fill_x<Element, kRows, kSparse>(p, int64_t{first_unit} * kUnitColumns, columns, x);
+  __syncthreads();
+  const int begin = warp * warp_units, end = min(begin + warp_units, units);
+  if (begin >= end) return;
+  Reader<Element, kSparse> reader{p, first_row, first_row + rows, lane, {}, 0};
+  stream_units<Element, kRows, kSparse>(reader, stages + warp * kStages, x, begin, end, first_unit, range_units, columns, warp, shared);
+}
+
+// Element  of W, x and y
+// kRows    rows of x, at least p.m
+template <class Element, int kRows>
+__global__ __launch_bounds__(kMostWarps* kLanes) void stream(const __grid_constant__ Stream p) {
+  Sums<kRows>& shared = *ptx::dynamic_shared<Sums<kRows>>();
+  Stage<Element>* const stages = reinterpret_cast<Stage<Element>*>(&shared + 1);
+  const int warps = static_cast<int>(blockDim.x) / kLanes;
+  void* const x = stages + warps * kStages;
+  const int64_t first_row = int64_t{blockIdx.x} * p.block_rows;
+  const int rows = static_cast<int>(min(int64_t{p.block_rows}, p.w.rows - first_row));
+  for (int first_unit = 0; first_unit < p.units; first_unit += p.range_units) {
+    const int range_units = min(p.range_units, p.units - first_unit);
+    const int warp_units = ((rows + 1) / kPair * range_units + warps - 1) / warps;
+    const int64_t begin = int64_t{first_unit} * kUnitColumns;
+    if (p.sparse && all_finite<Element>(p, begin, min(begin + int64_t{range_units} * kUnitColumns, p.w.cols))) {
+      stream_range<Element, kRows, true>(p, shared, stages, x, first_row, rows, first_unit, range_units, warp_units);
+    } else {
+      stream_range<Element, kRows, false>(p, shared, stages, x, first_row, rows, first_unit, range_units, warp_units);
+    }
+    __syncthreads();
+    finish_range<Element, kRows>(p, shared, first_row, rows, range_units, warp_units, first_unit == 0, first_unit + range_units == p.units);
+    __syncthreads();
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- launching
+
+template <class Element, int kRows>
+cudaError_t launch(Stream p, const Device& device, cudaStream_t stream_of_work) {
+  using Bits = typename Element::Bits;
+  const int64_t warp_bytes = kStages * int64_t{sizeof(Stage<Element>)};
+  const int64_t unit_bytes = int64_t{kRows} * kUnitColumns * static_cast<int64_t>(p.sparse ? sizeof(float) : sizeof(Bits));
+  const int64_t free_bytes = device.shared_bytes - int64_t{sizeof(Sums<kRows>)};
+  const int64_t units = static_cast<int64_t>((p.block_rows + 1) / kPair) * p.units;
+  const int64_t fit = (free_bytes - unit_bytes) / warp_bytes;
+  int64_t warps = sizeof(Bits) == 2 ? kMostWarps : kMostWarps / 2;
+  warps = warps < fit ? warps : fit;
+  warps = warps < units ? warps : units;
+  if (warps <= 0) return cudaErrorInvalidConfiguration;
+  const int64_t range_units = (free_bytes - warps * warp_bytes) / unit_bytes;
+  p.range_units = static_cast<int>(range_units < p.units ? range_units : p.units);
+  const int64_t shared_bytes = static_cast<int64_t>(sizeof(Sums<kRows>)) + warps * warp_bytes + p.range_units * unit_bytes;
+  const cudaError_t error =
+      cudaFuncSetAttribute(stream<Element, kRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned int>((p.w.rows + p.block_rows - 1) / p.block_rows));
+  config.blockDim = dim3(static_cast<unsigned int>(warps * kLanes));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream_of_work;
+  return cudaLaunchKernelEx(&config, stream<Element, kRows>, p);
+}
+
+template <class Element>
+cudaError_t launch(const Stream& p, const Device& device, cudaStream_t stream_of_work) {
+  const auto run = p.m == 1 ? launch<Element, 1> : p.m == 2 ? launch<Element, 2> : launch<Element, 4>;
+  return run(p, device, stream_of_work);
+}
+
+}  // namespace
+
+cudaError_t linear_stream(const LinearParams& params, const Device& device, void*, cudaStream_t stream_of_work) {
+  const BitmaskMatrix& w = params.w;
+  const int64_t width = params.dtype == kFloat32 ? 4 : 2;
+  if (w.rows == 0 || params.m == 0) return cudaSuccess;
+  // As many rows for each block, and as many blocks for each multiprocessor, as come out even.
+  const int64_t waves = (w.rows - 1) / (int64_t{device.multiprocessors} * kMostBlockRows) + 1;
+  const int64_t blocks = waves * device.multiprocessors;
+  Stream p{};
+  p.w = w;
+  p.row_bytes = bitmask_bytes(w.cols);
+  p.bias = params.bias;
+  p.block_rows = static_cast<int>((w.rows + blocks - 1) / blocks);
+  p.units = static_cast<int>(w.cols == 0 ? 1 : (w.cols - 1) / kUnitColumns + 1);
+  p.words = (reinterpret_cast<uintptr_t>(w.bitmasks) | static_cast<uintptr_t>(p.row_bytes)) % 4 == 0;
+  p.sparse = w.nnz < w.rows * w.cols / kSparseElements;
+  for (int64_t i = 0; i < params.m; i += kMostProductRows) {
+    p.x = static_cast<const uint8_t*>(params.x) + i * w.cols * width;
+    p.y = static_cast<uint8_t*>(params.y) + i * w.rows * width;
+    p.m = static_cast<int>(params.m - i < kMostProductRows ? params.m - i : kMostProductRows);
+    const auto run = params.dtype == kFloat32 ? launch<Float32> : params.dtype == kBfloat16 ? launch<Bfloat16> : launch<Float16>;
+    const cudaError_t error = run(p, device, stream_of_work);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace bitmask::cuda

@@ -8,12 +8,13 @@
 //
 // Where a unit begins among the values is known from the bitmask of the row before it, which a warp that starts inside of a row counts.
 // Sums are kept by lane, added up by warp, then by block in the order of the units: they depend on the sizes alone. Elements that are not
-// stored are multiplied as zeros, as in a dense product. Nothing in W is trusted: see read_ahead.
+// stored are multiplied as zeros, as in a dense product. Nothing in W is trusted: see Reader.
 #include <cuda_runtime.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <ptx.cuh>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -22,12 +23,13 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr unsigned int kAllLanes = 0xffffffff;
-constexpr int kPair = 2;                // rows of W side by side
-constexpr int kUnitColumns = 1024;      // 32 lanes of 32 bits
-constexpr int kStepColumns = 128;       // 32 lanes of 4 bits
-constexpr int kStages = 2;              // units of a warp that are in shared memory
-constexpr int kMostWarps = 16;          // of a block
-constexpr int kMostBlockRows = 512;     // of W
+constexpr int kPair = 2;             // rows of W side by side
+constexpr int kUnitColumns = 1024;   // 32 lanes of 32 bits
+constexpr int kStepColumns = 128;    // 32 lanes of 4 bits
+constexpr int kStages = 2;           // units of a warp that are in shared memory
+constexpr int kMostWarps = 16;       // of a block
+constexpr int kMostBlockRows = 512;  // of W
+constexpr int64_t kMostStreamColumns = INT32_MAX - kUnitColumns;
 constexpr int kMostProductRows = 4;     // of x that one launch takes
 constexpr int64_t kSparseElements = 6;  // for each value, from which on bits are looked for instead of at
 
@@ -139,11 +141,11 @@ struct Sums {
 // What the kernel is told.
 struct Stream {
   BitmaskMatrix w;
-  int64_t row_bytes;  // of its bitmask
   const void* x;
   const void* bias;
   void* y;
   int m;
+  int row_bytes;    // of the bitmask
   int block_rows;   // of W
   int units;        // of a pair
   int range_units;  // of which x is in shared memory at a time
@@ -151,107 +153,145 @@ struct Stream {
   bool sparse;      // bits are looked for, not at
 };
 
-// ---------------------------------------------------------------------------------------------------------------- reading W
+// The rows of W and the columns that a block is at.
+struct Range {
+  int64_t first_row;
+  int rows;
+  int first_unit, units;  // of each pair
+  int warp_units;         // that a warp takes, of all pairs
 
-// Four bytes of the bitmask row, zeros past its end.
-__device__ __forceinline__ uint32_t load_word(const uint8_t* row, int64_t at, int64_t row_bytes, bool words) {
-  if (words && at < row_bytes) return *reinterpret_cast<const uint32_t*>(row + at);
-  uint32_t word = 0;
-  for (int64_t i = 0; i < 4 && at + i < row_bytes; ++i) word |= uint32_t{row[at + i]} << (8 * i);
-  return word;
-}
+  __device__ __forceinline__ int pairs() const { return (rows + 1) / kPair; }
+};
 
 // A unit of a block, by its pair of rows and its number in these.
 struct Place {
   int pair, unit;
 };
 
+// ---------------------------------------------------------------------------------------------------------------- reading W
+
+// Four bytes of a bitmask row, zeros past its end.
+__device__ __forceinline__ uint32_t load_word(const Stream& p, const uint8_t* row, int at) {
+  uint32_t word = 0;
+  if (p.words) {
+    if (at < p.row_bytes) word = __ldg(reinterpret_cast<const uint32_t*>(row + at));
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < 4 && at + i < p.row_bytes; ++i) word |= uint32_t{row[at + i]} << (8 * i);
+  }
+  return word;
+}
+
 // What the reading of a unit waits for longest, asked for a unit before.
 struct Request {
-  uint32_t words[kPair];  // the lane's columns
-  int64_t begin[kPair];   // where values begin, of rows that begin here
-  int64_t end[kPair];     // where they end, of rows that end here
+  uint32_t words[kPair];             // the lane's columns
+  int64_t begin[kPair], end[kPair];  // of the values of both rows, if the unit is the first of them that the warp reads
 };
 
-// A warp's way through its units, ahead of the products. The values of a row are followed through `next`; a row is faulty from where that
-// leaves the values, or where the row ends and `next` is not where the offsets say.
+// A warp's way through its units, ahead of the products. Each row is proven as it is read: its offsets lie in order inside of the values,
+// its bits never need more values than there are between them, and in the end as many. From where that fails it has no bits, and is faulty.
 template <class Element, bool kSparse>
 struct Reader {
   static constexpr int kWidth = sizeof(typename Element::Bits);
 
   const Stream& p;
-  int64_t first_row, end_row;  // of the block
+  const Range& range;
+  const uint8_t* bits;  // of the block's first row, from the lane's first byte on
   int lane;
-  int64_t next[kPair];
-  uint32_t faulty;
+  const uint8_t* pieces[kPair];  // 16 bytes for each lane, of which the first begin at or before the next value
+  int past[kPair];               // bytes from there to it
+  int left[kPair];               // values, to the end of the row
+  uint32_t faulty;               // bit r: row r of the pair
+  uint32_t inner;                // bit r: so are the pieces of 16 bytes that hold any of its values
 
-  __device__ __forceinline__ int64_t row_of(Place place, int r) const { return first_row + kPair * place.pair + r; }
+  __device__ __forceinline__ Reader(const Stream& params, const Range& of_block)
+      : p(params),
+        range(of_block),
+        bits(params.w.bitmasks + of_block.first_row * params.row_bytes),
+        lane(static_cast<int>(threadIdx.x) % kLanes),
+        pieces{},
+        past{},
+        left{},
+        faulty(0),
+        inner(0) {}
 
-  __device__ __forceinline__ Request request(Place place) const {
+  __device__ __forceinline__ uint32_t word(int row, int unit) const {
+    return load_word(p, bits + int64_t{row} * p.row_bytes, kUnitColumns / 8 * unit + 4 * lane);
+  }
+
+  __device__ __forceinline__ Request request(Place place, bool opens) const {
     Request request{};
 #pragma unroll
     for (int r = 0; r < kPair; ++r) {
-      const int64_t row = row_of(place, r);
-      if (row >= end_row) continue;
-      request.words[r] =
-          load_word(p.w.bitmasks + row * p.row_bytes, int64_t{kUnitColumns / 8} * place.unit + 4 * lane, p.row_bytes, p.words);
-      if (place.unit == 0) request.begin[r] = p.w.row_offsets[row];
-      if (place.unit == p.units - 1) request.end[r] = row + 1 < p.w.rows ? p.w.row_offsets[row + 1] : p.w.nnz;
+      const int row = kPair * place.pair + r;
+      if (row >= range.rows) continue;
+      request.words[r] = word(row, place.unit);
+      if (!opens) continue;
+      const int64_t* const offsets = p.w.row_offsets + range.first_row + row;
+      request.begin[r] = offsets[0];
+      request.end[r] = range.first_row + row + 1 < p.w.rows ? offsets[1] : p.w.nnz;
     }
     return request;
   }
 
-  __device__ __forceinline__ void begin_row(int r, int64_t row, int64_t begin) {
-    const bool possible = begin >= 0 && begin <= p.w.nnz && (row > 0 || begin == 0);
-    next[r] = possible ? begin : 0;
-    faulty = possible ? faulty & ~(1u << r) : faulty | 1u << r;
-  }
-
-  // Counts what the rows of a unit, not their first one, have before it.
-  __device__ void start(Place place) {
-    faulty = 0;
+  // Begins a pair of rows, at its first unit or at another one.
+  __device__ __forceinline__ void open(Place place, const Request& request) {
+    faulty = inner = 0;
+#pragma unroll
     for (int r = 0; r < kPair; ++r) {
-      const int64_t row = row_of(place, r);
-      if (row >= end_row) continue;
-      begin_row(r, row, p.w.row_offsets[row]);
+      const int row = kPair * place.pair + r;
+      const int64_t begin = request.begin[r], end = request.end[r];
+      const bool first = row == 0 && range.first_row == 0;
+      bool possible = begin >= 0 && begin <= end && end <= p.w.nnz && end - begin <= p.w.cols && !(first && begin != 0);
+      left[r] = possible ? static_cast<int>(end - begin) : 0;
       uint32_t before = 0;
-      for (int unit = 0; unit < place.unit; ++unit) {
-        before += __popc(load_word(p.w.bitmasks + row * p.row_bytes, int64_t{kUnitColumns / 8} * unit + 4 * lane, p.row_bytes, p.words));
-      }
-      next[r] += __reduce_add_sync(kAllLanes, before);
+      for (int unit = 0; unit < place.unit && row < range.rows; ++unit) before += __popc(word(row, unit));
+      before = __reduce_add_sync(kAllLanes, before);
+      if (static_cast<int>(before) > left[r]) possible = false;
+      left[r] = possible ? left[r] - static_cast<int>(before) : 0;
+      const int64_t next = possible ? begin + before : 0;
+      const uint8_t* const source = static_cast<const uint8_t*>(p.w.values) + next * kWidth;
+      past[r] = static_cast<int>(reinterpret_cast<uintptr_t>(source) % 16);
+      pieces[r] = source - past[r] + 16 * lane;
+      const int64_t bytes = past[r] + int64_t{left[r]} * kWidth;
+      if (next * kWidth >= past[r] && next * kWidth - past[r] + (bytes + 15) / 16 * 16 <= p.w.nnz * kWidth) inner |= 1u << r;
+      if (!possible) faulty |= 1u << r;
     }
   }
 
-  // Copies `count` values from the place `next` on -> where in the stage they begin. Pieces of 16 bytes, unless some of these are outside.
-  __device__ __forceinline__ uint32_t copy(uint8_t* target, int64_t first, int count) const {
+  // Copies the next `count` values of a row; `target` is the stage, less the front of its values, 16 bytes on for each lane.
+  __device__ __forceinline__ void copy(int r, uint8_t* target, int count) {
     using Bits = typename Element::Bits;
     constexpr int kPieces = (kUnitColumns * kWidth + 16) / 16;
-    const uint8_t* const values = static_cast<const uint8_t*>(p.w.values);
-    const uint8_t* const source = values + first * kWidth;
-    const int past = static_cast<int>(reinterpret_cast<uintptr_t>(source) % 16);
-    const int pieces = count == 0 ? 0 : (past + count * kWidth + 15) / 16;
-    const int64_t before = first * kWidth - past;
-    if (before >= 0 && before + 16 * pieces <= p.w.nnz * kWidth) {
+    const int end = past[r] + count * kWidth;
+    if ((inner >> r & 1) != 0) {
+      const int bytes = count == 0 ? 0 : end - 16 * lane;
 #pragma unroll
-      for (int i = 0; i < (kPieces + kLanes - 1) / kLanes; ++i) {
-        const int piece = kLanes * i + lane;
-        if (piece < pieces) ptx::copy_async_16(target + Stage<Element>::kFront + 16 * piece, source - past + 16 * piece);
+      for (int i = 0; i < kPieces; i += kLanes) {
+        if (bytes > 16 * i) ptx::copy_async_16(target + 16 * i, pieces[r] + 16 * i);
       }
     } else {
-      Bits* const to = reinterpret_cast<Bits*>(target + Stage<Element>::kFront + past);
-      for (int i = lane; i < count; i += kLanes) to[i] = reinterpret_cast<const Bits*>(source)[i];
+#pragma unroll 1
+      for (int i = lane; i < count; i += kLanes) {
+        const int at = past[r] + i * kWidth - 16 * lane;
+        *reinterpret_cast<Bits*>(target + at) = *reinterpret_cast<const Bits*>(pieces[r] + at);
+      }
     }
-    return static_cast<uint32_t>(Stage<Element>::kFront + past);
+    pieces[r] += end & ~15;
+    past[r] = end & 15;
+    left[r] -= count;
   }
 
-  // Proves the unit and fills its stage. What is faulty has no bits and no values, from there to the end of its row.
-  __device__ __forceinline__ void read_ahead(Place place, Request request, Stage<Element>& stage) {
-    uint32_t counts = 0;
-#pragma unroll
-    for (int r = 0; r < kPair; ++r) {
-      if (place.unit == 0) begin_row(r, row_of(place, r), request.begin[r]);
-      counts |= static_cast<uint32_t>(__popc(request.words[r])) << (16 * r);
-    }
+  // The bits of a lane past the last column.
+  __device__ __forceinline__ uint32_t padding(int unit) const {
+    const int columns = static_cast<int>(p.w.cols - int64_t{kUnitColumns} * unit) - kLanes * lane;
+    return columns >= kLanes ? 0 : columns <= 0 ? ~0u : ~0u << columns;
+  }
+
+  // Proves a unit and fills its stage. `stage` is 16 bytes further on for each lane, so that every address is a constant away from it.
+  __device__ __forceinline__ void read(Place place, bool opens, Request request, Stage<Element>& stage) {
+    if (opens) open(place, request);
+    const uint32_t counts = __popc(request.words[0]) | __popc(request.words[1]) << 16;
     uint32_t through = counts;
 #pragma unroll
     for (int distance = 1; distance < kLanes; distance *= 2) {
@@ -259,34 +299,70 @@ struct Reader {
       if (lane >= distance) through += below;
     }
     const uint32_t total = __shfl_sync(kAllLanes, through, kLanes - 1);
-    const bool last = place.unit == p.units - 1;
+    const int count[kPair] = {static_cast<int>(total & 0xffff), static_cast<int>(total >> 16)};
+#pragma unroll
+    for (int r = 0; r < kPair; ++r) {
+      if (count[r] > left[r]) faulty |= 1u << r;
+    }
+    if (place.unit == p.units - 1) {
+#pragma unroll
+      for (int r = 0; r < kPair; ++r) {
+        if (count[r] != left[r] || __any_sync(kAllLanes, (request.words[r] & padding(place.unit)) != 0)) faulty |= 1u << r;
+      }
+    }
     uint32_t entries[kPair][2];
 #pragma unroll
     for (int r = 0; r < kPair; ++r) {
-      int count = static_cast<int>(total >> (16 * r) & 0xffff);
-      if (last) {
-        const int64_t columns = p.w.cols - int64_t{kUnitColumns} * place.unit - kLanes * lane;
-        const uint32_t padding = columns >= kLanes ? 0 : columns <= 0 ? ~0u : ~0u << columns;
-        const bool wrong = row_of(place, r) < end_row && next[r] + count != request.end[r];
-        if (wrong || __any_sync(kAllLanes, (request.words[r] & padding) != 0)) faulty |= 1u << r;
-      }
-      if (count > p.w.nnz - next[r]) faulty |= 1u << r;
-      if ((faulty >> r & 1) != 0) {
-        request.words[r] = 0;
-        count = 0;
-      }
-      const uint32_t begin = copy(stage.values[r], next[r], count);
-      next[r] += count;
-      const uint32_t bits = request.words[r], low = bits & 0xffff;
-      const uint32_t before = ((through - counts) >> (16 * r) & 0xffff) * kWidth + begin - Element::kBias;
-      entries[r][0] = kSparse ? bits : low | before << 16;
-      entries[r][1] = kSparse ? before : bits >> 16 | (before + kWidth * __popc(low)) << 16;
+      const bool good = (faulty >> r & 1) == 0;
+      const uint32_t bits = good ? request.words[r] : 0;
+      const uint32_t before =
+          ((through - counts) >> (16 * r) & 0xffff) * kWidth + static_cast<uint32_t>(Stage<Element>::kFront + past[r] - Element::kBias);
+      copy(r, stage.values[r] + Stage<Element>::kFront, good ? count[r] : 0);
+      entries[r][0] = kSparse ? bits : (bits & 0xffff) | before << 16;
+      entries[r][1] = kSparse ? before : bits >> 16 | (before + kWidth * __popc(bits & 0xffff)) << 16;
     }
-    stage.entries[lane] = kSparse ? uint4{entries[0][0], entries[0][1], entries[1][0], entries[1][1]}
-                                  : uint4{entries[0][0], entries[1][0], entries[0][1], entries[1][1]};
+    stage.entries[0] = kSparse ? uint4{entries[0][0], entries[0][1], entries[1][0], entries[1][1]}
+                               : uint4{entries[0][0], entries[1][0], entries[0][1], entries[1][1]};
     if (lane == 0) stage.faulty = faulty;
   }
 };
+
+// ---------------------------------------------------------------------------------------------------------------- x
+
+// Has x no infinity and no NaN in these columns? Only then can products with zeros be left out.
+template <class Element>
+__device__ bool all_finite(const Stream& p, const Range& range) {
+  const int64_t begin = int64_t{range.first_unit} * kUnitColumns, end = min(begin + int64_t{range.units} * kUnitColumns, p.w.cols);
+  bool finite = true;
+  for (int i = 0; i < p.m; ++i) {
+    const typename Element::Bits* const row = static_cast<const typename Element::Bits*>(p.x) + i * p.w.cols;
+    for (int64_t col = begin + threadIdx.x; col < end; col += blockDim.x) finite &= fabsf(Element::widen(row[col])) <= 3.40282347e38f;
+  }
+  return __syncthreads_and(finite) != 0;
+}
+
+// The columns of the range, padded with zeros to whole units: [kRows][units][columns], or where bits are looked for, in float,
+// [kRows][units][bit][lane].
+template <class Element, int kRows, bool kSparse>
+__device__ __forceinline__ void fill_x(const Stream& p, const Range& range, void* x) {
+  using Bits = typename Element::Bits;
+  const int columns = range.units * kUnitColumns;
+  const int64_t begin = int64_t{range.first_unit} * kUnitColumns;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const Bits* const row = static_cast<const Bits*>(p.x) + i * p.w.cols + begin;
+#pragma unroll 4
+    for (int at = static_cast<int>(threadIdx.x); at < columns; at += static_cast<int>(blockDim.x)) {
+      const int col = kSparse ? at / kUnitColumns * kUnitColumns + at % kLanes * kLanes + at % kUnitColumns / kLanes : at;
+      const Bits bits = i < p.m && begin + col < p.w.cols ? row[col] : Bits{0};
+      if constexpr (kSparse) {
+        static_cast<float*>(x)[i * columns + at] = Element::widen(bits);
+      } else {
+        static_cast<Bits*>(x)[i * columns + at] = bits;
+      }
+    }
+  }
+}
 
 // ---------------------------------------------------------------------------------------------------------------- products
 
@@ -337,53 +413,57 @@ __device__ __forceinline__ float sum_of_warp(float value) {
   return value;
 }
 
-// The units [begin, end) of the range, by one warp. Unit u of the range is unit first_unit + u % range_units of pair u / range_units.
+// One warp's share of a range of columns. x is what multiply_all or multiply_set wants.
 template <class Element, int kRows, bool kSparse>
-__device__ __forceinline__ void stream_units(Reader<Element, kSparse>& reader, Stage<Element>* stages, const void* x, int begin, int end,
-                                             int first_unit, int range_units, int x_stride, int warp, Sums<kRows>& shared) {
-  const int lane = reader.lane;
+__device__ __forceinline__ void stream_units(const Stream& p, const Range& range, Stage<Element>* stages, void* x, Sums<kRows>& shared) {
+  using X = std::conditional_t<kSparse, float, typename Element::Bits>;
+  const int warp = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int begin = warp * range.warp_units, end = min(begin + range.warp_units, range.pairs() * range.units);
+  const int last_unit = range.first_unit + range.units - 1;
   const auto advance = [&](Place& place) {
-    if (++place.unit == first_unit + range_units) place = {place.pair + 1, first_unit};
+    if (place.unit++ == last_unit) place = {place.pair + 1, range.first_unit};
   };
-  Place here{begin / range_units, first_unit + begin % range_units}, ahead = here;
-  int read = begin;
-  Request request = reader.request(ahead);
-  const auto read_one = [&] {
-    if (read < end) {
+  Place here{begin / range.units, range.first_unit + begin % range.units}, ahead = here;
+  Reader<Element, kSparse> reader(p, range);
+  Stage<Element>* const filled_first = reinterpret_cast<Stage<Element>*>(reinterpret_cast<uint8_t*>(stages) + 16 * lane);
+  Stage<Element>* filled = filled_first;
+  Request request{};
+  bool opens = true;
+  if (begin < end) request = reader.request(here, opens);  // on its way while x is filled
+  fill_x<Element, kRows, kSparse>(p, range, x);
+  __syncthreads();
+  float sums[kRows][4] = {};
+  for (int unit = begin - (kStages - 1); unit < end; ++unit) {
+    const int next = unit + kStages - 1;
+    if (next < end) {
       const Request now = request;
       const Place place = ahead;
-      if (place.unit != 0 && (read == begin || place.unit == first_unit)) reader.start(place);
+      const bool opened = opens;
       advance(ahead);
-      if (read + 1 < end) request = reader.request(ahead);
-      reader.read_ahead(place, now, stages[read % kStages]);
+      opens = ahead.unit == range.first_unit;
+      if (next + 1 < end) request = reader.request(ahead, opens);
+      reader.read(place, opened, now, *filled);
+      filled = filled == filled_first + kStages - 1 ? filled_first : filled + 1;
     }
-    ++read;
     ptx::copy_async_commit();
-  };
-  for (int i = 0; i < kStages - 1; ++i) read_one();
-  float sums[kRows][4] = {};
-  for (int unit = begin; unit < end; ++unit) {
-    read_one();
+    if (unit < begin) continue;
     ptx::copy_async_wait<kStages - 1>();
     __syncwarp();
-    const Stage<Element>& stage = stages[unit % kStages];
+    const Stage<Element>& stage = stages[(unit - begin) % kStages];
+    const X* const operand = static_cast<const X*>(x) + (here.unit - range.first_unit) * kUnitColumns;
     if constexpr (kSparse) {
-      multiply_set<Element, kRows>(stage, static_cast<const float*>(x) + (here.unit - first_unit) * kUnitColumns, x_stride, lane, sums);
+      multiply_set<Element, kRows>(stage, operand, range.units * kUnitColumns, lane, sums);
     } else {
-      using Bits = typename Element::Bits;
-      multiply_all<Element, kRows>(stage, static_cast<const Bits*>(x) + (here.unit - first_unit) * kUnitColumns, x_stride, lane, sums);
+      multiply_all<Element, kRows>(stage, operand, range.units * kUnitColumns, lane, sums);
     }
-    if (here.unit == first_unit + range_units - 1 || unit == end - 1) {
+    if (here.unit == last_unit || unit == end - 1) {
 #pragma unroll
-      for (int r = 0; r < kPair; ++r) {
+      for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
+        for (int r = 0; r < kPair; ++r) {
           const float sum = sum_of_warp(kSparse ? sums[i][r] : Element::own(sums[i], r, lane));
           if (lane == 0) shared.parts[here.pair + warp][r][i] = (stage.faulty >> r & 1) != 0 ? __int_as_float(0x7fffffff) : sum;
         }
-      }
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
         for (float& sum : sums[i]) sum = 0;
       }
     }
@@ -394,87 +474,45 @@ __device__ __forceinline__ void stream_units(Reader<Element, kSparse>& reader, S
 
 // ---------------------------------------------------------------------------------------------------------------- the kernel
 
-template <class Element>
-__device__ bool all_finite(const Stream& p, int64_t begin, int64_t end) {
-  bool finite = true;
-  for (int i = 0; i < p.m; ++i) {
-    const typename Element::Bits* const row = static_cast<const typename Element::Bits*>(p.x) + i * p.w.cols;
-    for (int64_t col = begin + threadIdx.x; col < end; col += blockDim.x) finite &= fabsf(Element::widen(row[col])) <= 3.40282347e38f;
-  }
-  return __syncthreads_and(finite) != 0;
-}
-
-// The columns from `begin` on, padded with zeros to `columns`, as the products want them.
-template <class Element, int kRows, bool kSparse>
-__device__ void fill_x(const Stream& p, int64_t begin, int columns, void* x) {
-  using Bits = typename Element::Bits;
-  for (int i = 0; i < kRows; ++i) {
-    const Bits* const row = static_cast<const Bits*>(p.x) + i * p.w.cols;
-    for (int at = static_cast<int>(threadIdx.x); at < columns; at += static_cast<int>(blockDim.x)) {
-      // In `x`: unit, bit, lane; in a row: unit, lane, bit.
-      const int col = kSparse ? at / kUnitColumns * kUnitColumns + at % kLanes * kLanes + at % kUnitColumns / kLanes : at;
-      const Bits bits = i < p.m && begin + col < p.w.cols ? row[begin + col] : Bits{0};
-      if constexpr (kSparse) {
-        static_cast<float*>(x)[i * columns + at] = Element::widen(bits);
-      } else {
-        static_cast<Bits*>(x)[i * columns + at] = bits;
-      }
-    }
-  }
-}
-
 // Adds up what the warps have of each row, in order, and writes y after the last range of columns.
 template <class Element, int kRows>
-__device__ void finish_range(const Stream& p, Sums<kRows>& shared, int64_t first_row, int rows, int range_units, int warp_units, bool first,
-                             bool last) {
+__device__ void finish_range(const Stream& p, const Range& range, Sums<kRows>& shared) {
   using Bits = typename Element::Bits;
-  for (int at = static_cast<int>(threadIdx.x); at < rows * kRows; at += static_cast<int>(blockDim.x)) {
-    const int i = at / rows, row = at % rows, pair = row / kPair;
-    const int first_warp = pair * range_units / warp_units, last_warp = ((pair + 1) * range_units - 1) / warp_units;
-    float sum = first ? 0 : shared.rows[at];
+  for (int at = static_cast<int>(threadIdx.x); at < range.rows * kRows; at += static_cast<int>(blockDim.x)) {
+    const int i = at / range.rows, row = at % range.rows, pair = row / kPair;
+    const int first_warp = pair * range.units / range.warp_units, last_warp = ((pair + 1) * range.units - 1) / range.warp_units;
+    float sum = range.first_unit == 0 ? 0 : shared.rows[at];
     for (int warp = first_warp; warp <= last_warp; ++warp) sum += shared.parts[pair + warp][row % kPair][i];
     shared.rows[at] = sum;
-    if (!last || i >= p.m) continue;
-    const int64_t column = first_row + row;
+    if (range.first_unit + range.units < p.units || i >= p.m) continue;
+    const int64_t column = range.first_row + row;
     if (p.bias != nullptr) sum += Element::widen(static_cast<const Bits*>(p.bias)[column]);
     static_cast<Bits*>(p.y)[i * p.w.rows + column] = Element::narrow(sum);
   }
 }
 
-template <class Element, int kRows, bool kSparse>
-__device__ __forceinline__ void stream_range(const Stream& p, Sums<kRows>& shared, Stage<Element>* stages, void* x, int64_t first_row,
-                                             int rows, int first_unit, int range_units, int warp_units) {
-  const int warp = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
-  const int columns = range_units * kUnitColumns, units = (rows + 1) / kPair * range_units;
-  fill_x<Element, kRows, kSparse>(p, int64_t{first_unit} * kUnitColumns, columns, x);
-  __syncthreads();
-  const int begin = warp * warp_units, end = min(begin + warp_units, units);
-  if (begin >= end) return;
-  Reader<Element, kSparse> reader{p, first_row, first_row + rows, lane, {}, 0};
-  stream_units<Element, kRows, kSparse>(reader, stages + warp * kStages, x, begin, end, first_unit, range_units, columns, warp, shared);
-}
-
 // Element  of W, x and y
 // kRows    rows of x, at least p.m
 template <class Element, int kRows>
-__global__ __launch_bounds__(kMostWarps* kLanes) void stream(const __grid_constant__ Stream p) {
+__global__ __launch_bounds__(kMostWarps* kLanes, 1) void stream(const __grid_constant__ Stream p) {
   Sums<kRows>& shared = *ptx::dynamic_shared<Sums<kRows>>();
   Stage<Element>* const stages = reinterpret_cast<Stage<Element>*>(&shared + 1);
   const int warps = static_cast<int>(blockDim.x) / kLanes;
+  Stage<Element>* const own = stages + static_cast<int>(threadIdx.x) / kLanes * kStages;
   void* const x = stages + warps * kStages;
-  const int64_t first_row = int64_t{blockIdx.x} * p.block_rows;
-  const int rows = static_cast<int>(min(int64_t{p.block_rows}, p.w.rows - first_row));
-  for (int first_unit = 0; first_unit < p.units; first_unit += p.range_units) {
-    const int range_units = min(p.range_units, p.units - first_unit);
-    const int warp_units = ((rows + 1) / kPair * range_units + warps - 1) / warps;
-    const int64_t begin = int64_t{first_unit} * kUnitColumns;
-    if (p.sparse && all_finite<Element>(p, begin, min(begin + int64_t{range_units} * kUnitColumns, p.w.cols))) {
-      stream_range<Element, kRows, true>(p, shared, stages, x, first_row, rows, first_unit, range_units, warp_units);
+  Range range{};
+  range.first_row = int64_t{blockIdx.x} * p.block_rows;
+  range.rows = static_cast<int>(min(int64_t{p.block_rows}, p.w.rows - range.first_row));
+  for (; range.first_unit < p.units; range.first_unit += range.units) {
+    range.units = min(p.range_units, p.units - range.first_unit);
+    range.warp_units = (range.pairs() * range.units + warps - 1) / warps;
+    if (p.sparse && all_finite<Element>(p, range)) {
+      stream_units<Element, kRows, true>(p, range, own, x, shared);
     } else {
-      stream_range<Element, kRows, false>(p, shared, stages, x, first_row, rows, first_unit, range_units, warp_units);
+      stream_units<Element, kRows, false>(p, range, own, x, shared);
     }
     __syncthreads();
-    finish_range<Element, kRows>(p, shared, first_row, rows, range_units, warp_units, first_unit == 0, first_unit + range_units == p.units);
+    finish_range<Element, kRows>(p, range, shared);
     __syncthreads();
   }
 }
@@ -519,12 +557,13 @@ cudaError_t linear_stream(const LinearParams& params, const Device& device, void
   const BitmaskMatrix& w = params.w;
   const int64_t width = params.dtype == kFloat32 ? 4 : 2;
   if (w.rows == 0 || params.m == 0) return cudaSuccess;
+  if (w.cols > kMostStreamColumns) return cudaErrorInvalidValue;
   // As many rows for each block, and as many blocks for each multiprocessor, as come out even.
   const int64_t waves = (w.rows - 1) / (int64_t{device.multiprocessors} * kMostBlockRows) + 1;
   const int64_t blocks = waves * device.multiprocessors;
   Stream p{};
   p.w = w;
-  p.row_bytes = bitmask_bytes(w.cols);
+  p.row_bytes = static_cast<int>(bitmask_bytes(w.cols));
   p.bias = params.bias;
   p.block_rows = static_cast<int>((w.rows + blocks - 1) / blocks);
   p.units = static_cast<int>(w.cols == 0 ? 1 : (w.cols - 1) / kUnitColumns + 1);

@@ -170,22 +170,18 @@ struct Place {
 
 // ---------------------------------------------------------------------------------------------------------------- reading W
 
-// Four bytes of a bitmask row, zeros past its end.
-__device__ __forceinline__ uint32_t load_word(const Stream& p, const uint8_t* row, int at) {
+// Up to four bytes of a bitmask row that may begin anywhere.
+__device__ __forceinline__ uint32_t load_bytes(const uint8_t* bits, int count) {
   uint32_t word = 0;
-  if (p.words) {
-    if (at < p.row_bytes) word = __ldg(reinterpret_cast<const uint32_t*>(row + at));
-  } else {
 #pragma unroll 1
-    for (int i = 0; i < 4 && at + i < p.row_bytes; ++i) word |= uint32_t{row[at + i]} << (8 * i);
-  }
+  for (int i = 0; i < 4 && i < count; ++i) word |= uint32_t{bits[i]} << (8 * i);
   return word;
 }
 
 // What the reading of a unit waits for longest, asked for a unit before.
 struct Request {
-  uint32_t words[kPair];             // the lane's columns
-  int64_t begin[kPair], end[kPair];  // of the values of both rows, if the unit is the first of them that the warp reads
+  uint32_t words[kPair];       // the lane's columns
+  int64_t offsets[kPair + 1];  // where the values of both rows begin and end, if the unit is the first of them that the warp reads
 };
 
 // A warp's way through its units, ahead of the products. Each row is proven as it is read: its offsets lie in order inside of the values,
@@ -202,51 +198,70 @@ struct Reader {
   int past[kPair];               // bytes from there to it
   int left[kPair];               // values, to the end of the row
   uint32_t faulty;               // bit r: row r of the pair
-  uint32_t inner;                // bit r: so are the pieces of 16 bytes that hold any of its values
+  bool inner;                    // bit r: so are the pieces of 16 bytes that hold any of its values
 
   __device__ __forceinline__ Reader(const Stream& params, const Range& of_block)
       : p(params),
         range(of_block),
-        bits(params.w.bitmasks + of_block.first_row * params.row_bytes),
+        bits(params.w.bitmasks + of_block.first_row * params.row_bytes + threadIdx.x % kLanes * 4),
         lane(static_cast<int>(threadIdx.x) % kLanes),
         pieces{},
         past{},
         left{},
         faulty(0),
-        inner(0) {}
+        inner(false) {}
 
-  __device__ __forceinline__ uint32_t word(int row, int unit) const {
-    return load_word(p, bits + int64_t{row} * p.row_bytes, kUnitColumns / 8 * unit + 4 * lane);
+  // The lane's columns of two rows of the block, zeros past their end.
+  __device__ __forceinline__ void load_words(int row, int other, int unit, uint32_t (&words)[kPair]) const {
+    const int at = kUnitColumns / 8 * unit;
+    const uint8_t* const first = bits + int64_t{row} * p.row_bytes + at;
+    const uint8_t* const second = bits + int64_t{other} * p.row_bytes + at;
+    const int there = p.row_bytes - at - 4 * lane;
+    words[0] = words[1] = 0;
+    if (p.words) {
+      if (there > 0) {
+        words[0] = __ldg(reinterpret_cast<const uint32_t*>(first));
+        words[1] = __ldg(reinterpret_cast<const uint32_t*>(second));
+      }
+    } else {
+      words[0] = load_bytes(first, there);
+      words[1] = load_bytes(second, there);
+    }
   }
 
+  // A pair that lacks its second row has the first one twice, until it is read.
   __device__ __forceinline__ Request request(Place place, bool opens) const {
     Request request{};
+    const int row = kPair * place.pair;
+    load_words(row, min(row + 1, range.rows - 1), place.unit, request.words);
+    if (!opens) return request;
+    const int64_t* const offsets = p.w.row_offsets + range.first_row + row;
 #pragma unroll
-    for (int r = 0; r < kPair; ++r) {
-      const int row = kPair * place.pair + r;
-      if (row >= range.rows) continue;
-      request.words[r] = word(row, place.unit);
-      if (!opens) continue;
-      const int64_t* const offsets = p.w.row_offsets + range.first_row + row;
-      request.begin[r] = offsets[0];
-      request.end[r] = range.first_row + row + 1 < p.w.rows ? offsets[1] : p.w.nnz;
+    for (int r = 0; r <= kPair; ++r) {
+      if (row + r <= range.rows) request.offsets[r] = range.first_row + row + r < p.w.rows ? offsets[r] : p.w.nnz;
     }
     return request;
   }
 
   // Begins a pair of rows, at its first unit or at another one.
   __device__ __forceinline__ void open(Place place, const Request& request) {
-    faulty = inner = 0;
+    faulty = 0;
+    inner = true;
+    uint32_t counts[kPair] = {};  // of the units before
+    for (int unit = 0; unit < place.unit; ++unit) {
+      uint32_t words[kPair];
+      load_words(kPair * place.pair, min(kPair * place.pair + 1, range.rows - 1), unit, words);
+      counts[0] += __popc(words[0]);
+      counts[1] += __popc(words[1]);
+    }
 #pragma unroll
     for (int r = 0; r < kPair; ++r) {
       const int row = kPair * place.pair + r;
-      const int64_t begin = request.begin[r], end = request.end[r];
+      const int64_t begin = request.offsets[r], end = row < range.rows ? request.offsets[r + 1] : begin;
       const bool first = row == 0 && range.first_row == 0;
       bool possible = begin >= 0 && begin <= end && end <= p.w.nnz && end - begin <= p.w.cols && !(first && begin != 0);
       left[r] = possible ? static_cast<int>(end - begin) : 0;
-      uint32_t before = 0;
-      for (int unit = 0; unit < place.unit && row < range.rows; ++unit) before += __popc(word(row, unit));
-      before = __reduce_add_sync(kAllLanes, before);
+      const uint32_t before = r == 0 || row < range.rows ? __reduce_add_sync(kAllLanes, counts[r]) : 0;
       if (static_cast<int>(before) > left[r]) possible = false;
       left[r] = possible ? left[r] - static_cast<int>(before) : 0;
       const int64_t next = possible ? begin + before : 0;
@@ -254,32 +269,44 @@ struct Reader {
       past[r] = static_cast<int>(reinterpret_cast<uintptr_t>(source) % 16);
       pieces[r] = source - past[r] + 16 * lane;
       const int64_t bytes = past[r] + int64_t{left[r]} * kWidth;
-      if (next * kWidth >= past[r] && next * kWidth - past[r] + (bytes + 15) / 16 * 16 <= p.w.nnz * kWidth) inner |= 1u << r;
+      inner &= next * kWidth >= past[r] && next * kWidth - past[r] + (bytes + 15) / 16 * 16 <= p.w.nnz * kWidth;
       if (!possible) faulty |= 1u << r;
     }
   }
 
-  // Copies the next `count` values of a row; `target` is the stage, less the front of its values, 16 bytes on for each lane.
-  __device__ __forceinline__ void copy(int r, uint8_t* target, int count) {
-    using Bits = typename Element::Bits;
+  // Copies the next values of both rows; `stage` is 16 bytes further on for each lane, so that every address is a constant away from it.
+  __device__ __forceinline__ void copy(const int (&count)[kPair], Stage<Element>& stage) {
     constexpr int kPieces = (kUnitColumns * kWidth + 16) / 16;
-    const int end = past[r] + count * kWidth;
-    if ((inner >> r & 1) != 0) {
-      const int bytes = count == 0 ? 0 : end - 16 * lane;
+    if (inner) {
 #pragma unroll
-      for (int i = 0; i < kPieces; i += kLanes) {
-        if (bytes > 16 * i) ptx::copy_async_16(target + 16 * i, pieces[r] + 16 * i);
+      for (int r = 0; r < kPair; ++r) {
+        const int bytes = past[r] + count[r] * kWidth - 16 * lane;
+#pragma unroll
+        for (int i = 0; i < kPieces; i += kLanes) {
+          if (bytes > 16 * i) ptx::copy_async_16(stage.values[r] + Stage<Element>::kFront + 16 * i, pieces[r] + 16 * i);
+        }
       }
     } else {
 #pragma unroll 1
-      for (int i = lane; i < count; i += kLanes) {
-        const int at = past[r] + i * kWidth - 16 * lane;
-        *reinterpret_cast<Bits*>(target + at) = *reinterpret_cast<const Bits*>(pieces[r] + at);
-      }
+      for (int r = 0; r < kPair; ++r)
+        copy_elements(r == 0 ? past[0] : past[1], r == 0 ? count[0] : count[1], r == 0 ? pieces[0] : pieces[1], stage.values[r]);
     }
-    pieces[r] += end & ~15;
-    past[r] = end & 15;
-    left[r] -= count;
+#pragma unroll
+    for (int r = 0; r < kPair; ++r) {
+      const uint32_t end = static_cast<uint32_t>(past[r] + count[r] * kWidth);
+      pieces[r] += end & ~15u;
+      past[r] = static_cast<int>(end & 15);
+      left[r] -= count[r];
+    }
+  }
+
+  __device__ __forceinline__ void copy_elements(int skipped, int count, const uint8_t* source, uint8_t* target) const {
+    using Bits = typename Element::Bits;
+#pragma unroll 1
+    for (int i = lane; i < count; i += kLanes) {
+      const int at = skipped + i * kWidth - 16 * lane;
+      *reinterpret_cast<Bits*>(target + Stage<Element>::kFront + at) = *reinterpret_cast<const Bits*>(source + at);
+    }
   }
 
   // The bits of a lane past the last column.
@@ -288,9 +315,10 @@ struct Reader {
     return columns >= kLanes ? 0 : columns <= 0 ? ~0u : ~0u << columns;
   }
 
-  // Proves a unit and fills its stage. `stage` is 16 bytes further on for each lane, so that every address is a constant away from it.
+  // Proves a unit and fills its stage.
   __device__ __forceinline__ void read(Place place, bool opens, Request request, Stage<Element>& stage) {
     if (opens) open(place, request);
+    if (kPair * place.pair + 1 >= range.rows) request.words[1] = 0;
     const uint32_t counts = __popc(request.words[0]) | __popc(request.words[1]) << 16;
     uint32_t through = counts;
 #pragma unroll
@@ -299,7 +327,7 @@ struct Reader {
       if (lane >= distance) through += below;
     }
     const uint32_t total = __shfl_sync(kAllLanes, through, kLanes - 1);
-    const int count[kPair] = {static_cast<int>(total & 0xffff), static_cast<int>(total >> 16)};
+    int count[kPair] = {static_cast<int>(total & 0xffff), static_cast<int>(total >> 16)};
 #pragma unroll
     for (int r = 0; r < kPair; ++r) {
       if (count[r] > left[r]) faulty |= 1u << r;
@@ -310,17 +338,24 @@ struct Reader {
         if (count[r] != left[r] || __any_sync(kAllLanes, (request.words[r] & padding(place.unit)) != 0)) faulty |= 1u << r;
       }
     }
+    if (faulty != 0) {
+#pragma unroll
+      for (int r = 0; r < kPair; ++r) {
+        if ((faulty >> r & 1) == 0) continue;
+        request.words[r] = 0;
+        count[r] = 0;
+      }
+    }
     uint32_t entries[kPair][2];
 #pragma unroll
     for (int r = 0; r < kPair; ++r) {
-      const bool good = (faulty >> r & 1) == 0;
-      const uint32_t bits = good ? request.words[r] : 0;
+      const uint32_t bits = request.words[r];
       const uint32_t before =
           ((through - counts) >> (16 * r) & 0xffff) * kWidth + static_cast<uint32_t>(Stage<Element>::kFront + past[r] - Element::kBias);
-      copy(r, stage.values[r] + Stage<Element>::kFront, good ? count[r] : 0);
       entries[r][0] = kSparse ? bits : (bits & 0xffff) | before << 16;
       entries[r][1] = kSparse ? before : bits >> 16 | (before + kWidth * __popc(bits & 0xffff)) << 16;
     }
+    copy(count, stage);
     stage.entries[0] = kSparse ? uint4{entries[0][0], entries[0][1], entries[1][0], entries[1][1]}
                                : uint4{entries[0][0], entries[1][0], entries[0][1], entries[1][1]};
     if (lane == 0) stage.faulty = faulty;
@@ -342,7 +377,7 @@ __device__ bool all_finite(const Stream& p, const Range& range) {
 }
 
 // The columns of the range, padded with zeros to whole units: [kRows][units][columns], or where bits are looked for, in float,
-// [kRows][units][bit][lane].
+// [kRows][units][bit, the last one first][lane].
 template <class Element, int kRows, bool kSparse>
 __device__ __forceinline__ void fill_x(const Stream& p, const Range& range, void* x) {
   using Bits = typename Element::Bits;
@@ -353,7 +388,7 @@ __device__ __forceinline__ void fill_x(const Stream& p, const Range& range, void
     const Bits* const row = static_cast<const Bits*>(p.x) + i * p.w.cols + begin;
 #pragma unroll 4
     for (int at = static_cast<int>(threadIdx.x); at < columns; at += static_cast<int>(blockDim.x)) {
-      const int col = kSparse ? at / kUnitColumns * kUnitColumns + at % kLanes * kLanes + at % kUnitColumns / kLanes : at;
+      const int col = kSparse ? at / kUnitColumns * kUnitColumns + at % kLanes * kLanes + 31 - at % kUnitColumns / kLanes : at;
       const Bits bits = i < p.m && begin + col < p.w.cols ? row[col] : Bits{0};
       if constexpr (kSparse) {
         static_cast<float*>(x)[i * columns + at] = Element::widen(bits);
@@ -384,25 +419,28 @@ __device__ __forceinline__ void multiply_all(const Stage<Element>& stage, const 
   }
 }
 
-// A unit by looking for the bits that are set: each lane in 32 columns, for which x lies in its own bank: [kRows][range units][32][lane].
+// A unit by looking for the bits that are set, those of both rows by turns: each lane in 32 columns, for which x lies in its own bank. A
+// lane that is done goes on with the others, without adding; what it reads then is a few values further on in the stage.
 template <class Element, int kRows>
 __device__ __forceinline__ void multiply_set(const Stage<Element>& stage, const float* x, int x_stride, int lane, float (&sums)[kRows][4]) {
   using Bits = typename Element::Bits;
   const uint4 entry = stage.entries[lane];
-  uint32_t bits[kPair] = {entry.x, entry.z};
-  const Bits* next[kPair] = {reinterpret_cast<const Bits*>(stage.values[0] + entry.y + Element::kBias),
-                             reinterpret_cast<const Bits*>(stage.values[1] + entry.w + Element::kBias)};
+  uint32_t bits[kPair] = {__brev(entry.x), __brev(entry.z)};
+  const uint8_t* const next[kPair] = {stage.values[0] + entry.y + Element::kBias, stage.values[1] + entry.w + Element::kBias};
   const int most = static_cast<int>(__reduce_max_sync(kAllLanes, static_cast<uint32_t>(max(__popc(bits[0]), __popc(bits[1])))));
-#pragma unroll 2
+#pragma unroll 4
   for (int step = 0; step < most; ++step) {
 #pragma unroll
     for (int r = 0; r < kPair; ++r) {
-      if (bits[r] == 0) continue;
-      const int column = 31 - __clz(static_cast<int>(bits[r] & (0 - bits[r])));
-      bits[r] &= bits[r] - 1;
-      const float value = Element::widen(*next[r]++);
+      const bool any = bits[r] != 0;
+      const uint32_t bit = static_cast<uint32_t>(31 - __clz(static_cast<int>(bits[r]))) % 32;
+      bits[r] &= ~(1u << bit);
+      const float value = Element::widen(reinterpret_cast<const Bits*>(next[r])[step]);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) sums[i][r] = fmaf(value, x[i * x_stride + kLanes * column + lane], sums[i][r]);
+      for (int i = 0; i < kRows; ++i) {
+        const float operand = x[i * x_stride + static_cast<int>(bit) * kLanes + lane];
+        if (any) sums[i][r] = fmaf(value, operand, sums[i][r]);
+      }
     }
   }
 }

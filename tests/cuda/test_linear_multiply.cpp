@@ -234,6 +234,10 @@ void test_faults(cuda::LinearDtype dtype) {
     for (int64_t changes = 1 + random_below(3); changes > 0; --changes) mutate(problem.weight);
     test_problem(problem, any_of(kDevices), i % 2 == 0, {2 * (i % 8), i % 5, 0, 0});
   }
+  Problem late = make_problem(dtype, 3, 20, 300, 0.5, kIntegers);  // a value before those of the first row
+  late.weight.values.insert(late.weight.values.begin(), 2, 0);
+  for (int64_t& offset : late.weight.row_offsets) ++offset;
+  test_problem(late, kDevices[0], true);
   Problem empty = make_problem(dtype, 3, 4, 0, 0, kIntegers);  // no column, yet offsets
   empty.weight.row_offsets[2] = 1;
   test_problem(empty, kDevices[0], true);

@@ -7,7 +7,6 @@
 //   tile         0               1               2            blocks that share a tile each write their sums to the workspace; the last
 //   stages   |---------------|---------------|---------------|   one to do so adds them, in the order of the blocks. Where a block begins
 //   blocks   0         1         2         3         4           inside of a tile, its rows' values begin where `count` has counted to.
-//
 #include "linear_multiply.cuh"
 
 #include <cuda_runtime.h>

@@ -31,7 +31,7 @@ constexpr int kMostWarps = 16;       // of a block
 constexpr int kMostBlockRows = 512;  // of W
 constexpr int64_t kMostStreamColumns = INT32_MAX - kUnitColumns;
 constexpr int kMostProductRows = 4;     // of x that one launch takes
-constexpr int64_t kSparseElements = 6;  // for each value, from which on bits are looked for instead of at
+constexpr int64_t kSparseElements = 4;  // for each value, from which on bits are looked for instead of at
 
 // ---------------------------------------------------------------------------------------------------------------- elements
 
@@ -192,18 +192,18 @@ struct Reader {
 
   const Stream& p;
   const Range& range;
-  const uint8_t* bits;  // of the block's first row, from the lane's first byte on
+  const uint8_t* bits;  // of the block's first row
   int lane;
-  const uint8_t* pieces[kPair];  // 16 bytes for each lane, of which the first begin at or before the next value
-  int past[kPair];               // bytes from there to it
-  int left[kPair];               // values, to the end of the row
-  uint32_t faulty;               // bit r: row r of the pair
-  bool inner;                    // bit r: so are the pieces of 16 bytes that hold any of its values
+  uintptr_t pieces[kPair];  // address of 16 bytes for each lane, of which the first begin at or before the next value
+  int past[kPair];          // bytes from there to it
+  int left[kPair];          // values, to the end of the row
+  uint32_t faulty;          // bit r: row r of the pair
+  bool inner;               // bit r: so are the pieces of 16 bytes that hold any of its values
 
   __device__ __forceinline__ Reader(const Stream& params, const Range& of_block)
       : p(params),
         range(of_block),
-        bits(params.w.bitmasks + of_block.first_row * params.row_bytes + threadIdx.x % kLanes * 4),
+        bits(params.w.bitmasks + of_block.first_row * params.row_bytes),
         lane(static_cast<int>(threadIdx.x) % kLanes),
         pieces{},
         past{},
@@ -213,19 +213,17 @@ struct Reader {
 
   // The lane's columns of two rows of the block, zeros past their end.
   __device__ __forceinline__ void load_words(int row, int other, int unit, uint32_t (&words)[kPair]) const {
-    const int at = kUnitColumns / 8 * unit;
+    const int at = kUnitColumns / 8 * unit + 4 * lane;
+    words[0] = words[1] = 0;
+    if (at >= p.row_bytes) return;
     const uint8_t* const first = bits + int64_t{row} * p.row_bytes + at;
     const uint8_t* const second = bits + int64_t{other} * p.row_bytes + at;
-    const int there = p.row_bytes - at - 4 * lane;
-    words[0] = words[1] = 0;
     if (p.words) {
-      if (there > 0) {
-        words[0] = __ldg(reinterpret_cast<const uint32_t*>(first));
-        words[1] = __ldg(reinterpret_cast<const uint32_t*>(second));
-      }
+      words[0] = __ldg(reinterpret_cast<const uint32_t*>(first));
+      words[1] = __ldg(reinterpret_cast<const uint32_t*>(second));
     } else {
-      words[0] = load_bytes(first, there);
-      words[1] = load_bytes(second, there);
+      words[0] = load_bytes(first, p.row_bytes - at);
+      words[1] = load_bytes(second, p.row_bytes - at);
     }
   }
 
@@ -265,9 +263,9 @@ struct Reader {
       if (static_cast<int>(before) > left[r]) possible = false;
       left[r] = possible ? left[r] - static_cast<int>(before) : 0;
       const int64_t next = possible ? begin + before : 0;
-      const uint8_t* const source = static_cast<const uint8_t*>(p.w.values) + next * kWidth;
-      past[r] = static_cast<int>(reinterpret_cast<uintptr_t>(source) % 16);
-      pieces[r] = source - past[r] + 16 * lane;
+      const uintptr_t source = reinterpret_cast<uintptr_t>(p.w.values) + static_cast<uintptr_t>(next * kWidth);
+      past[r] = static_cast<int>(source % 16);
+      pieces[r] = source - static_cast<uintptr_t>(past[r]) + 16 * static_cast<uintptr_t>(lane);
       const int64_t bytes = past[r] + int64_t{left[r]} * kWidth;
       inner &= next * kWidth >= past[r] && next * kWidth - past[r] + (bytes + 15) / 16 * 16 <= p.w.nnz * kWidth;
       if (!possible) faulty |= 1u << r;
@@ -283,7 +281,8 @@ struct Reader {
         const int bytes = past[r] + count[r] * kWidth - 16 * lane;
 #pragma unroll
         for (int i = 0; i < kPieces; i += kLanes) {
-          if (bytes > 16 * i) ptx::copy_async_16(stage.values[r] + Stage<Element>::kFront + 16 * i, pieces[r] + 16 * i);
+          if (bytes > 16 * i)
+            ptx::copy_async_16(stage.values[r] + Stage<Element>::kFront + 16 * i, reinterpret_cast<const uint8_t*>(pieces[r]) + 16 * i);
         }
       }
     } else {
@@ -300,12 +299,12 @@ struct Reader {
     }
   }
 
-  __device__ __forceinline__ void copy_elements(int skipped, int count, const uint8_t* source, uint8_t* target) const {
+  __device__ __forceinline__ void copy_elements(int skipped, int count, uintptr_t source, uint8_t* target) const {
     using Bits = typename Element::Bits;
 #pragma unroll 1
     for (int i = lane; i < count; i += kLanes) {
       const int at = skipped + i * kWidth - 16 * lane;
-      *reinterpret_cast<Bits*>(target + Stage<Element>::kFront + at) = *reinterpret_cast<const Bits*>(source + at);
+      *reinterpret_cast<Bits*>(target + Stage<Element>::kFront + at) = *reinterpret_cast<const Bits*>(source + static_cast<uintptr_t>(at));
     }
   }
 
@@ -401,7 +400,18 @@ __device__ __forceinline__ void fill_x(const Stream& p, const Range& range, void
 
 // ---------------------------------------------------------------------------------------------------------------- products
 
-// A unit by looking at its bits. x is [kRows][range columns].
+// What it costs (m = 1, 16 bits, sm_90a, counted in the machine code and not measured), for 32 elements, of which memory delivers the bytes
+// in 2.7 cycles (H100) or 1.9 (H200) at 50%, 0.8 or 0.5 at 90%:
+//
+//                           instructions            cycles of shared memory
+//   reading a unit          3                       0.6
+//   looking at bits         6.3                     1.4: 3 words of values for 4 elements, entries and x half of the time
+//   looking for bits        2.7 at 90%, 5.5 at 70%  0.5 at 90%, 1.6 at 70%: a value and an x for each step of the fullest lane
+//
+// A multiprocessor issues 4 instructions a cycle. So at 50% it keeps up with the memory of an H100, and is what limits an H200 or sparser
+// weights; both ways cost the same at about 70%.
+
+// A unit by looking at its bits. x is the lane's columns of the first step, rows of x being x_stride apart.
 template <class Element, int kRows>
 __device__ __forceinline__ void multiply_all(const Stage<Element>& stage, const typename Element::Bits* x, int x_stride, int lane,
                                              float (&sums)[kRows][4]) {
@@ -413,13 +423,14 @@ __device__ __forceinline__ void multiply_all(const Stage<Element>& stage, const 
     const typename Element::Four b = Element::expand(stage.values[1], entry.y, lane % 4);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const typename Element::Bits* const operand = x + i * x_stride + step * kStepColumns + 4 * lane;
+      const typename Element::Bits* const operand = x + i * x_stride + step * kStepColumns;
       Element::multiply_add(sums[i], a, b, *reinterpret_cast<const typename Element::X*>(operand));
     }
   }
 }
 
-// A unit by looking for the bits that are set, those of both rows by turns: each lane in 32 columns, for which x lies in its own bank. A
+// A unit by looking for the bits that are set, those of both rows by turns: each lane in 32 columns, for which x, 32 elements
+// apart, lies in its own bank. A
 // lane that is done goes on with the others, without adding; what it reads then is a few values further on in the stage.
 template <class Element, int kRows>
 __device__ __forceinline__ void multiply_set(const Stage<Element>& stage, const float* x, int x_stride, int lane, float (&sums)[kRows][4]) {
@@ -438,7 +449,7 @@ __device__ __forceinline__ void multiply_set(const Stage<Element>& stage, const 
       const float value = Element::widen(reinterpret_cast<const Bits*>(next[r])[step]);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const float operand = x[i * x_stride + static_cast<int>(bit) * kLanes + lane];
+        const float operand = x[i * x_stride + static_cast<int>(bit) * kLanes];
         if (any) sums[i][r] = fmaf(value, operand, sums[i][r]);
       }
     }
@@ -470,6 +481,8 @@ __device__ __forceinline__ void stream_units(const Stream& p, const Range& range
   if (begin < end) request = reader.request(here, opens);  // on its way while x is filled
   fill_x<Element, kRows, kSparse>(p, range, x);
   __syncthreads();
+  const X* const first_operand = static_cast<const X*>(x) + (kSparse ? lane : 4 * lane);  // the lane's part of x
+  const X* operand = first_operand + (here.unit - range.first_unit) * kUnitColumns;
   float sums[kRows][4] = {};
   for (int unit = begin - (kStages - 1); unit < end; ++unit) {
     const int next = unit + kStages - 1;
@@ -488,7 +501,6 @@ __device__ __forceinline__ void stream_units(const Stream& p, const Range& range
     ptx::copy_async_wait<kStages - 1>();
     __syncwarp();
     const Stage<Element>& stage = stages[(unit - begin) % kStages];
-    const X* const operand = static_cast<const X*>(x) + (here.unit - range.first_unit) * kUnitColumns;
     if constexpr (kSparse) {
       multiply_set<Element, kRows>(stage, operand, range.units * kUnitColumns, lane, sums);
     } else {
@@ -506,6 +518,7 @@ __device__ __forceinline__ void stream_units(const Stream& p, const Range& range
       }
     }
     __syncwarp();  // before the stage is filled again
+    operand = here.unit == last_unit ? first_operand : operand + kUnitColumns;
     advance(here);
   }
 }

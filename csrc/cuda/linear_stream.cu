@@ -211,13 +211,14 @@ struct Reader {
         faulty(0),
         inner(false) {}
 
-  // The lane's columns of two rows of the block, zeros past their end.
-  __device__ __forceinline__ void load_words(int row, int other, int unit, uint32_t (&words)[kPair]) const {
+  // The lane's columns of a row of the block and of the next one, or of that one twice; zeros past their end.
+  __device__ __forceinline__ void load_words(int row, int unit, uint32_t (&words)[kPair]) const {
     const int at = kUnitColumns / 8 * unit + 4 * lane;
     words[0] = words[1] = 0;
     if (at >= p.row_bytes) return;
-    const uint8_t* const first = bits + int64_t{row} * p.row_bytes + at;
-    const uint8_t* const second = bits + int64_t{other} * p.row_bytes + at;
+    const uint64_t row_bytes = static_cast<uint32_t>(p.row_bytes);
+    const uint8_t* const first = bits + static_cast<uint32_t>(row) * row_bytes + at;
+    const uint8_t* const second = first + (row + 1 < range.rows ? p.row_bytes : 0);
     if (p.words) {
       words[0] = __ldg(reinterpret_cast<const uint32_t*>(first));
       words[1] = __ldg(reinterpret_cast<const uint32_t*>(second));
@@ -231,7 +232,7 @@ struct Reader {
   __device__ __forceinline__ Request request(Place place, bool opens) const {
     Request request{};
     const int row = kPair * place.pair;
-    load_words(row, min(row + 1, range.rows - 1), place.unit, request.words);
+    load_words(row, place.unit, request.words);
     if (!opens) return request;
     const int64_t* const offsets = p.w.row_offsets + range.first_row + row;
 #pragma unroll
@@ -248,7 +249,7 @@ struct Reader {
     uint32_t counts[kPair] = {};  // of the units before
     for (int unit = 0; unit < place.unit; ++unit) {
       uint32_t words[kPair];
-      load_words(kPair * place.pair, min(kPair * place.pair + 1, range.rows - 1), unit, words);
+      load_words(kPair * place.pair, unit, words);
       counts[0] += __popc(words[0]);
       counts[1] += __popc(words[1]);
     }

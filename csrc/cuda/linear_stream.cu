@@ -405,12 +405,13 @@ __device__ __forceinline__ void fill_x(const Stream& p, const Range& range, void
 // in 2.7 cycles (H100) or 1.9 (H200) at 50%, 0.8 or 0.5 at 90%:
 //
 //                           instructions            cycles of shared memory
-//   reading a unit          3                       0.6
-//   looking at bits         6.3                     1.4: 3 words of values for 4 elements, entries and x half of the time
+//   reading a unit          3.6, and 0.3 to 1.1     0.6
+//                           for rows that begin
+//   looking at bits         6.6                     1.4: 3 words of values for 4 elements, entries and x half of the time
 //   looking for bits        2.7 at 90%, 5.5 at 70%  0.5 at 90%, 1.6 at 70%: a value and an x for each step of the fullest lane
 //
-// A multiprocessor issues 4 instructions a cycle. So at 50% it keeps up with the memory of an H100, and is what limits an H200 or sparser
-// weights; both ways cost the same at about 70%.
+// A multiprocessor issues 4 instructions a cycle. So at 50% it just keeps up with the memory of an H100; on an H200, and with sparser
+// weights, instructions are the limit. Both ways cost the same at about 70%.
 
 // A unit by looking at its bits. x is the lane's columns of the first step, rows of x being x_stride apart.
 template <class Element, int kRows>

@@ -64,6 +64,18 @@ __device__ __forceinline__ void store_release(uint64_t* address, uint64_t value)
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
+// ld.relaxed and st.relaxed at the scope of the GPU: for words that carry all there is to know. An acquire would empty the first cache,
+// a release would wait for all that the thread has written.
+__device__ __forceinline__ uint64_t load_relaxed(const uint64_t* address) {
+  uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_relaxed(uint64_t* address, uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
 // Lets others run while waiting for them.
 __device__ __forceinline__ void pause() { asm volatile("nanosleep.u32 32;"); }
 

@@ -13,7 +13,7 @@ int run_families(const char* only) {
     if (test.report != nullptr || (only != nullptr && std::strcmp(only, test.name) != 0)) continue;
     const int64_t before = passed;
     place = test.name;
-    twin::seed(0);
+    begin_seed(0);
     test.run();
     std::printf("%s: %" PRId64 " checks passed\n", test.name, passed - before);
     std::fflush(stdout);
@@ -28,7 +28,7 @@ int plant(const char* name) {
   for (const Registered& error : registry()) {
     if (error.report == nullptr || std::strcmp(name, error.name) != 0) continue;
     place = name;
-    twin::seed(0);
+    begin_seed(0);
     error.run();
     return failed == 0 ? 0 : 1;
   }

@@ -62,8 +62,12 @@ build_sanitized() {
 build_sanitize() { build_sanitized sanitize address,undefined -fsanitize-address-use-after-return=never; }
 build_race() { build_sanitized race thread; }
 
-# race ARGUMENTS...: ThreadSanitizer needs memory where it expects it, not at random places.
-race() { setarch "$(uname -m)" --addr-no-randomize "$BUILD/race" "$@"; }
+# race ARGUMENTS...: ThreadSanitizer needs memory where it expects it, not at random places, if this machine lets us ask for that.
+race() {
+  local -a fixed=(setarch "$(uname -m)" --addr-no-randomize)
+  "${fixed[@]}" true 2> /dev/null || fixed=()
+  "${fixed[@]}" "$BUILD/race" "$@"
+}
 
 run_host() {
   local cxx

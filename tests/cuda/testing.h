@@ -41,14 +41,21 @@ struct Registration {
 #define TEST_FAMILY(name) BITMASK_REGISTER(name, nullptr, test_##name)
 #define PLANTED_ERROR(name, report) BITMASK_REGISTER(name, report, plant_##name)
 
-// Runs `test` with as many schedules, or with the one that BITMASK_TWIN_SEED asks for.
+// Begins the schedule and the random data that belong to a number.
+inline void begin_seed(uint64_t number) {
+  twin::seed(number);
+  random_state = (number + 1) * 0x9e3779b97f4a7c15;
+}
+
+// Runs `test` with as many schedules and random data, or with those that BITMASK_TWIN_SEED asks for.
 template <typename Test>
-void for_each_seed(int count, const Test& test) {
+void for_each_seed(uint64_t count, const Test& test) {
   const std::string before = place;
   const char* only = std::getenv("BITMASK_TWIN_SEED");
-  for (int i = 0; i < (only != nullptr ? 1 : count); ++i) {
-    twin::seed(static_cast<uint64_t>(i));
-    place = before + " seed " + (only != nullptr ? only : std::to_string(i));
+  const uint64_t first = only != nullptr ? std::strtoull(only, nullptr, 10) : 0;
+  for (uint64_t seed = first; seed < (only != nullptr ? first + 1 : count); ++seed) {
+    begin_seed(seed);
+    place = before + " seed " + std::to_string(seed);
     test();
   }
   place = before;

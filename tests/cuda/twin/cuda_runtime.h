@@ -283,7 +283,8 @@ namespace bitmask::twin {
 
 template <typename T>
 void check_aligned(const T* address) {
-  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) fail("an atomic of %zu bytes at %p", sizeof(T), static_cast<const void*>(address));
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0)
+    fail("an atomic of %zu bytes at %p", sizeof(T), static_cast<const void*>(address));
 }
 
 // Nobody runs between the load and the store. They are atomic and relaxed so that ThreadSanitizer takes them for what they are.
@@ -303,6 +304,7 @@ T compare_and_swap(T* address, T expected, T desired, Site site) {
   check_aligned(address);
   yield_waiting("atomicCAS", site);
   __atomic_compare_exchange_n(address, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  saw(address, static_cast<uint64_t>(expected));
   return expected;
 }
 
@@ -315,10 +317,10 @@ T compare_and_swap(T* address, T expected, T desired, Site site) {
   BITMASK_TWIN_ATOMIC(T, atomicMax, Max) \
   BITMASK_TWIN_ATOMIC(T, atomicAnd, And) \
   BITMASK_TWIN_ATOMIC(T, atomicOr, Or)   \
-  BITMASK_TWIN_ATOMIC(T, atomicXor, Xor) \
-  BITMASK_TWIN_ATOMIC(T, atomicExch, Exchange)
+  BITMASK_TWIN_ATOMIC(T, atomicXor, Xor)
 BITMASK_TWIN_ATOMICS(int)
 BITMASK_TWIN_ATOMICS(unsigned int)
+BITMASK_TWIN_ATOMICS(long long)
 BITMASK_TWIN_ATOMICS(unsigned long long)
 BITMASK_TWIN_ATOMIC(int, atomicAdd, Add)
 BITMASK_TWIN_ATOMIC(unsigned int, atomicAdd, Add)
@@ -327,6 +329,9 @@ BITMASK_TWIN_ATOMIC(float, atomicAdd, Add)
 BITMASK_TWIN_ATOMIC(double, atomicAdd, Add)
 BITMASK_TWIN_ATOMIC(int, atomicSub, Sub)
 BITMASK_TWIN_ATOMIC(unsigned int, atomicSub, Sub)
+BITMASK_TWIN_ATOMIC(int, atomicExch, Exchange)
+BITMASK_TWIN_ATOMIC(unsigned int, atomicExch, Exchange)
+BITMASK_TWIN_ATOMIC(unsigned long long, atomicExch, Exchange)
 BITMASK_TWIN_ATOMIC(float, atomicExch, Exchange)
 BITMASK_TWIN_ATOMIC(unsigned int, atomicInc, Increment)
 BITMASK_TWIN_ATOMIC(unsigned int, atomicDec, Decrement)

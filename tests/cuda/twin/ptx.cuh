@@ -103,12 +103,24 @@ inline void mma_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
 
 inline uint64_t load_acquire(const uint64_t* address, BITMASK_TWIN_SITE) {
   twin::yield_waiting("load_acquire", site);
-  return __atomic_load_n(address, __ATOMIC_ACQUIRE);
+  const uint64_t value = __atomic_load_n(address, __ATOMIC_ACQUIRE);
+  twin::saw(address, value);
+  return value;
 }
 
 inline void store_release(uint64_t* address, uint64_t value) {
   twin::yield();
   __atomic_store_n(address, value, __ATOMIC_RELEASE);
+}
+
+inline uint64_t load_relaxed(const uint64_t* address, BITMASK_TWIN_SITE) {
+  twin::yield_waiting("load_relaxed", site);
+  return __atomic_load_n(address, __ATOMIC_RELAXED);
+}
+
+inline void store_relaxed(uint64_t* address, uint64_t value) {
+  twin::yield();
+  __atomic_store_n(address, value, __ATOMIC_RELAXED);
 }
 
 inline void pause(BITMASK_TWIN_SITE) { twin::yield_waiting("pause", site); }

@@ -40,6 +40,9 @@ struct Fiber {
   void* brought = nullptr;  // to the collective
   Votes votes = {};         // of the barrier
 
+  const void* seen_at = nullptr;  // by its last acquire
+  uint64_t seen = 0;
+
   std::vector<Copy> copies;  // not done yet, oldest first
   int64_t group = 0;         // that new copies belong to; earlier ones are committed
 };
@@ -57,7 +60,8 @@ struct Warp {
   Fiber* fibers[kLanes] = {};
   uint32_t present = 0;  // lanes that have not ended
   std::vector<Pending> pending;
-  char orders[64];  // taken in turn, more than collectives are under way
+  bool polled = false;  // since its last collective
+  char orders[64];      // taken in turn, more than collectives are under way
   unsigned int next_order = 0;
 };
 
@@ -86,14 +90,14 @@ struct Launch {
 
 constexpr uint64_t kMostResident = 8;
 constexpr uint64_t kMostFibers = kWatchesRaces ? 512 : 8192;  // ThreadSanitizer becomes slow with more
-constexpr uint64_t kEndless = 20'000'000;                     // yields in a row of threads that wait
+constexpr uint64_t kEndless = 2'000'000;                      // yields in a row of threads that wait
 
 Fiber host;  // the caller of the kernel
 Fiber* current = &host;
 std::vector<Fiber*> runnable;
 std::vector<Fiber*>& idle = *new std::vector<Fiber*>;  // stacks without a thread, kept to the end of the process
 Launch* running = nullptr;
-char launch_order;  // host to threads and back
+char begin_order, end_order;  // host to threads, threads to host
 char fence_order;
 uint64_t yields_waiting = 0;  // since something was done
 
@@ -221,10 +225,10 @@ void end_thread() {
 [[noreturn]] void serve_threads() {
   entered();
   for (;;) {
-    acquire(&launch_order);
+    acquire(&begin_order);
     (*running->thread)();
     do_copies(current->group + 1);
-    release(&launch_order);
+    release(&end_order);
     const Unwatched unwatched;
     end_thread();
   }
@@ -262,6 +266,7 @@ void start_block() {
     fiber->index = position(static_cast<uint64_t>(thread), block_size);
     fiber->name = nullptr;
     fiber->site = {"", 0};
+    fiber->seen_at = nullptr;
     fiber->group = 0;
     fiber->warp->fibers[fiber->lane] = fiber;
     fiber->warp->present |= 1u << fiber->lane;
@@ -311,6 +316,8 @@ Pending* find_pending(const char* name, uint32_t mask, Site site) {
 
 void complete(Pending* pending, Combine combine) {
   Warp* warp = current->warp;
+  if (!warp->polled) yields_waiting = 0;
+  warp->polled = false;
   if (combine != nullptr) {
     void* brought[kLanes] = {};
     for (uint32_t lanes = pending->mask; lanes != 0; lanes &= lanes - 1) {
@@ -379,7 +386,7 @@ void run_grid(const dim3& grid, const dim3& block, std::size_t shared_bytes, con
   host.stack = this_stack();
   running = &launch;
   yields_waiting = 0;
-  release(&launch_order);
+  release(&begin_order);
   {
     const Unwatched unwatched;
     for (;;) {
@@ -390,12 +397,13 @@ void run_grid(const dim3& grid, const dim3& block, std::size_t shared_bytes, con
     }
     running = nullptr;
   }
-  acquire(&launch_order);
+  acquire(&end_order);
 }
 
 bool in_kernel() { return current != &host; }
 
 void fail(const char* format, ...) {
+  const Unwatched unwatched;
   std::fprintf(stderr, "twin: ");
   if (in_kernel()) {
     std::fprintf(stderr, "seed %llu: block (%u, %u, %u) warp %d lane %d: ", seed_printed(), block_index.x, block_index.y, block_index.z,
@@ -424,8 +432,16 @@ void yield_waiting(const char* name, Site site) {
   const Unwatched unwatched;
   current->name = name;
   current->site = site;
+  current->warp->polled = true;
   if (++yields_waiting > kEndless) report_standstill("endless wait, threads ask for what nobody does");
   run_any();
+}
+
+void saw(const void* address, uint64_t value) {
+  const Unwatched unwatched;
+  if (current->seen_at != address || current->seen != value) yields_waiting = 0;
+  current->seen_at = address;
+  current->seen = value;
 }
 
 void collective(const char* name, uint32_t mask, void* brought, Combine combine, Site site) {
@@ -491,7 +507,12 @@ void copy_async(void* shared, const void* global, int bytes) {
 
 void copy_async_commit() {
   ++current->group;
-  if (!running->copies_late && random_below(2) == 0) do_copies(current->group);
+  bool early = false;
+  {
+    const Unwatched unwatched;
+    early = !running->copies_late && random_below(2) == 0;
+  }
+  if (early) do_copies(current->group);
 }
 
 void copy_async_wait(int pending) {

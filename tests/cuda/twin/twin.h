@@ -59,9 +59,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
 // Ends the process with a report that names the thread.
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
 
-// Lets any thread run. Who only waits for others says so by the second, so that an endless wait is noticed.
+// Lets any thread run. Who may only be waiting for others says so by the second, so that an endless wait is noticed, and then what it saw:
+// the same as last time is no progress.
 void yield();
 void yield_waiting(const char* name, Site site);
+void saw(const void* address, uint64_t value);
 
 // Waits until every lane of `mask` has called this with the same name, mask and line; the last one to come runs `combine` on what all of
 // them brought, by lane. Orders no memory, as on a GPU.

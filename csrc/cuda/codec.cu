@@ -1,0 +1,623 @@
+// Compress and decompress. Both are one scan over the bytes of the bitmask, rows being no border: one row of a billion columns and a
+// million rows of three keep a GPU equally busy.
+//
+//   bitmask   [  tile 0  |  tile 1  |  ...  ]   a tile: kTileBytes consecutive bytes, one block
+//   byte      bits of 8 elements, an octet (fewer in the last byte of a row); byte i of a warp's share is lane i % 32's
+//   dense     [ octets of tile 0 | ... ]        contiguous: bytes in order are elements in order
+//   values    [ . | . . | . |  ...    ]         contiguous: those of a tile begin at the number of bits set before it (scan.cuh)
+//
+// Dense memory is read or written once, octets straight between registers and global memory where they are whole and aligned, else by way
+// of shared memory. Values always go by way of shared memory, packed, since only there single elements are cheap.
+#include <cuda_runtime.h>
+#include <ptx.cuh>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+#include "scan.cuh"
+
+namespace bitmask::cuda {
+namespace {
+
+using scan::kLanes;
+using scan::kThreads;
+using scan::kWarps;
+
+// ---------------------------------------------------------------------------------------------------------------- elements
+
+// An element of W bytes.
+template <int W>
+struct ElementOf;
+template <>
+struct ElementOf<1> {
+  using Type = uint8_t;
+};
+template <>
+struct ElementOf<2> {
+  using Type = uint16_t;
+};
+template <>
+struct ElementOf<4> {
+  using Type = uint32_t;
+};
+template <>
+struct ElementOf<8> {
+  using Type = uint2;
+};
+template <>
+struct ElementOf<16> {
+  using Type = uint4;
+};
+template <int W>
+using Element = typename ElementOf<W>::Type;
+
+// The 8 elements of a byte of the bitmask.
+template <int W>
+struct alignas(W == 1 ? 8 : 16) Octet {
+  uint32_t words[2 * W];
+};
+
+template <int W>
+__device__ __forceinline__ Element<W> get(const Octet<W>& octet, int e) {
+  if constexpr (W == 16) {
+    return make_uint4(octet.words[4 * e], octet.words[4 * e + 1], octet.words[4 * e + 2], octet.words[4 * e + 3]);
+  } else if constexpr (W == 8) {
+    return make_uint2(octet.words[2 * e], octet.words[2 * e + 1]);
+  } else {
+    return static_cast<Element<W>>(octet.words[e * W / 4] >> (e * W % 4 * 8));
+  }
+}
+
+// Element e, which is zero so far, becomes `element`.
+template <int W>
+__device__ __forceinline__ void set(Octet<W>& octet, int e, const Element<W>& element) {
+  if constexpr (W == 16) {
+    octet.words[4 * e] = element.x, octet.words[4 * e + 1] = element.y;
+    octet.words[4 * e + 2] = element.z, octet.words[4 * e + 3] = element.w;
+  } else if constexpr (W == 8) {
+    octet.words[2 * e] = element.x, octet.words[2 * e + 1] = element.y;
+  } else {
+    octet.words[e * W / 4] |= static_cast<uint32_t>(element) << (e * W % 4 * 8);
+  }
+}
+
+// ZeroTest, as words.
+struct ZeroWords {
+  uint32_t words[4];
+};
+
+// Bit e: element e is not zero.
+template <int W>
+__device__ __forceinline__ uint32_t nonzero_bits(const Octet<W>& octet, const ZeroWords& test) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    uint32_t set = 0;
+    if constexpr (W < 4) {
+      const uint32_t mask = (1u << (8 * W)) - 1;
+      set = octet.words[e * W / 4] & (test.words[0] & mask << (e * W % 4 * 8));
+    } else {
+#pragma unroll
+      for (int i = 0; i < W / 4; ++i) set |= octet.words[e * W / 4 + i] & test.words[i];
+    }
+    bits |= set != 0 ? 1u << e : 0;
+  }
+  return bits;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- tiles
+
+// Where the bytes of a bitmask lie in rows, and their elements in a contiguous matrix.
+struct Bytes {
+  int64_t rows, cols;
+  int64_t row_bytes, count;
+  uint64_t reciprocal;  // floor((2^64 - 1) / row_bytes): makes a multiplication of the division, which a GPU has none of
+
+  __device__ __forceinline__ int64_t row_of(int64_t byte) const {
+    const int64_t row = static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(byte), reciprocal));  // or one less than it should be
+    return byte - row * row_bytes < row_bytes ? row : row + 1;
+  }
+  __device__ __forceinline__ int64_t column_of(int64_t byte) const { return (byte - row_of(byte) * row_bytes) * 8; }
+  __device__ __forceinline__ int64_t elements_before(int64_t byte) const { return row_of(byte) * cols + column_of(byte); }
+};
+
+Bytes bytes_of(const Geometry& g) {
+  const int64_t row_bytes = bitmask_bytes(g.cols);
+  return {g.rows, g.cols, row_bytes, g.rows * row_bytes, row_bytes == 0 ? 0 : ~uint64_t{0} / static_cast<uint64_t>(row_bytes)};
+}
+
+// Bytes of a thread: 64 bytes of dense memory on their way in each (one octet, should that be larger) hide the latency of memory.
+template <int W>
+constexpr int kBytes = W < 8 ? 8 / W : 1;
+template <int W>
+constexpr int kTileBytes = kThreads * kBytes<W>;
+constexpr int kLeastTileBytes = kThreads;
+
+constexpr int kVector = 16;  // bytes that shared and global memory exchange at a time
+
+template <int W>
+struct TileMemory {
+  alignas(kVector) uint8_t elements[kTileBytes<W> * 8 * W + kVector];  // of values or dense; they begin in the first vector
+  uint16_t in_share[kTileBytes<W>];                                    // bits set in the warp's share before each byte
+  scan::Memory scan;
+
+  // Bits set in the tile before a byte; after scan_bits().
+  __device__ __forceinline__ uint32_t before(int byte) const { return scan.warp_before[byte / (kLanes * kBytes<W>)] + in_share[byte]; }
+};
+
+// A tile's bytes, and which of them are this thread's.
+template <int W>
+struct Tile {
+  uint32_t index;
+
+  __device__ __forceinline__ int64_t begin() const { return int64_t{index} * kTileBytes<W>; }
+
+  // Byte i of this thread, counted from begin().
+  __device__ __forceinline__ int byte(int i) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    return thread / kLanes * kLanes * kBytes<W> + i * kLanes + thread % kLanes;
+  }
+};
+
+// Sums up the bits that are set, into `memory`: registers are short while a tile looks back.
+template <int W>
+__device__ __forceinline__ void scan_bits(const Tile<W>& tile, const uint32_t (&bits)[kBytes<W>], scan::Workspace workspace, int64_t start,
+                                          TileMemory<W>& memory) {
+  uint32_t before[kBytes<W>];
+#pragma unroll
+  for (int i = 0; i < kBytes<W>; ++i) before[i] = static_cast<uint32_t>(__popc(bits[i]));
+  const uint32_t warp_sum = scan::scan_warp(before);
+#pragma unroll
+  for (int i = 0; i < kBytes<W>; ++i) memory.in_share[tile.byte(i)] = static_cast<uint16_t>(before[i]);
+  scan::scan_tiles(workspace, tile.index, warp_sum, start, memory.scan);
+}
+
+// Calls visit(row, bits set before it) for each row whose first byte the tile has, a thread at a time.
+template <int W, typename Visit>
+__device__ __forceinline__ void for_each_row(const Tile<W>& tile, const Bytes& bytes, const TileMemory<W>& memory, const Visit& visit) {
+  for (int64_t row = bytes.row_of(tile.begin() + bytes.row_bytes - 1) + threadIdx.x; row < bytes.rows; row += kThreads) {
+    const int64_t ahead = row * bytes.row_bytes - tile.begin();
+    if (ahead >= kTileBytes<W>) break;
+    visit(row, memory.scan.before + memory.before(static_cast<int>(ahead)));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- shared and global memory
+
+// Elements of W bytes that lie in global memory one after the other, and whose copy in shared memory is as far from a boundary of 16 bytes.
+template <int W>
+struct Span {
+  uint8_t* global;  // of the vector that the first element is in
+  int first;        // in that vector
+  int end;          // past the last element, counted like `first`
+
+  static constexpr int kElements = kVector / W;  // of a vector
+
+  __device__ __forceinline__ Span(const void* elements, int64_t skip, int count) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(elements) + static_cast<uintptr_t>(skip) * W;
+    first = static_cast<int>(address % kVector) / W;
+    end = first + count;
+    global = reinterpret_cast<uint8_t*>(address - static_cast<uintptr_t>(first) * W);
+  }
+
+  // The first element in shared memory.
+  __device__ __forceinline__ Element<W>* in(uint8_t* shared) const { return reinterpret_cast<Element<W>*>(shared) + first; }
+
+  // Vectors that are not whole are left to `one`, element by element.
+  template <typename Whole, typename One>
+  __device__ __forceinline__ void for_each(const Whole& whole, const One& one) const {
+    for (int vector = static_cast<int>(threadIdx.x); vector * kElements < end; vector += kThreads) {
+      const int begin = vector * kElements;
+      if (begin >= first && begin + kElements <= end) {
+        whole(vector * kVector);
+      } else {
+        for (int i = max(begin, first); i < min(begin + kElements, end); ++i) one(i);
+      }
+    }
+  }
+
+  // The block's copy into shared memory: begins. Is there after finish_copy().
+  __device__ __forceinline__ void copy_to(uint8_t* shared) const {
+    for_each([&](int at) { ptx::copy_async_16(shared + at, global + at); },
+             [&](int i) { reinterpret_cast<Element<W>*>(shared)[i] = reinterpret_cast<const Element<W>*>(global)[i]; });
+    ptx::copy_async_commit();
+  }
+  __device__ __forceinline__ static void finish_copy() {
+    ptx::copy_async_wait<0>();
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void copy_from(const uint8_t* shared) const {
+    for_each([&](int at) { *reinterpret_cast<uint4*>(global + at) = *reinterpret_cast<const uint4*>(shared + at); },
+             [&](int i) { reinterpret_cast<Element<W>*>(global)[i] = reinterpret_cast<const Element<W>*>(shared)[i]; });
+  }
+};
+
+// The elements of a tile in dense memory, for matrices whose octets are not all whole and aligned.
+template <int W>
+struct DenseTile {
+  int64_t begin;  // the first element
+  Span<W> span;
+
+  __device__ __forceinline__ DenseTile(const void* dense, const Tile<W>& tile, const Bytes& bytes)
+      : begin(bytes.elements_before(tile.begin())),
+        span(dense, begin, static_cast<int>(bytes.elements_before(min(tile.begin() + kTileBytes<W>, bytes.count)) - begin)) {}
+
+  // Calls visit(e, element) for each element e of the octet of `byte`, its place being in shared memory.
+  template <typename Visit>
+  __device__ __forceinline__ void for_octet(uint8_t* shared, int64_t byte, const Bytes& bytes, const Visit& visit) const {
+    const int64_t column = bytes.column_of(byte);
+    const int count = static_cast<int>(min(int64_t{8}, bytes.cols - column));
+    Element<W>* const elements = span.in(shared) + (bytes.row_of(byte) * bytes.cols + column - begin);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      if (e < count) visit(e, elements[e]);
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------- compress
+
+struct CompressParams {
+  const uint8_t* dense;
+  Bytes bytes;
+  ZeroWords zero_test;
+  uint8_t* bitmasks;
+  int64_t* row_offsets;
+  void* values;
+  int64_t capacity;  // elements of `values`
+  int64_t* nnz;
+  scan::Workspace workspace;
+};
+
+// The octets of a thread; what lies past the matrix is zero.
+template <int W, bool kStaged>
+__device__ __forceinline__ void load_octets(const CompressParams& p, const Tile<W>& tile, TileMemory<W>& memory,
+                                            Octet<W> (&octets)[kBytes<W>]) {
+  if constexpr (kStaged) {
+    const DenseTile<W> dense(p.dense, tile, p.bytes);
+    dense.span.copy_to(memory.elements);
+    dense.span.finish_copy();
+#pragma unroll
+    for (int i = 0; i < kBytes<W>; ++i) {
+      octets[i] = Octet<W>{};
+      const int64_t byte = tile.begin() + tile.byte(i);
+      if (byte < p.bytes.count) {
+        dense.for_octet(memory.elements, byte, p.bytes, [&](int e, const Element<W>& element) { set(octets[i], e, element); });
+      }
+    }
+  } else {
+    const Octet<W>* const dense = reinterpret_cast<const Octet<W>*>(p.dense) + tile.begin();
+    const int64_t left = p.bytes.count - tile.begin();
+#pragma unroll
+    for (int i = 0; i < kBytes<W>; ++i) octets[i] = tile.byte(i) < left ? dense[tile.byte(i)] : Octet<W>{};
+  }
+}
+
+// W: bytes of an element. kStaged: octets may be partial or not aligned, and are read by way of shared memory.
+template <int W, bool kStaged>
+__global__ void __launch_bounds__(kThreads, W == 1 || W == 16 ? 4 : 5) compress_tiles(const CompressParams p) {
+  TileMemory<W>& memory = *ptx::dynamic_shared<TileMemory<W>>();
+  const Tile<W> tile{scan::take_tile(p.workspace, memory.scan)};
+
+  Octet<W> octets[kBytes<W>];
+  load_octets<W, kStaged>(p, tile, memory, octets);
+  uint32_t bits[kBytes<W>];
+#pragma unroll
+  for (int i = 0; i < kBytes<W>; ++i) {
+    bits[i] = nonzero_bits(octets[i], p.zero_test);
+    if (tile.begin() + tile.byte(i) < p.bytes.count) p.bitmasks[tile.begin() + tile.byte(i)] = static_cast<uint8_t>(bits[i]);
+  }
+  scan_bits(tile, bits, p.workspace, 0, memory);
+
+  const int64_t first = memory.scan.before, room = p.capacity - first;
+  const int sum = static_cast<int>(memory.scan.sum);
+  const Span<W> values(p.values, first, room < sum ? static_cast<int>(max(room, int64_t{0})) : sum);
+#pragma unroll
+  for (int i = 0; i < kBytes<W>; ++i) {
+    Element<W>* to = values.in(memory.elements) + memory.before(tile.byte(i));
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      if ((bits[i] >> e & 1) != 0) *to++ = get(octets[i], e);
+    }
+  }
+  for_each_row(tile, p.bytes, memory, [&](int64_t row, int64_t offset) { p.row_offsets[row] = offset; });
+  if (threadIdx.x == 0 && tile.begin() + kTileBytes<W> >= p.bytes.count) *p.nnz = first + sum;
+  __syncthreads();
+  values.copy_from(memory.elements);
+}
+
+// ---------------------------------------------------------------------------------------------------------------- decompress
+
+// A part of a weight: pointers to its first row, row numbers counted from there.
+struct DecompressParams {
+  const void* values;
+  int64_t nnz;
+  const uint8_t* bitmasks;
+  const int64_t* row_offsets;
+  Bytes bytes;
+  int64_t first_row;          // in the weight
+  const int64_t* end_offset;  // of the row after the part; null if there is none
+  Fault* fault;
+  uint8_t* dense;
+  scan::Workspace workspace;
+};
+
+__device__ __forceinline__ void report(const DecompressParams& p, int64_t row) {
+  atomicMin(p.fault, static_cast<Fault>(p.first_row + row));
+}
+
+// Where the values of the part begin; within the values, whatever the offset says.
+__device__ __forceinline__ int64_t start_of(const DecompressParams& p) { return max(int64_t{0}, min(p.row_offsets[0], p.nnz)); }
+
+// Rows lead from their offsets to the next, as long as none is reported: whoever sees that a row does not begin where the row before it
+// ends reports the row before.
+template <int W>
+__device__ __forceinline__ void prove_tile(const DecompressParams& p, const Tile<W>& tile, const TileMemory<W>& memory) {
+  const int padding = p.bytes.cols % 8 == 0 ? 0 : 0xff << (p.bytes.cols % 8) & 0xff;
+  for_each_row(tile, p.bytes, memory, [&](int64_t row, int64_t offset) {
+    if (p.row_offsets[row] != offset || offset > p.nnz) report(p, row > 0 ? row - 1 : 0);
+    if (p.first_row + row == 0 && offset != 0) report(p, 0);
+    if (padding != 0 && (p.bitmasks[(row + 1) * p.bytes.row_bytes - 1] & padding) != 0) report(p, row);
+  });
+  if (threadIdx.x == 0 && tile.begin() + kTileBytes<W> >= p.bytes.count) {
+    const int64_t end = memory.scan.before + memory.scan.sum;
+    if (end > p.nnz || end != (p.end_offset == nullptr ? p.nnz : *p.end_offset)) report(p, p.bytes.rows - 1);
+  }
+}
+
+// The octet whose elements are where `bits` are set, one after the other from `from` on.
+template <int W>
+__device__ __forceinline__ Octet<W> expand(uint32_t bits, const Element<W>* from) {
+  Octet<W> octet{};
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    if ((bits >> e & 1) != 0) set(octet, e, *from++);
+  }
+  return octet;
+}
+
+// How octets get to dense memory.
+enum class Write {
+  kNothing,  // the weight is only proven
+  kOctets,   // whole and aligned, straight from registers
+  kStaged,   // some partial, or not aligned: by way of shared memory
+};
+
+// W: bytes of an element.
+template <int W, Write kWrite>
+__global__ void __launch_bounds__(kThreads, kWrite == Write::kStaged ? (W == 16 ? 4 : 5) : 6) decompress_tiles(const DecompressParams p) {
+  TileMemory<W>& memory = *ptx::dynamic_shared<TileMemory<W>>();
+  const Tile<W> tile{scan::take_tile(p.workspace, memory.scan)};
+
+  const int64_t left = p.bytes.count - tile.begin();
+  uint32_t bits[kBytes<W>];
+#pragma unroll
+  for (int i = 0; i < kBytes<W>; ++i) bits[i] = tile.byte(i) < left ? p.bitmasks[tile.begin() + tile.byte(i)] : 0;
+  scan_bits(tile, bits, p.workspace, tile.index == 0 ? start_of(p) : 0, memory);
+
+  if constexpr (kWrite == Write::kNothing) {
+    prove_tile(p, tile, memory);
+  } else {
+    // What bits mark past the last value is not read; such a weight proves faulty.
+    const int64_t first = memory.scan.before, there = p.nnz - first;
+    const int sum = static_cast<int>(memory.scan.sum);
+    const Span<W> values(p.values, first, there < sum ? static_cast<int>(max(there, int64_t{0})) : sum);
+    values.copy_to(memory.elements);
+    prove_tile(p, tile, memory);
+    values.finish_copy();
+
+    if constexpr (kWrite == Write::kOctets) {
+      Octet<W>* const dense = reinterpret_cast<Octet<W>*>(p.dense) + tile.begin();
+#pragma unroll
+      for (int i = 0; i < kBytes<W>; ++i) {
+        if (tile.byte(i) < left) dense[tile.byte(i)] = expand<W>(bits[i], values.in(memory.elements) + memory.before(tile.byte(i)));
+      }
+    } else {
+      Octet<W> octets[kBytes<W>];
+#pragma unroll
+      for (int i = 0; i < kBytes<W>; ++i) octets[i] = expand<W>(bits[i], values.in(memory.elements) + memory.before(tile.byte(i)));
+      __syncthreads();  // the dense elements take the place of the values
+      const DenseTile<W> dense(p.dense, tile, p.bytes);
+#pragma unroll
+      for (int i = 0; i < kBytes<W>; ++i) {
+        if (tile.byte(i) >= left) continue;
+        dense.for_octet(memory.elements, tile.begin() + tile.byte(i), p.bytes,
+                        [&](int e, Element<W>& element) { element = get(octets[i], e); });
+      }
+      __syncthreads();
+      dense.span.copy_from(memory.elements);
+    }
+  }
+}
+
+// Rows without columns have no bytes: each begins where the next does.
+__global__ void __launch_bounds__(kThreads) prove_empty_rows(const DecompressParams p) {
+  for (int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x; row < p.bytes.rows; row += int64_t{gridDim.x} * kThreads) {
+    const int64_t start = p.row_offsets[row];
+    const int64_t next = row + 1 < p.bytes.rows ? p.row_offsets[row + 1] : p.end_offset == nullptr ? p.nnz : *p.end_offset;
+    if (start < 0 || start > p.nnz || next != start || (p.first_row + row == 0 && start != 0)) report(p, row);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- count, poison
+
+constexpr int kCountOctets = 4;  // that a thread loads before it looks at the first
+
+// Adds to *nnz the elements that are not zero: `octets` octets, and before and behind them, where alignment or number is not enough for
+// one, `head` and `tail` single elements.
+template <int W>
+__global__ void __launch_bounds__(kThreads)
+    count_elements(const Element<W>* dense, int64_t head, int64_t octets, int64_t tail, const ZeroWords zero_test, int64_t* nnz) {
+  const Octet<W>* const whole = reinterpret_cast<const Octet<W>*>(dense + head);
+  const int64_t stride = int64_t{gridDim.x} * kThreads, thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  int64_t count = 0;
+  for (int64_t at = thread; at < octets; at += kCountOctets * stride) {
+    Octet<W> loaded[kCountOctets];
+#pragma unroll
+    for (int i = 0; i < kCountOctets; ++i) loaded[i] = at + i * stride < octets ? whole[at + i * stride] : Octet<W>{};
+#pragma unroll
+    for (int i = 0; i < kCountOctets; ++i) count += __popc(nonzero_bits(loaded[i], zero_test));
+  }
+  if (thread < head + tail) {
+    Octet<W> edge{};
+    set(edge, 0, dense[thread < head ? thread : octets * 8 + thread]);
+    count += nonzero_bits(edge, zero_test);
+  }
+  for (int step = kLanes / 2; step > 0; step /= 2) count += __shfl_xor_sync(scan::kAllLanes, count, step);
+  if (threadIdx.x % kLanes == 0) atomicAdd(reinterpret_cast<unsigned long long*>(nnz), static_cast<unsigned long long>(count));
+}
+
+__global__ void __launch_bounds__(kThreads) fill_if_faulty(uint8_t* data, int64_t bytes, const Fault* fault) {
+  if (*fault == kNoFault) return;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < bytes; i += int64_t{gridDim.x} * kThreads) data[i] = 0xff;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- launching
+
+constexpr int64_t kMostTiles = 0x7fffffff;  // blocks of a grid
+constexpr int64_t kLoopBlocks = 2048;       // of kernels that loop: enough for any GPU
+
+constexpr int64_t quotient_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0; }
+
+template <typename... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, size_t shared_bytes, cudaStream_t stream,
+                   const std::common_type_t<Parameters>&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned int>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// A block for each tile, after the workspace has been zeroed.
+template <int W, typename Params>
+cudaError_t launch_tiles(void (*kernel)(Params), const Params& p, cudaStream_t stream) {
+  static_assert(sizeof(TileMemory<W>) <= 48 * 1024, "more must be asked for");
+  const int64_t tiles = quotient_up(p.bytes.count, kTileBytes<W>);
+  if (tiles > kMostTiles) return cudaErrorInvalidValue;
+  const cudaError_t zeroed = cudaMemsetAsync(p.workspace.words, 0, static_cast<size_t>(scan::Workspace::bytes(tiles)), stream);
+  return zeroed != cudaSuccess ? zeroed : launch(kernel, tiles, sizeof(TileMemory<W>), stream, p);
+}
+
+// Whether all octets of a matrix are whole and aligned.
+template <int W>
+bool whole_octets(const void* dense, int64_t cols) {
+  return cols % 8 == 0 && aligned(dense, alignof(Octet<W>));
+}
+
+template <int W>
+cudaError_t launch_compress(const CompressParams& p, cudaStream_t stream) {
+  if (!aligned(p.dense, W) || !aligned(p.values, W)) return cudaErrorInvalidValue;
+  const bool staged = !whole_octets<W>(p.dense, p.bytes.cols);
+  return launch_tiles<W>(staged ? compress_tiles<W, true> : compress_tiles<W, false>, p, stream);
+}
+
+template <int W>
+cudaError_t launch_decompress(const DecompressParams& p, cudaStream_t stream) {
+  if (!aligned(p.dense, W) || !aligned(p.values, W)) return cudaErrorInvalidValue;
+  const bool staged = !whole_octets<W>(p.dense, p.bytes.cols);
+  return launch_tiles<W>(staged ? decompress_tiles<W, Write::kStaged> : decompress_tiles<W, Write::kOctets>, p, stream);
+}
+
+template <int W>
+cudaError_t launch_count(const void* dense, int64_t elements, const ZeroWords& zero_test, int64_t* nnz, cudaStream_t stream) {
+  if (!aligned(dense, W)) return cudaErrorInvalidValue;
+  const int64_t skew = static_cast<int64_t>(reinterpret_cast<uintptr_t>(dense) % alignof(Octet<W>)) / W;
+  const int64_t to_aligned = skew == 0 ? 0 : static_cast<int64_t>(alignof(Octet<W>)) / W - skew;
+  const int64_t head = to_aligned < elements ? to_aligned : elements;
+  const int64_t octets = (elements - head) / 8, tail = (elements - head) % 8;
+  const int64_t blocks = quotient_up(octets, kThreads * kCountOctets);
+  return launch(count_elements<W>,
+                blocks < 1             ? 1
+                : blocks < kLoopBlocks ? blocks
+                                       : kLoopBlocks,
+                0, stream, static_cast<const Element<W>*>(dense), head, octets, tail, zero_test, nnz);
+}
+
+// Calls run(std::integral_constant<int, W>) with the width that W is to be.
+template <typename Run>
+cudaError_t for_width(int width, const Run& run) {
+  switch (width) {
+    case 1:
+      return run(std::integral_constant<int, 1>{});
+    case 2:
+      return run(std::integral_constant<int, 2>{});
+    case 4:
+      return run(std::integral_constant<int, 4>{});
+    case 8:
+      return run(std::integral_constant<int, 8>{});
+    case 16:
+      return run(std::integral_constant<int, 16>{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+ZeroWords words_of(const ZeroTest& test) {
+  ZeroWords words;
+  std::memcpy(words.words, test.bytes, sizeof(words.words));
+  return words;
+}
+
+}  // namespace
+
+int64_t codec_workspace_bytes(const Geometry& g) {
+  return scan::Workspace::bytes(quotient_up(g.rows * bitmask_bytes(g.cols), kLeastTileBytes));
+}
+
+cudaError_t count_nonzero(const void* dense, const Geometry& g, int width, const ZeroTest& zero_test, int64_t* nnz, cudaStream_t stream) {
+  const cudaError_t zeroed = cudaMemsetAsync(nnz, 0, sizeof(*nnz), stream);
+  if (zeroed != cudaSuccess || g.rows == 0 || g.cols == 0) return zeroed;
+  return for_width(width, [&](auto bytes) { return launch_count<bytes>(dense, g.rows * g.cols, words_of(zero_test), nnz, stream); });
+}
+
+cudaError_t compress(const void* dense, const Geometry& g, int width, const ZeroTest& zero_test, uint8_t* bitmasks, int64_t* row_offsets,
+                     void* values, int64_t capacity, int64_t* nnz, void* workspace, cudaStream_t stream) {
+  if (g.rows == 0 || g.cols == 0) {
+    const cudaError_t zeroed = cudaMemsetAsync(nnz, 0, sizeof(*nnz), stream);
+    if (zeroed != cudaSuccess || g.rows == 0) return zeroed;
+    return cudaMemsetAsync(row_offsets, 0, static_cast<size_t>(g.rows) * sizeof(*row_offsets), stream);
+  }
+  const CompressParams p{static_cast<const uint8_t*>(dense), bytes_of(g), words_of(zero_test), bitmasks, row_offsets, values, capacity, nnz,
+                         {static_cast<uint64_t*>(workspace)}};
+  return for_width(width, [&](auto bytes) { return launch_compress<bytes>(p, stream); });
+}
+
+cudaError_t decompress(const BitmaskMatrix& w, int64_t begin, int64_t end, int width, void* dense, bool first, Fault* fault,
+                       void* workspace, cudaStream_t stream) {
+  if (first) {
+    const cudaError_t set = cudaMemsetAsync(fault, 0xff, sizeof(*fault), stream);
+    if (set != cudaSuccess) return set;
+  }
+  if (begin == end) return cudaSuccess;
+  const DecompressParams p{w.values,
+                           w.nnz,
+                           w.bitmasks + begin * bitmask_bytes(w.cols),
+                           w.row_offsets + begin,
+                           bytes_of({end - begin, w.cols}),
+                           begin,
+                           end < w.rows ? w.row_offsets + end : nullptr,
+                           fault,
+                           static_cast<uint8_t*>(dense),
+                           {static_cast<uint64_t*>(workspace)}};
+  if (w.cols == 0) {
+    const int64_t blocks = quotient_up(end - begin, kThreads);
+    return launch(prove_empty_rows, blocks < kLoopBlocks ? blocks : kLoopBlocks, 0, stream, p);
+  }
+  if (dense == nullptr) return launch_tiles<1>(decompress_tiles<1, Write::kNothing>, p, stream);
+  return for_width(width, [&](auto bytes) { return launch_decompress<bytes>(p, stream); });
+}
+
+cudaError_t poison(void* data, int64_t bytes, const Fault* fault, cudaStream_t stream) {
+  if (bytes == 0) return cudaSuccess;
+  const int64_t blocks = quotient_up(bytes, kThreads);
+  return launch(fill_if_faulty, blocks < kLoopBlocks ? blocks : kLoopBlocks, 0, stream, static_cast<uint8_t*>(data), bytes, fault);
+}
+
+}  // namespace bitmask::cuda

@@ -11,8 +11,8 @@
 // What a test says, by ctypes.
 extern "C" {
 inline __attribute__((visibility("default"))) int bitmask_twin_capturing = 0;
-inline __attribute__((visibility("default"))) int bitmask_twin_error = 0;    // of the next call that can fail
-inline __attribute__((visibility("default"))) int bitmask_twin_waits = 0;    // calls that waited for the GPU
+inline __attribute__((visibility("default"))) int bitmask_twin_error = 0;  // of the next call that can fail
+inline __attribute__((visibility("default"))) int bitmask_twin_waits = 0;  // calls that waited for the GPU
 }
 
 #define CUDART_VERSION 13000

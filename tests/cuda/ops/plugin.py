@@ -1,4 +1,4 @@
-"""A pytest plugin: from here on, ops on CPU tensors are those of csrc/ops_cuda.cpp over the twin of the CUDA runtime."""
+"""A pytest plugin: ops on CPU tensors become those of csrc/ops_cuda.cpp, over the twin of the CUDA runtime."""
 
 import torch
 

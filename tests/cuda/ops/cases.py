@@ -119,22 +119,24 @@ def test_faulty_weights_give_nan_where_they_are_faulty(dtype, m, fault):
     x = torch.randn(m, 70).to(dtype)
     got = ops.linear(x, values, bitmasks, row_offsets, 70)
     expected = torch.nn.functional.linear(x.double(), dense.double())
-    wrong = ~torch.isclose(got.double(), expected, rtol=0.05, atol=0.05)
-    assert got[wrong].isnan().all()
     faulty_row = 0 if fault == "shifted" else 17
     assert got[:, faulty_row].isnan().all()
+    if fault != "shifted":  # each row by itself could be right then, but for the first and the last
+        wrong = ~torch.isclose(got.double(), expected, rtol=0.05, atol=0.05)
+        assert got[wrong].isnan().all()
     assert ops._backward_input(torch.randn(m, 30).to(dtype), values, bitmasks, row_offsets, 70).isnan().all()
 
 
 def test_weight_in_parts():
-    """Rows of 2 MB: cuBLAS is given 32 at a time."""
-    dense, x = sparse(100, 1 << 18, torch.float64), torch.randn(2, 1 << 18, dtype=torch.float64)
-    bias = torch.randn(100, dtype=torch.float64)
+    """Rows of 8 MB: cuBLAS is given few at a time."""
+    rows, cols = 10, 1 << 20
+    dense, x = torch.zeros(rows, cols, dtype=torch.float64), torch.ones(2, cols, dtype=torch.float64)
+    dense[:, ::1000] = torch.arange(1.0, rows + 1)[:, None]
+    bias = torch.arange(rows, dtype=torch.float64) * 1e6
     parts = ops.compress(dense)
-    expected = torch.nn.functional.linear(x, dense, bias)
-    torch.testing.assert_close(ops.linear(x, *parts, 1 << 18, bias), expected)
-    parts[2][99] += 1
-    assert ops.linear(x, *parts, 1 << 18, bias).isnan().all()
+    assert torch.equal(ops.linear(x, *parts, cols, bias), dense.sum(1).add(bias).expand(2, rows))
+    parts[2][rows - 1] += 1
+    assert ops.linear(x, *parts, cols, bias).isnan().all()
 
 
 def test_errors_of_the_gpu():

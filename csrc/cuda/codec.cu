@@ -15,248 +15,14 @@
 #include <cstring>
 #include <type_traits>
 
+#include "codec_tile.cuh"
 #include "kernels.h"
 #include "scan.cuh"
 
 namespace bitmask::cuda {
 namespace {
 
-using scan::kLanes;
-using scan::kThreads;
-using scan::kWarps;
-
-// ---------------------------------------------------------------------------------------------------------------- elements
-
-// An element of W bytes.
-template <int W>
-struct ElementOf;
-template <>
-struct ElementOf<1> {
-  using Type = uint8_t;
-};
-template <>
-struct ElementOf<2> {
-  using Type = uint16_t;
-};
-template <>
-struct ElementOf<4> {
-  using Type = uint32_t;
-};
-template <>
-struct ElementOf<8> {
-  using Type = uint2;
-};
-template <>
-struct ElementOf<16> {
-  using Type = uint4;
-};
-template <int W>
-using Element = typename ElementOf<W>::Type;
-
-// The 8 elements of a byte of the bitmask.
-template <int W>
-struct alignas(W == 1 ? 8 : 16) Octet {
-  uint32_t words[2 * W];
-};
-
-template <int W>
-__device__ __forceinline__ Element<W> get(const Octet<W>& octet, int e) {
-  if constexpr (W == 16) {
-    return make_uint4(octet.words[4 * e], octet.words[4 * e + 1], octet.words[4 * e + 2], octet.words[4 * e + 3]);
-  } else if constexpr (W == 8) {
-    return make_uint2(octet.words[2 * e], octet.words[2 * e + 1]);
-  } else {
-    return static_cast<Element<W>>(octet.words[e * W / 4] >> (e * W % 4 * 8));
-  }
-}
-
-// Element e, which is zero so far, becomes `element`.
-template <int W>
-__device__ __forceinline__ void set(Octet<W>& octet, int e, const Element<W>& element) {
-  if constexpr (W == 16) {
-    octet.words[4 * e] = element.x, octet.words[4 * e + 1] = element.y;
-    octet.words[4 * e + 2] = element.z, octet.words[4 * e + 3] = element.w;
-  } else if constexpr (W == 8) {
-    octet.words[2 * e] = element.x, octet.words[2 * e + 1] = element.y;
-  } else {
-    octet.words[e * W / 4] |= static_cast<uint32_t>(element) << (e * W % 4 * 8);
-  }
-}
-
-// ZeroTest, as words.
-struct ZeroWords {
-  uint32_t words[4];
-};
-
-// Bit e: element e is not zero.
-template <int W>
-__device__ __forceinline__ uint32_t nonzero_bits(const Octet<W>& octet, const ZeroWords& test) {
-  uint32_t bits = 0;
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    uint32_t set = 0;
-    if constexpr (W < 4) {
-      const uint32_t mask = (1u << (8 * W)) - 1;
-      set = octet.words[e * W / 4] & (test.words[0] & mask << (e * W % 4 * 8));
-    } else {
-#pragma unroll
-      for (int i = 0; i < W / 4; ++i) set |= octet.words[e * W / 4 + i] & test.words[i];
-    }
-    bits |= set != 0 ? 1u << e : 0;
-  }
-  return bits;
-}
-
-// ---------------------------------------------------------------------------------------------------------------- tiles
-
-// Where the bytes of a bitmask lie in rows, and their elements in a contiguous matrix.
-struct Bytes {
-  int64_t rows, cols;
-  int64_t row_bytes, count;
-  uint64_t reciprocal;  // floor((2^64 - 1) / row_bytes): makes a multiplication of the division, which a GPU has none of
-
-  __device__ __forceinline__ int64_t row_of(int64_t byte) const {
-    const int64_t row = static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(byte), reciprocal));  // or one less than it should be
-    return byte - row * row_bytes < row_bytes ? row : row + 1;
-  }
-  __device__ __forceinline__ int64_t column_of(int64_t byte) const { return (byte - row_of(byte) * row_bytes) * 8; }
-  __device__ __forceinline__ int64_t elements_before(int64_t byte) const { return row_of(byte) * cols + column_of(byte); }
-};
-
-Bytes bytes_of(const Geometry& g) {
-  const int64_t row_bytes = bitmask_bytes(g.cols);
-  return {g.rows, g.cols, row_bytes, g.rows * row_bytes, row_bytes == 0 ? 0 : ~uint64_t{0} / static_cast<uint64_t>(row_bytes)};
-}
-
-// Bytes of a thread: 64 bytes of dense memory on their way in each (one octet, should that be larger) hide the latency of memory.
-template <int W>
-constexpr int kBytes = W < 8 ? 8 / W : 1;
-template <int W>
-constexpr int kTileBytes = kThreads * kBytes<W>;
-constexpr int kLeastTileBytes = kThreads;
-
-constexpr int kVector = 16;  // bytes that shared and global memory exchange at a time
-
-template <int W>
-struct TileMemory {
-  alignas(kVector) uint8_t elements[kTileBytes<W> * 8 * W + kVector];  // of values or dense; they begin in the first vector
-  uint16_t in_share[kTileBytes<W>];                                    // bits set in the warp's share before each byte
-  scan::Memory scan;
-
-  // Bits set in the tile before a byte; after scan_bits().
-  __device__ __forceinline__ uint32_t before(int byte) const { return scan.warp_before[byte / (kLanes * kBytes<W>)] + in_share[byte]; }
-};
-
-// A tile's bytes, and which of them are this thread's.
-template <int W>
-struct Tile {
-  uint32_t index;
-
-  __device__ __forceinline__ int64_t begin() const { return int64_t{index} * kTileBytes<W>; }
-
-  // Byte i of this thread, counted from begin().
-  __device__ __forceinline__ int byte(int i) const {
-    const int thread = static_cast<int>(threadIdx.x);
-    return thread / kLanes * kLanes * kBytes<W> + i * kLanes + thread % kLanes;
-  }
-};
-
-// Sums up the bits that are set, into `memory`: registers are short while a tile looks back.
-template <int W>
-__device__ __forceinline__ void scan_bits(const Tile<W>& tile, const uint32_t (&bits)[kBytes<W>], scan::Workspace workspace, int64_t start,
-                                          TileMemory<W>& memory) {
-  uint32_t before[kBytes<W>];
-#pragma unroll
-  for (int i = 0; i < kBytes<W>; ++i) before[i] = static_cast<uint32_t>(__popc(bits[i]));
-  const uint32_t warp_sum = scan::scan_warp(before);
-#pragma unroll
-  for (int i = 0; i < kBytes<W>; ++i) memory.in_share[tile.byte(i)] = static_cast<uint16_t>(before[i]);
-  scan::scan_tiles(workspace, tile.index, warp_sum, start, memory.scan);
-}
-
-// Calls visit(row, bits set before it) for each row whose first byte the tile has, a thread at a time.
-template <int W, typename Visit>
-__device__ __forceinline__ void for_each_row(const Tile<W>& tile, const Bytes& bytes, const TileMemory<W>& memory, const Visit& visit) {
-  for (int64_t row = bytes.row_of(tile.begin() + bytes.row_bytes - 1) + threadIdx.x; row < bytes.rows; row += kThreads) {
-    const int64_t ahead = row * bytes.row_bytes - tile.begin();
-    if (ahead >= kTileBytes<W>) break;
-    visit(row, memory.scan.before + memory.before(static_cast<int>(ahead)));
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------------------- shared and global memory
-
-// Elements of W bytes that lie in global memory one after the other, and whose copy in shared memory is as far from a boundary of 16 bytes.
-template <int W>
-struct Span {
-  uint8_t* global;  // of the vector that the first element is in
-  int first;        // in that vector
-  int end;          // past the last element, counted like `first`
-
-  static constexpr int kElements = kVector / W;  // of a vector
-
-  __device__ __forceinline__ Span(const void* elements, int64_t skip, int count) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(elements) + static_cast<uintptr_t>(skip) * W;
-    first = static_cast<int>(address % kVector) / W;
-    end = first + count;
-    global = reinterpret_cast<uint8_t*>(address - static_cast<uintptr_t>(first) * W);
-  }
-
-  // The first element in shared memory.
-  __device__ __forceinline__ Element<W>* in(uint8_t* shared) const { return reinterpret_cast<Element<W>*>(shared) + first; }
-
-  // Vectors that are not whole are left to `one`, element by element.
-  template <typename Whole, typename One>
-  __device__ __forceinline__ void for_each(const Whole& whole, const One& one) const {
-    for (int vector = static_cast<int>(threadIdx.x); vector * kElements < end; vector += kThreads) {
-      const int begin = vector * kElements;
-      if (begin >= first && begin + kElements <= end) {
-        whole(vector * kVector);
-      } else {
-        for (int i = max(begin, first); i < min(begin + kElements, end); ++i) one(i);
-      }
-    }
-  }
-
-  // The block's copy into shared memory: begins. Is there after finish_copy().
-  __device__ __forceinline__ void copy_to(uint8_t* shared) const {
-    for_each([&](int at) { ptx::copy_async_16(shared + at, global + at); },
-             [&](int i) { reinterpret_cast<Element<W>*>(shared)[i] = reinterpret_cast<const Element<W>*>(global)[i]; });
-    ptx::copy_async_commit();
-  }
-  __device__ __forceinline__ static void finish_copy() {
-    ptx::copy_async_wait<0>();
-    __syncthreads();
-  }
-
-  __device__ __forceinline__ void copy_from(const uint8_t* shared) const {
-    for_each([&](int at) { *reinterpret_cast<uint4*>(global + at) = *reinterpret_cast<const uint4*>(shared + at); },
-             [&](int i) { reinterpret_cast<Element<W>*>(global)[i] = reinterpret_cast<const Element<W>*>(shared)[i]; });
-  }
-};
-
-// The elements of a tile in dense memory, for matrices whose octets are not all whole and aligned.
-template <int W>
-struct DenseTile {
-  int64_t begin;  // the first element
-  Span<W> span;
-
-  __device__ __forceinline__ DenseTile(const void* dense, const Tile<W>& tile, const Bytes& bytes)
-      : begin(bytes.elements_before(tile.begin())),
-        span(dense, begin, static_cast<int>(bytes.elements_before(min(tile.begin() + kTileBytes<W>, bytes.count)) - begin)) {}
-
-  // Calls visit(e, element) for each element e of the octet of `byte`, its place being in shared memory.
-  template <typename Visit>
-  __device__ __forceinline__ void for_octet(uint8_t* shared, int64_t byte, const Bytes& bytes, const Visit& visit) const {
-    const int64_t column = bytes.column_of(byte);
-    const int count = static_cast<int>(min(int64_t{8}, bytes.cols - column));
-    Element<W>* const elements = span.in(shared) + (bytes.row_of(byte) * bytes.cols + column - begin);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      if (e < count) visit(e, elements[e]);
-    }
-  }
-};
+using namespace codec;
 
 // ---------------------------------------------------------------------------------------------------------------- compress
 
@@ -283,24 +49,26 @@ __device__ __forceinline__ void load_octets(const CompressParams& p, const Tile<
 #pragma unroll
     for (int i = 0; i < kBytes<W>; ++i) {
       octets[i] = Octet<W>{};
-      const int64_t byte = tile.begin() + tile.byte(i);
-      if (byte < p.bytes.count) {
-        dense.for_octet(memory.elements, byte, p.bytes, [&](int e, const Element<W>& element) { set(octets[i], e, element); });
-      }
+      if (tile.byte(i) >= tile.count) continue;
+      dense.for_octet(memory.elements, tile.begin + tile.byte(i), p.bytes,
+                      [&](int e, const Element<W>& element) { set(octets[i], e, element); });
     }
   } else {
-    const Octet<W>* const dense = reinterpret_cast<const Octet<W>*>(p.dense) + tile.begin();
-    const int64_t left = p.bytes.count - tile.begin();
+    const Octet<W>* const dense = reinterpret_cast<const Octet<W>*>(p.dense) + tile.begin;
 #pragma unroll
-    for (int i = 0; i < kBytes<W>; ++i) octets[i] = tile.byte(i) < left ? dense[tile.byte(i)] : Octet<W>{};
+    for (int i = 0; i < kBytes<W>; ++i) octets[i] = tile.byte(i) < tile.count ? dense[tile.byte(i)] : Octet<W>{};
   }
 }
 
+// Blocks that a multiprocessor is to hold at least, which bounds their registers; with more, octets spill.
+template <int W>
+[[maybe_unused]] constexpr int kCompressBlocks = W == 1 || W == 16 ? 4 : 5;
+
 // W: bytes of an element. kStaged: octets may be partial or not aligned, and are read by way of shared memory.
 template <int W, bool kStaged>
-__global__ void __launch_bounds__(kThreads, W == 1 || W == 16 ? 4 : 5) compress_tiles(const CompressParams p) {
+__global__ void __launch_bounds__(kThreads, kCompressBlocks<W>) compress_tiles(const CompressParams p) {
   TileMemory<W>& memory = *ptx::dynamic_shared<TileMemory<W>>();
-  const Tile<W> tile{scan::take_tile(p.workspace, memory.scan)};
+  const Tile<W> tile(scan::take_tile(p.workspace, memory.scan), p.bytes);
 
   Octet<W> octets[kBytes<W>];
   load_octets<W, kStaged>(p, tile, memory, octets);
@@ -308,23 +76,22 @@ __global__ void __launch_bounds__(kThreads, W == 1 || W == 16 ? 4 : 5) compress_
 #pragma unroll
   for (int i = 0; i < kBytes<W>; ++i) {
     bits[i] = nonzero_bits(octets[i], p.zero_test);
-    if (tile.begin() + tile.byte(i) < p.bytes.count) p.bitmasks[tile.begin() + tile.byte(i)] = static_cast<uint8_t>(bits[i]);
+    if (tile.byte(i) < tile.count) p.bitmasks[tile.begin + tile.byte(i)] = static_cast<uint8_t>(bits[i]);
   }
   scan_bits(tile, bits, p.workspace, 0, memory);
 
-  const int64_t first = memory.scan.before, room = p.capacity - first;
-  const int sum = static_cast<int>(memory.scan.sum);
-  const Span<W> values(p.values, first, room < sum ? static_cast<int>(max(room, int64_t{0})) : sum);
+  const Span<W> values = values_of<W>(memory.scan, p.values, p.capacity);
+  Element<W>* places[kBytes<W>];
+  find_values(values, tile, memory, places);
 #pragma unroll
   for (int i = 0; i < kBytes<W>; ++i) {
-    Element<W>* to = values.in(memory.elements) + memory.before(tile.byte(i));
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      if ((bits[i] >> e & 1) != 0) *to++ = get(octets[i], e);
+      if ((bits[i] >> e & 1) != 0) *places[i]++ = get(octets[i], e);
     }
   }
   for_each_row(tile, p.bytes, memory, [&](int64_t row, int64_t offset) { p.row_offsets[row] = offset; });
-  if (threadIdx.x == 0 && tile.begin() + kTileBytes<W> >= p.bytes.count) *p.nnz = first + sum;
+  if (threadIdx.x == 0 && tile.last) *p.nnz = memory.scan.before + memory.scan.sum;
   __syncthreads();
   values.copy_from(memory.elements);
 }
@@ -362,7 +129,7 @@ __device__ __forceinline__ void prove_tile(const DecompressParams& p, const Tile
     if (p.first_row + row == 0 && offset != 0) report(p, 0);
     if (padding != 0 && (p.bitmasks[(row + 1) * p.bytes.row_bytes - 1] & padding) != 0) report(p, row);
   });
-  if (threadIdx.x == 0 && tile.begin() + kTileBytes<W> >= p.bytes.count) {
+  if (threadIdx.x == 0 && tile.last) {
     const int64_t end = memory.scan.before + memory.scan.sum;
     if (end > p.nnz || end != (p.end_offset == nullptr ? p.nnz : *p.end_offset)) report(p, p.bytes.rows - 1);
   }
@@ -386,45 +153,48 @@ enum class Write {
   kStaged,   // some partial, or not aligned: by way of shared memory
 };
 
+// Blocks that a multiprocessor is to hold at least, which bounds their registers; with more, some spill.
+template <int W, Write kWrite>
+[[maybe_unused]] constexpr int kDecompressBlocks = W == 16 ? 4 : (kWrite == Write::kStaged ? 5 : 6);
+
 // W: bytes of an element.
 template <int W, Write kWrite>
-__global__ void __launch_bounds__(kThreads, kWrite == Write::kStaged ? (W == 16 ? 4 : 5) : 6) decompress_tiles(const DecompressParams p) {
+__global__ void __launch_bounds__(kThreads, kDecompressBlocks<W, kWrite>) decompress_tiles(const DecompressParams p) {
   TileMemory<W>& memory = *ptx::dynamic_shared<TileMemory<W>>();
-  const Tile<W> tile{scan::take_tile(p.workspace, memory.scan)};
+  const Tile<W> tile(scan::take_tile(p.workspace, memory.scan), p.bytes);
 
-  const int64_t left = p.bytes.count - tile.begin();
   uint32_t bits[kBytes<W>];
 #pragma unroll
-  for (int i = 0; i < kBytes<W>; ++i) bits[i] = tile.byte(i) < left ? p.bitmasks[tile.begin() + tile.byte(i)] : 0;
+  for (int i = 0; i < kBytes<W>; ++i) bits[i] = tile.byte(i) < tile.count ? p.bitmasks[tile.begin + tile.byte(i)] : 0;
   scan_bits(tile, bits, p.workspace, tile.index == 0 ? start_of(p) : 0, memory);
 
   if constexpr (kWrite == Write::kNothing) {
     prove_tile(p, tile, memory);
   } else {
     // What bits mark past the last value is not read; such a weight proves faulty.
-    const int64_t first = memory.scan.before, there = p.nnz - first;
-    const int sum = static_cast<int>(memory.scan.sum);
-    const Span<W> values(p.values, first, there < sum ? static_cast<int>(max(there, int64_t{0})) : sum);
+    const Span<W> values = values_of<W>(memory.scan, p.values, p.nnz);
     values.copy_to(memory.elements);
     prove_tile(p, tile, memory);
     values.finish_copy();
 
+    Element<W>* places[kBytes<W>];
+    find_values(values, tile, memory, places);
     if constexpr (kWrite == Write::kOctets) {
-      Octet<W>* const dense = reinterpret_cast<Octet<W>*>(p.dense) + tile.begin();
+      Octet<W>* const dense = reinterpret_cast<Octet<W>*>(p.dense) + tile.begin;
 #pragma unroll
       for (int i = 0; i < kBytes<W>; ++i) {
-        if (tile.byte(i) < left) dense[tile.byte(i)] = expand<W>(bits[i], values.in(memory.elements) + memory.before(tile.byte(i)));
+        if (tile.byte(i) < tile.count) dense[tile.byte(i)] = expand<W>(bits[i], places[i]);
       }
     } else {
       Octet<W> octets[kBytes<W>];
 #pragma unroll
-      for (int i = 0; i < kBytes<W>; ++i) octets[i] = expand<W>(bits[i], values.in(memory.elements) + memory.before(tile.byte(i)));
+      for (int i = 0; i < kBytes<W>; ++i) octets[i] = expand<W>(bits[i], places[i]);
       __syncthreads();  // the dense elements take the place of the values
       const DenseTile<W> dense(p.dense, tile, p.bytes);
 #pragma unroll
       for (int i = 0; i < kBytes<W>; ++i) {
-        if (tile.byte(i) >= left) continue;
-        dense.for_octet(memory.elements, tile.begin() + tile.byte(i), p.bytes,
+        if (tile.byte(i) >= tile.count) continue;
+        dense.for_octet(memory.elements, tile.begin + tile.byte(i), p.bytes,
                         [&](int e, Element<W>& element) { element = get(octets[i], e); });
       }
       __syncthreads();

@@ -76,6 +76,14 @@ __device__ __forceinline__ void store_relaxed(uint64_t* address, uint64_t value)
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
+// prmt: byte i of the result is byte s % 8 of (high, low), s being nibble i of the selector; where s has bit 3 set, the top bit of that
+// byte, eight times. (__byte_perm clears bit 3.)
+__device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+}
+
 // Lets others run while waiting for them.
 __device__ __forceinline__ void pause() { asm volatile("nanosleep.u32 32;"); }
 

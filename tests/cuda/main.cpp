@@ -1,4 +1,5 @@
-// The program of all CUDA tests: main [--only FAMILY | --plant ERROR | --planted]. --planted lists the planted errors and their reports.
+// The program of all CUDA tests: main [--only FAMILY | --families | --plant ERROR | --planted]. --families and --planted list what there
+// is, the latter with the reports that are expected.
 #include <cstdio>
 #include <cstring>
 
@@ -36,9 +37,10 @@ int plant(const char* name) {
   return 2;
 }
 
-int list_planted() {
-  for (const Registered& error : registry()) {
-    if (error.report != nullptr) std::printf("%s\t%s\n", error.name, error.report);
+int list(bool planted) {
+  for (const Registered& entry : registry()) {
+    if (planted && entry.report != nullptr) std::printf("%s\t%s\n", entry.name, entry.report);
+    if (!planted && entry.report == nullptr) std::printf("%s\n", entry.name);
   }
   return 0;
 }
@@ -51,7 +53,8 @@ int main(int count, char** arguments) {
   if (count == 1) return run_families(nullptr);
   if (count == 3 && std::strcmp(arguments[1], "--only") == 0) return run_families(arguments[2]);
   if (count == 3 && std::strcmp(arguments[1], "--plant") == 0) return plant(arguments[2]);
-  if (count == 2 && std::strcmp(arguments[1], "--planted") == 0) return list_planted();
-  std::printf("usage: %s [--only FAMILY | --plant ERROR | --planted]\n", arguments[0]);
+  if (count == 2 && std::strcmp(arguments[1], "--planted") == 0) return list(true);
+  if (count == 2 && std::strcmp(arguments[1], "--families") == 0) return list(false);
+  std::printf("usage: %s [--only FAMILY | --families | --plant ERROR | --planted]\n", arguments[0]);
   return 2;
 }

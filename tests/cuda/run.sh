@@ -62,28 +62,32 @@ build_sanitized() {
 build_sanitize() { build_sanitized sanitize address,undefined -fsanitize-address-use-after-return=never; }
 build_race() { build_sanitized race thread; }
 
-# race ARGUMENTS...: ThreadSanitizer needs memory where it expects it, not at random places, if this machine lets us ask for that.
-race() {
-  local -a fixed=(setarch "$(uname -m)" --addr-no-randomize)
-  "${fixed[@]}" true 2> /dev/null || fixed=()
-  "${fixed[@]}" "$BUILD/race" "$@"
+# run PROGRAM [--only FAMILY]: as many families at a time as there are processors.
+run() {
+  local program=$BUILD/$1
+  shift
+  if (($# == 0)); then
+    "${FIXED[@]}" "$program" --families | xargs -P "$(nproc)" -I{} "${FIXED[@]}" "$program" --only {} || fail "$program found errors"
+  else
+    "${FIXED[@]}" "$program" "$@"
+  fi
 }
 
 run_host() {
   local cxx
   cxx=$(tool CXX g++ clang++)
   build host "$cxx" -O2
-  "$BUILD/host" "$@"
+  run host "$@"
 }
 
 run_sanitize() {
   build_sanitize
-  "$BUILD/sanitize" "$@"
+  run sanitize "$@"
 }
 
 run_race() {
   build_race
-  race "$@"
+  run race "$@"
 }
 
 run_planted() {
@@ -92,13 +96,17 @@ run_planted() {
   local error expected program
   while IFS=$'\t' read -r error expected; do
     local report=$BUILD/planted.$error.txt
-    program=$BUILD/sanitize
+    program=sanitize
     [[ $expected != ThreadSanitizer* ]] || program=race
-    if "$program" --plant "$error" > "$report" 2>&1; then fail "the error planted in $error went unnoticed"; fi
+    if "${FIXED[@]}" "$BUILD/$program" --plant "$error" > "$report" 2>&1; then fail "the error planted in $error went unnoticed"; fi
     grep -q -- "$expected" "$report" || fail "$error: failed otherwise than planned; see $report"
     echo "$error: reported"
-  done < <("$BUILD/sanitize" --planted)
+  done < <("${FIXED[@]}" "$BUILD/sanitize" --planted)
 }
+
+# ThreadSanitizer needs memory where it expects it, not at random places, if this machine lets us ask for that.
+FIXED=(setarch "$(uname -m)" --addr-no-randomize)
+"${FIXED[@]}" true 2> /dev/null || FIXED=()
 
 WHAT=${1:-all}
 (($# == 0)) || shift

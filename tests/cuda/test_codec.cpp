@@ -1,5 +1,8 @@
 // Tests the CUDA codec: each launcher against the layout's rules in their plainest form, for every element width, on buffers that are
 // exactly as large as promised and aligned to an element only.
+#include <cuda_runtime.h>
+#include <scan.cuh>
+
 #include <algorithm>
 #include <climits>
 #include <cstdint>
@@ -229,14 +232,45 @@ TEST_FAMILY(codec_tiles) {
   }
 }
 
-// More tiles than a warp looks back at a time, in many interleavings.
-TEST_FAMILY(codec_look_back) {
+// Many tiles, in many interleavings.
+TEST_FAMILY(codec_many_tiles) {
   const Kind& kind = kKinds[8];
   const Matrix matrix = random_matrix(kind, 3, tile_bytes(kind.width) * 8 * 12 + 5, 30);
   for_each_seed(kSanitized ? 2 : 8, [&] {
     check_compress(matrix, 0, matrix.nnz());
     check_decompress(matrix, {0, 3}, 0);
   });
+}
+
+__global__ void look_back_once(uint64_t* states, int64_t tile, uint32_t tile_sum, int64_t* before) {
+  const int64_t sum = cuda::scan::look_back(states, tile, tile_sum, 0);
+  if (threadIdx.x == 0) *before = sum;
+}
+
+// Looking back further than a warp sees at once: the nearest prefix may be any number of tiles away, with sums in between.
+TEST_FAMILY(codec_look_back) {
+  using namespace cuda::scan;
+  constexpr int64_t kBig = (int64_t{1} << 61) + 12345;
+  for (const int64_t tile : {1, 2, 31, 32, 33, 64, 65, 130}) {
+    for (int64_t nearest = 0; nearest < tile; ++nearest) {
+      Buffer states((tile + 1) * 8), before(8);
+      uint64_t* const words = reinterpret_cast<uint64_t*>(states.data());
+      int64_t expected = kBig;
+      for (int64_t i = 0; i < tile; ++i) {
+        const int64_t sum = random_below(16385);
+        words[i] = i > nearest ? make_state(kTile, sum) : i == nearest ? make_state(kPrefix, kBig) : random_word();
+        if (i > nearest) expected += sum;
+      }
+      words[tile] = make_state(kNothing, 0);
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(1);
+      config.blockDim = dim3(kLanes);
+      check(cudaLaunchKernelEx(&config, look_back_once, words, tile, 77u, int64s(before)) == cudaSuccess, "launch");
+      check(*int64s(before) == expected, "%" PRId64 " before tile %" PRId64 ", prefix at %" PRId64, *int64s(before), tile, nearest);
+      check(words[tile] == make_state(kPrefix, expected + 77), "state of tile %" PRId64, tile);
+      check(states.canaries_intact(), "look_back wrote past the states");
+    }
+  }
 }
 
 // Damages one thing.
@@ -302,6 +336,24 @@ TEST_FAMILY(codec_single_faults) {
     expect(damaged);
   }
   check(unnoticed == 0, "%" PRId64 " changes are no damage to the reference", unnoticed);
+}
+
+// A set bit that has moved to the padding: all sums are as they should be.
+TEST_FAMILY(codec_padding) {
+  for (const int64_t cols : {1, 7, 9, 12, 63, 65}) {
+    const Matrix sound = random_matrix(kFloat16, 5, cols, 100);
+    const int64_t row_bytes = (cols + 7) / 8;
+    for (int64_t row = 0; row < 5; ++row) {
+      for (int64_t col = cols; col < row_bytes * 8; ++col) {
+        Matrix damaged = sound;
+        uint8_t* const bits = damaged.bitmasks.data() + row * row_bytes;
+        bits[0] ^= 1;
+        bits[col / 8] ^= static_cast<uint8_t>(1 << col % 8);
+        check(fault_of(damaged) == static_cast<Fault>(row), "the reference sees no padding in row %" PRId64, row);
+        test_damage(damaged);
+      }
+    }
+  }
 }
 
 TEST_FAMILY(codec_random_faults) {

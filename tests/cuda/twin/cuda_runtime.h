@@ -83,7 +83,7 @@ void exchange(const char* name, uint32_t mask, Operand& operand, Site site) {
       site);
 }
 
-// shfl.sync (PTX ISA, "Data Movement and Conversion Instructions: shfl.sync"). `clamp` is its operand c.
+// PTX ISA, "Data Movement and Conversion Instructions: shfl.sync".
 enum class Shuffle { kIndex, kUp, kDown, kXor };
 
 template <Shuffle kShuffle>
@@ -169,8 +169,9 @@ struct Reduction {
 
   static void combine(Reduction* const (&lanes)[kLanes], uint32_t mask) {
     T result = lanes[__builtin_ctz(mask)]->value;
-    for (uint32_t rest = mask & (mask - 1); rest != 0; rest &= rest - 1)
+    for (uint32_t rest = mask & (mask - 1); rest != 0; rest &= rest - 1) {
       result = Operation::apply(result, lanes[__builtin_ctz(rest)]->value);
+    }
     for (uint32_t rest = mask; rest != 0; rest &= rest - 1) lanes[__builtin_ctz(rest)]->value = result;
   }
 };
@@ -249,11 +250,23 @@ BITMASK_TWIN_MATCH(double)
     }                                            \
   };
 namespace bitmask::twin {
-BITMASK_TWIN_OPERATION(Add, a + b)
-BITMASK_TWIN_OPERATION(Sub, a - b)
+// What sums are computed in: integers wrap around.
+template <typename T>
+struct Wrapping {
+  using Type = T;
+};
+template <>
+struct Wrapping<int> {
+  using Type = unsigned int;
+};
+template <typename T>
+using Wrapped = typename Wrapping<T>::Type;
+
+BITMASK_TWIN_OPERATION(Add, static_cast<Wrapped<T>>(a) + static_cast<Wrapped<T>>(b))
+BITMASK_TWIN_OPERATION(Sub, static_cast<Wrapped<T>>(a) - static_cast<Wrapped<T>>(b))
 BITMASK_TWIN_OPERATION(Min, b < a ? b : a)
 BITMASK_TWIN_OPERATION(Max, a < b ? b : a)
-BITMASK_TWIN_OPERATION(And, a& b)
+BITMASK_TWIN_OPERATION(And, (a & b))
 BITMASK_TWIN_OPERATION(Or, a | b)
 BITMASK_TWIN_OPERATION(Xor, a ^ b)
 BITMASK_TWIN_OPERATION(Exchange, (static_cast<void>(a), b))
@@ -281,37 +294,29 @@ BITMASK_TWIN_REDUCE(unsigned int, __reduce_xor_sync, Xor)
 
 namespace bitmask::twin {
 
-template <typename T>
-void check_aligned(const T* address) {
-  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0)
-    fail("an atomic of %zu bytes at %p", sizeof(T), static_cast<const void*>(address));
-}
-
-// Nobody runs between the load and the store. They are atomic and relaxed so that ThreadSanitizer takes them for what they are.
-template <typename Operation, typename T>
-T atomic(T* address, T operand) {
-  check_aligned(address);
-  yield();
+// Stores update(old) for the old value, and returns this. Nobody runs between load and store; they are atomic and relaxed
+// for ThreadSanitizer to take them for what they are.
+template <typename T, typename Update>
+T atomic(const char* name, T* address, const Update& update, Site site) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) fail("calls %s at %s:%d, not aligned", name, site.file, site.line);
+  yield_waiting(name, site);
   T old;
   __atomic_load(address, &old, __ATOMIC_RELAXED);
-  T updated = Operation::apply(old, operand);
+  T updated = update(old);
   __atomic_store(address, &updated, __ATOMIC_RELAXED);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &old, sizeof(T));
+  saw(address, bits);
   return old;
-}
-
-template <typename T>
-T compare_and_swap(T* address, T expected, T desired, Site site) {
-  check_aligned(address);
-  yield_waiting("atomicCAS", site);
-  __atomic_compare_exchange_n(address, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-  saw(address, static_cast<uint64_t>(expected));
-  return expected;
 }
 
 }  // namespace bitmask::twin
 
-#define BITMASK_TWIN_ATOMIC(T, name, Operation) \
-  inline T name(T* address, T operand) { return bitmask::twin::atomic<bitmask::twin::Operation>(address, operand); }
+#define BITMASK_TWIN_ATOMIC(T, name, Operation)                                               \
+  inline T name(T* address, T operand, BITMASK_TWIN_SITE) {                                   \
+    const auto update = [=](T old) { return bitmask::twin::Operation::apply(old, operand); }; \
+    return bitmask::twin::atomic(#name, address, update, site);                               \
+  }
 #define BITMASK_TWIN_ATOMICS(T)          \
   BITMASK_TWIN_ATOMIC(T, atomicMin, Min) \
   BITMASK_TWIN_ATOMIC(T, atomicMax, Max) \
@@ -338,9 +343,10 @@ BITMASK_TWIN_ATOMIC(unsigned int, atomicDec, Decrement)
 #undef BITMASK_TWIN_ATOMICS
 #undef BITMASK_TWIN_ATOMIC
 
-#define BITMASK_TWIN_CAS(T)                                                   \
-  inline T atomicCAS(T* address, T expected, T desired, BITMASK_TWIN_SITE) {  \
-    return bitmask::twin::compare_and_swap(address, expected, desired, site); \
+#define BITMASK_TWIN_CAS(T)                                                     \
+  inline T atomicCAS(T* address, T expected, T desired, BITMASK_TWIN_SITE) {    \
+    const auto update = [=](T old) { return old == expected ? desired : old; }; \
+    return bitmask::twin::atomic("atomicCAS", address, update, site);           \
   }
 BITMASK_TWIN_CAS(int)
 BITMASK_TWIN_CAS(unsigned int)
@@ -408,16 +414,11 @@ inline unsigned long long __brevll(unsigned long long value) {
   return static_cast<unsigned long long>(__brev(static_cast<unsigned int>(value))) << 32 | __brev(static_cast<unsigned int>(value >> 32));
 }
 
-// Byte i of the result is byte s % 8 of (y, x), s being nibble i of the selector; where s has bit 3 set, that byte's sign eight times.
+// Byte i of the result is byte s % 8 of (y, x), s being nibble i of the selector; unlike in prmt, bit 3 of s is ignored.
 inline unsigned int __byte_perm(unsigned int x, unsigned int y, unsigned int selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
   unsigned int result = 0;
-  for (int i = 0; i < 4; ++i) {
-    const unsigned int s = selector >> (4 * i) & 15;
-    unsigned int byte = static_cast<unsigned int>(bytes >> (8 * (s & 7)) & 0xff);
-    if ((s & 8) != 0) byte = (byte & 0x80) != 0 ? 0xff : 0;
-    result |= byte << (8 * i);
-  }
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned int>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
   return result;
 }
 

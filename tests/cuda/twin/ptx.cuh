@@ -101,26 +101,36 @@ inline void mma_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
   twin::exchange<MultiplyMatrix<half_to_float>>("mma.f16", ~0u, mine, site);
 }
 
-inline uint64_t load_acquire(const uint64_t* address, BITMASK_TWIN_SITE) {
-  twin::yield_waiting("load_acquire", site);
-  const uint64_t value = __atomic_load_n(address, __ATOMIC_ACQUIRE);
+template <int kOrder>
+uint64_t load(const char* name, const uint64_t* address, twin::Site site) {
+  twin::yield_waiting(name, site);
+  const uint64_t value = __atomic_load_n(address, kOrder);
   twin::saw(address, value);
   return value;
 }
+
+inline uint64_t load_acquire(const uint64_t* address, BITMASK_TWIN_SITE) { return load<__ATOMIC_ACQUIRE>("load_acquire", address, site); }
 
 inline void store_release(uint64_t* address, uint64_t value) {
   twin::yield();
   __atomic_store_n(address, value, __ATOMIC_RELEASE);
 }
 
-inline uint64_t load_relaxed(const uint64_t* address, BITMASK_TWIN_SITE) {
-  twin::yield_waiting("load_relaxed", site);
-  return __atomic_load_n(address, __ATOMIC_RELAXED);
-}
+inline uint64_t load_relaxed(const uint64_t* address, BITMASK_TWIN_SITE) { return load<__ATOMIC_RELAXED>("load_relaxed", address, site); }
 
 inline void store_relaxed(uint64_t* address, uint64_t value) {
   twin::yield();
   __atomic_store_n(address, value, __ATOMIC_RELAXED);
+}
+
+inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t s = selector >> (4 * i) & 15, byte = static_cast<uint32_t>(bytes >> (8 * (s & 7)) & 0xff);
+    result |= (s < 8 ? byte : byte >> 7 != 0 ? 0xff : 0) << (8 * i);
+  }
+  return result;
 }
 
 inline void pause(BITMASK_TWIN_SITE) { twin::yield_waiting("pause", site); }

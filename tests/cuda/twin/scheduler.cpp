@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "copies.h"
 #include "stack.h"
 #include "twin.h"
 
@@ -17,13 +18,6 @@ namespace {
 struct Block;
 struct Warp;
 
-struct Copy {
-  uint8_t* shared;
-  const uint8_t* global;
-  std::size_t bytes;
-  int64_t group;
-};
-
 // A stack and the thread that it serves, one after another.
 struct Fiber {
   Stack stack;
@@ -33,18 +27,17 @@ struct Fiber {
   int lane = 0;
   uint3 index = {};
 
-  // The collective, barrier or acquire that it is in, or was in last.
+  // What it waits in, or was in last.
   bool waits = false;
   const char* name = nullptr;
   Site site = {};
   void* brought = nullptr;  // to the collective
   Votes votes = {};         // of the barrier
 
-  const void* seen_at = nullptr;  // by its last acquire
+  const void* seen_at = nullptr;  // by its last atomic or acquire
   uint64_t seen = 0;
 
-  std::vector<Copy> copies;  // not done yet, oldest first
-  int64_t group = 0;         // that new copies belong to; earlier ones are committed
+  Copies copies;
 };
 
 // A collective that waits for lanes.
@@ -180,18 +173,6 @@ void run_any() {
 
 // ---------------------------------------------------------------------------------------------------------------- threads and blocks
 
-// Does those of this thread's asynchronous copies that belong to groups before `end`.
-void do_copies(int64_t end) {
-  std::vector<Copy>& copies = current->copies;
-  std::size_t done = 0;
-  while (done < copies.size() && copies[done].group < end) {
-    const Copy& copy = copies[done++];
-    if (copy.bytes != 0) std::memcpy(copy.shared, copy.global, copy.bytes);
-    std::memset(copy.shared + copy.bytes, 0, 16 - copy.bytes);
-  }
-  copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(done));
-}
-
 void open_barrier(Block* block) {
   yields_waiting = 0;
   const Votes votes{block->yes, static_cast<int>(block->at_barrier.size())};
@@ -227,7 +208,7 @@ void end_thread() {
   for (;;) {
     acquire(&begin_order);
     (*running->thread)();
-    do_copies(current->group + 1);
+    finish_copies();
     release(&end_order);
     const Unwatched unwatched;
     end_thread();
@@ -267,7 +248,6 @@ void start_block() {
     fiber->name = nullptr;
     fiber->site = {"", 0};
     fiber->seen_at = nullptr;
-    fiber->group = 0;
     fiber->warp->fibers[fiber->lane] = fiber;
     fiber->warp->present |= 1u << fiber->lane;
     block->fibers.push_back(fiber);
@@ -297,12 +277,16 @@ std::vector<uint64_t> block_order(uint64_t blocks) {
 
 // ---------------------------------------------------------------------------------------------------------------- collectives
 
+bool same_call(const char* name, Site site, const char* other_name, Site other_site) {
+  return site.line == other_site.line && (name == other_name || std::strcmp(name, other_name) == 0);
+}
+
 // The pending collective that this lane's call belongs to, begun if it is the first.
 Pending* find_pending(const char* name, uint32_t mask, Site site) {
   Warp* warp = current->warp;
   Pending* found = nullptr;
   for (Pending& other : warp->pending) {
-    if (other.mask == mask && other.site.line == site.line && std::strcmp(other.name, name) == 0) {
+    if (other.mask == mask && same_call(name, site, other.name, other.site)) {
       found = &other;
     } else if ((other.mask >> current->lane & 1) != 0 && (other.arrived & mask) != 0) {
       fail("calls %s with mask %08x at %s:%d; lanes %08x wait for it in %s with mask %08x at %s:%d", name, mask, site.file, site.line,
@@ -383,7 +367,7 @@ void run_grid(const dim3& grid, const dim3& block, std::size_t shared_bytes, con
   launch.order = block_order(uint64_t{grid.x} * grid.y * grid.z);
   uint64_t resident = 1 + random_below(kMostResident);
   while (resident > 2 && resident * threads > kMostFibers) --resident;
-  host.stack = this_stack();
+  if (host.stack.base == nullptr) host.stack = this_stack();
   running = &launch;
   yields_waiting = 0;
   release(&begin_order);
@@ -459,7 +443,7 @@ Votes sync_block(const char* name, bool vote, Site site) {
   Block* block = current->block;
   if (!block->at_barrier.empty()) {
     const Fiber* other = block->at_barrier.front();
-    if (other->site.line != site.line || std::strcmp(other->name, name) != 0) {
+    if (!same_call(name, site, other->name, other->site)) {
       fail("calls %s at %s:%d; other threads of the block wait in %s at %s:%d", name, site.file, site.line, other->name, other->site.file,
            other->site.line);
     }
@@ -493,31 +477,19 @@ bool is_shared(const void* address, std::size_t bytes) {
   return offset <= running->shared_bytes && bytes <= running->shared_bytes - offset;
 }
 
-void copy_async(void* shared, const void* global, int bytes) {
-  if (reinterpret_cast<std::size_t>(shared) % 16 != 0) fail("cp.async: target %p is not aligned to 16 bytes", shared);
-  if (reinterpret_cast<std::size_t>(global) % 16 != 0) fail("cp.async: source %p is not aligned to 16 bytes", global);
-  if (bytes < 0 || bytes > 16) fail("cp.async: reads %d bytes", bytes);
-  if (!is_shared(shared, 16)) fail("cp.async: target %p is outside of the block's shared memory", shared);
-  const std::size_t size = static_cast<std::size_t>(bytes);
-  if (size != 0) std::memcpy(shared, global, size);  // for a sanitizer to find and name the caller
-  asm volatile("" ::: "memory");
-  std::memset(shared, running->pattern, 16);
-  current->copies.push_back({static_cast<uint8_t*>(shared), static_cast<const uint8_t*>(global), size, current->group});
+Copies& copies() {
+  const Unwatched unwatched;
+  return current->copies;
 }
 
-void copy_async_commit() {
-  ++current->group;
-  bool early = false;
-  {
-    const Unwatched unwatched;
-    early = !running->copies_late && random_below(2) == 0;
-  }
-  if (early) do_copies(current->group);
+int senseless_byte() {
+  const Unwatched unwatched;
+  return running->pattern;
 }
 
-void copy_async_wait(int pending) {
-  do_copies(current->group - pending);
-  yield();
+bool copies_early() {
+  const Unwatched unwatched;
+  return !running->copies_late && random_below(2) == 0;
 }
 
 }  // namespace bitmask::twin

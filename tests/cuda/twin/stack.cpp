@@ -98,8 +98,8 @@ constexpr int kAddressWord = 11;  // x30
 namespace bitmask::twin {
 namespace {
 
-#if defined(BITMASK_TWIN_ASAN)
-constexpr std::size_t kBytes = 256 * 1024;  // frames are larger
+#if defined(BITMASK_TWIN_ASAN) || defined(BITMASK_TWIN_TSAN)
+constexpr std::size_t kBytes = 256 * 1024;  // frames are larger, and reports are written on this stack
 #else
 constexpr std::size_t kBytes = 64 * 1024;
 #endif

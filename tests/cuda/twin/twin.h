@@ -8,7 +8,7 @@
 //
 // Fibers switch at collectives of a warp, barriers, atomics, acquires, releases and pauses, nowhere else. A kernel that does what CUDA
 // leaves undefined, or that waits forever, ends the process with a report. What plain memory accesses of a GPU may do out of order is not
-// imitated; ThreadSanitizer (tests/cuda/run.sh race) reports accesses that nothing orders.
+// imitated; ThreadSanitizer (tests/cuda/run.sh race) reports accesses that nothing orders. All of it is one thread of the host.
 #pragma once
 
 #include <cstddef>

@@ -7,7 +7,6 @@
 //   tile         0               1               2            blocks that share a tile each write their sums to the workspace; the last
 //   stages   |---------------|---------------|---------------|   one to do so adds them, in the order of the blocks. Where a block begins
 //   blocks   0         1         2         3         4           inside of a tile, its rows' values begin where `count` has counted to.
-//
 #include "linear_multiply.cuh"
 
 #include <cuda_runtime.h>
@@ -52,7 +51,7 @@ struct Product {
   BitmaskMatrix w;
   int64_t row_bytes;  // of its bitmask
   Pieces values, bitmasks;
-  const uint8_t* x;
+  uintptr_t x;  // address
   const uint16_t* bias;
   uint16_t* y;
   int64_t m;
@@ -118,15 +117,15 @@ struct Shared {
   uint8_t x[2][8 * kTiles][kXStride];
 };
 
-// An offset from the beginning of shared memory that is the one or the other by turns. Carried from stage to stage, as compilers would
-// otherwise compute it anew wherever it is used.
+// An offset from the beginning of shared memory, in one of two buffers by turns. Carried from stage to stage, as compilers would otherwise
+// compute it anew wherever it is used.
 struct Turning {
   uint32_t offset, sum;
 
-  __device__ __forceinline__ Turning(const void* memory, const void* first, const void* second) {
-    const uint8_t* const begin = static_cast<const uint8_t*>(memory);
-    offset = static_cast<uint32_t>(static_cast<const uint8_t*>(first) - begin);
-    sum = offset + static_cast<uint32_t>(static_cast<const uint8_t*>(second) - begin);
+  // `first`: in the buffer that comes first; the other one is `distance` bytes on.
+  __device__ __forceinline__ Turning(const void* memory, const void* first, int64_t distance) {
+    offset = static_cast<uint32_t>(static_cast<const uint8_t*>(first) - static_cast<const uint8_t*>(memory));
+    sum = 2 * offset + static_cast<uint32_t>(distance);
   }
   __device__ __forceinline__ void turn() { offset = sum - offset; }
 };
@@ -139,9 +138,9 @@ struct XCopier {
   static constexpr int kPieces = kStageColumns * kWidth / 16;  // of a row in a stage
   static constexpr int kRows = kThreads / kPieces;             // that the threads copy at a time
 
-  const uint8_t* next;  // in the first row
-  int64_t stride;       // between rows
-  int rows;             // from the first one on
+  uintptr_t next;  // address, in the first row
+  int64_t stride;  // between rows
+  int rows;        // from the first one on
   bool aligned;
   Turning slot;
 
@@ -149,24 +148,28 @@ struct XCopier {
   static __device__ __forceinline__ int piece() { return static_cast<int>(threadIdx.x) % kPieces; }
 
   __device__ __forceinline__ XCopier(const Product& p, int64_t stage, const Shared<kTiles>& shared)
-      : next(p.x + (row() * p.w.cols + stage * kStageColumns + 8 * piece()) * kWidth),
+      : next(p.x + static_cast<uintptr_t>((row() * p.w.cols + stage * kStageColumns + 8 * piece()) * kWidth)),
         stride(p.w.cols * kWidth),
         rows(static_cast<int>(p.m < 8 * kTiles ? p.m : 8 * kTiles) - row()),
         aligned(p.x_aligned),
-        slot(&shared, shared.x[0][0] + row() * kXStride + 16 * piece(), shared.x[1][0] + row() * kXStride + 16 * piece()) {}
+        slot(&shared, reinterpret_cast<const uint8_t*>(shared.x) + row() * kXStride + 16 * piece(), sizeof(shared.x[0])) {}
+
+  __device__ __forceinline__ const void* source(int i) const {
+    return reinterpret_cast<const void*>(next + static_cast<uintptr_t>(i * stride));
+  }
 
   // Asks for a stage, `columns` being left. Where there is no column there are zeros, where there is no row there is anything.
   __device__ __forceinline__ void copy(int64_t columns, uint8_t* shared) {
     if (aligned && columns >= kStageColumns) {
 #pragma unroll
       for (int i = 0; i < 8 * kTiles; i += kRows) {
-        if (i < rows) ptx::copy_async_16(shared + slot.offset + i * kXStride, next + i * stride);
+        if (i < rows) ptx::copy_async_16(shared + slot.offset + i * kXStride, source(i));
       }
     } else {
 #pragma unroll 1
       for (int i = 0; i < rows; i += kRows) {
         uint16_t* const dst = reinterpret_cast<uint16_t*>(shared + slot.offset + i * kXStride);
-        const uint16_t* const src = reinterpret_cast<const uint16_t*>(next + i * stride);
+        const uint16_t* const src = static_cast<const uint16_t*>(source(i));
 #pragma unroll 1
         for (int j = 0; j < 8; ++j) dst[j] = 8 * piece() + j < columns ? src[j] : uint16_t{0};
       }
@@ -225,7 +228,7 @@ struct WCopier {
 
   template <int kTiles>
   __device__ __forceinline__ WCopier(const Product& product, const Segment& stages, const Shared<kTiles>& shared)
-      : p(product), segment(stages), slot(&shared, shared.values[0].slots[tile_row(0)], shared.values[1].slots[tile_row(0)]) {
+      : p(product), segment(stages), slot(&shared, shared.values[0].slots[tile_row(0)], sizeof(Values)) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       rows[i] = {p.values.begin + position_of(row_of(i)) * kWidth, 0, {}, 0};
@@ -301,8 +304,16 @@ struct Element<kFloat16> {
   __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { ptx::mma_float16(d, a, b); }
 };
 
+// What it costs on sm_90a, counted in the SASS for half of W zero: cycles of a multiprocessor for 32 elements of W, where an H100 delivers
+// their bytes in 2.7 and an H200 in 1.9 cycles (a dense W: 4.8 and 3.3). Not timed.
+//
+//   rows of x                     8    16    32    64
+//   instructions issued         2.2   2.3   2.2   2.5    one for each of four schedulers a cycle; half are integer ALU, which has half that
+//   rate shared memory               2.2   2.5   2.5   3.0    values 1.5 (2.3 lanes on the busiest bank), x 0.25 to 1, bits 0.15, copying
+//   0.35 tensor cores, at most       0.3   0.5   1.0   2.0
+//
 // kTiles      rows of x, in eights
-// kFragments  rows of W that a warp multiplies them with, in sixteens: more rows use an operand of x more often
+// kFragments  rows of W that a warp multiplies them with, in sixteens: more rows use an operand of x more often, but leave fewer warps
 template <int kTiles, int kFragments, LinearDtype kDtype>
 struct Multiply {
   static constexpr int kThreads = kTileRows / (16 * kFragments) * 32;
@@ -362,11 +373,10 @@ struct Multiply {
     uint8_t* const memory = reinterpret_cast<uint8_t*>(&shared);
     WCopier<kFragments> w(p, segment, shared);
     XCopier<kTiles, kThreads> x(p, segment.begin, shared);
-    const int lane_bytes = static_cast<int>(threadIdx.x % 32 / 4 * kXStride + threadIdx.x % 4 * 4 * kWidth);
-    Turning operand(&shared, shared.x[1][0] + lane_bytes, shared.x[0][0] + lane_bytes);
+    const uint8_t* const second = shared.x[1][threadIdx.x % 32 / 4] + threadIdx.x % 4 * 4 * kWidth;
+    Turning operand(&shared, second, -static_cast<int64_t>(sizeof(shared.x[0])));
     const int64_t stages = segment.end - segment.begin;
     int64_t columns = p.w.cols - segment.begin * kStageColumns;
-    __syncthreads();  // the segment before is done with the memory
     w.copy_bits(shared);
     ptx::copy_async_commit();
     for (int64_t left = stages; left >= 0; --left) {  // stages to ask for; the one before is multiplied meanwhile
@@ -534,7 +544,7 @@ cudaError_t linear_multiply(const LinearParams& params, const Device& device, vo
   product.partials = reinterpret_cast<float4*>(scratch + plan.arrived_bytes + plan.counts_bytes);
   product.x_aligned = params.w.cols > 0 && reinterpret_cast<uintptr_t>(params.x) % 16 == 0 && params.w.cols * kWidth % 16 == 0;
   for (int64_t first = 0; first < params.m; first += 8 * plan.tiles) {
-    product.x = static_cast<const uint8_t*>(params.x) + first * params.w.cols * kWidth;
+    product.x = reinterpret_cast<uintptr_t>(params.x) + static_cast<uintptr_t>(first * params.w.cols * kWidth);
     product.y = static_cast<uint16_t*>(params.y) + first * params.w.rows;
     product.m = params.m - first;
     if (!plan.deal.whole_tiles()) {

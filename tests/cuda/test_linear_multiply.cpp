@@ -10,6 +10,13 @@
 #include "../native/linear_calls.h"
 #include "testing.h"
 
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#include <sanitizer/asan_interface.h>
+#define BITMASK_SANITIZED 1
+#endif
+#endif
+
 namespace bitmask::testing {
 namespace {
 
@@ -93,6 +100,27 @@ Answer answer_of(const Problem& problem, const std::vector<double>& x, int64_t r
 
 // ---------------------------------------------------------------------------------------------------------------- calls
 
+// Bars the bytes before a buffer's data, in eights, where AddressSanitizer is watching: its red zone begins before them.
+class Barrier {
+ public:
+  Barrier(const uint8_t* data, int skew) : begin_(data - (data == nullptr ? 0 : skew)), bytes_(data == nullptr ? 0 : skew / 8 * 8) {
+#if BITMASK_SANITIZED
+    __asan_poison_memory_region(begin_, static_cast<size_t>(bytes_));
+#endif
+  }
+  ~Barrier() {
+#if BITMASK_SANITIZED
+    __asan_unpoison_memory_region(begin_, static_cast<size_t>(bytes_));
+#endif
+  }
+  Barrier(const Barrier&) = delete;
+  Barrier& operator=(const Barrier&) = delete;
+
+ private:
+  [[maybe_unused]] const uint8_t* begin_;
+  [[maybe_unused]] int bytes_;
+};
+
 struct Skews {
   int values, bitmasks, x, y;  // bytes off a cache line
 };
@@ -105,6 +133,7 @@ Bytes run(const Problem& problem, const Device& device, bool biased, const Skews
   if (weight.rows > 0) std::memcpy(offsets.data(), weight.row_offsets.data(), weight.row_offsets.size() * 8);
   Buffer x(pack(problem.format(), problem.x), skews.x), bias(pack(problem.format(), problem.bias), skews.x);
   Buffer y(problem.m * weight.rows * 2, skews.y);
+  const Barrier before_values(values.data(), skews.values), before_bitmasks(bitmasks.data(), skews.bitmasks), before_x(x.data(), skews.x);
   const BitmaskMatrix w{values.data(), bitmasks.data(), reinterpret_cast<const int64_t*>(offsets.data()),
                         weight.rows,   weight.cols,     values_of(weight)};
   const cuda::LinearParams params{w, x.data(), biased ? bias.data() : nullptr, y.data(), problem.m, problem.dtype};
@@ -180,7 +209,7 @@ void test_products(cuda::LinearDtype dtype) {
 // Parts that begin anywhere that their elements may.
 void test_alignment(cuda::LinearDtype dtype) {
   for (int skew = 0; skew < 16; ++skew) {
-    const Skews skews{2 * skew, skew, 2 * (skew % 3), 2 * (skew % 2)};
+    const Skews skews{2 * skew, skew, 2 * (skew % 5), 2 * (skew % 2)};
     for (const int64_t cols : {int64_t{40}, int64_t{136}, int64_t{264}, 250 + random_below(40)}) {
       const double density = skew % 2 == 0 ? 0.5 : 1;
       test_problem(make_problem(dtype, 5 + skew, 20, cols, density, kIntegers), kDevices[skew % 4], skew % 3 == 0, skews);
@@ -234,6 +263,10 @@ void test_faults(cuda::LinearDtype dtype) {
     for (int64_t changes = 1 + random_below(3); changes > 0; --changes) mutate(problem.weight);
     test_problem(problem, any_of(kDevices), i % 2 == 0, {2 * (i % 8), i % 5, 0, 0});
   }
+  Problem late = make_problem(dtype, 3, 20, 300, 0.5, kIntegers);  // a value before those of the first row
+  late.weight.values.insert(late.weight.values.begin(), 2, 0);
+  for (int64_t& offset : late.weight.row_offsets) ++offset;
+  test_problem(late, kDevices[0], true);
   Problem empty = make_problem(dtype, 3, 4, 0, 0, kIntegers);  // no column, yet offsets
   empty.weight.row_offsets[2] = 1;
   test_problem(empty, kDevices[0], true);

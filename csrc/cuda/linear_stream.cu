@@ -31,7 +31,7 @@ constexpr int kMostWarps = 16;       // of a block
 constexpr int kMostBlockRows = 512;  // of W
 constexpr int64_t kMostStreamColumns = INT32_MAX - kUnitColumns;
 constexpr int kMostProductRows = 4;     // of x that one launch takes
-constexpr int64_t kSparseElements = 6;  // for each value, from which on bits are looked for instead of at
+constexpr int64_t kSparseElements = 4;  // for each value, from which on bits are looked for instead of at
 
 // ---------------------------------------------------------------------------------------------------------------- elements
 
@@ -192,18 +192,18 @@ struct Reader {
 
   const Stream& p;
   const Range& range;
-  const uint8_t* bits;  // of the block's first row, from the lane's first byte on
+  const uint8_t* bits;  // of the block's first row
   int lane;
-  const uint8_t* pieces[kPair];  // 16 bytes for each lane, of which the first begin at or before the next value
-  int past[kPair];               // bytes from there to it
-  int left[kPair];               // values, to the end of the row
-  uint32_t faulty;               // bit r: row r of the pair
-  bool inner;                    // bit r: so are the pieces of 16 bytes that hold any of its values
+  uintptr_t pieces[kPair];  // address of 16 bytes for each lane, of which the first begin at or before the next value
+  int past[kPair];          // bytes from there to it
+  int left[kPair];          // values, to the end of the row
+  uint32_t faulty;          // bit r: row r of the pair
+  bool inner;               // bit r: so are the pieces of 16 bytes that hold any of its values
 
   __device__ __forceinline__ Reader(const Stream& params, const Range& of_block)
       : p(params),
         range(of_block),
-        bits(params.w.bitmasks + of_block.first_row * params.row_bytes + threadIdx.x % kLanes * 4),
+        bits(params.w.bitmasks + of_block.first_row * params.row_bytes),
         lane(static_cast<int>(threadIdx.x) % kLanes),
         pieces{},
         past{},
@@ -211,21 +211,20 @@ struct Reader {
         faulty(0),
         inner(false) {}
 
-  // The lane's columns of two rows of the block, zeros past their end.
-  __device__ __forceinline__ void load_words(int row, int other, int unit, uint32_t (&words)[kPair]) const {
-    const int at = kUnitColumns / 8 * unit;
-    const uint8_t* const first = bits + int64_t{row} * p.row_bytes + at;
-    const uint8_t* const second = bits + int64_t{other} * p.row_bytes + at;
-    const int there = p.row_bytes - at - 4 * lane;
+  // The lane's columns of a row of the block and of the next one, or of that one twice; zeros past their end.
+  __device__ __forceinline__ void load_words(int row, int unit, uint32_t (&words)[kPair]) const {
+    const int at = kUnitColumns / 8 * unit + 4 * lane;
     words[0] = words[1] = 0;
+    if (at >= p.row_bytes) return;
+    const uint64_t row_bytes = static_cast<uint32_t>(p.row_bytes);
+    const uint8_t* const first = bits + static_cast<uint32_t>(row) * row_bytes + at;
+    const uint8_t* const second = first + (row + 1 < range.rows ? p.row_bytes : 0);
     if (p.words) {
-      if (there > 0) {
-        words[0] = __ldg(reinterpret_cast<const uint32_t*>(first));
-        words[1] = __ldg(reinterpret_cast<const uint32_t*>(second));
-      }
+      words[0] = __ldg(reinterpret_cast<const uint32_t*>(first));
+      words[1] = __ldg(reinterpret_cast<const uint32_t*>(second));
     } else {
-      words[0] = load_bytes(first, there);
-      words[1] = load_bytes(second, there);
+      words[0] = load_bytes(first, p.row_bytes - at);
+      words[1] = load_bytes(second, p.row_bytes - at);
     }
   }
 
@@ -233,7 +232,7 @@ struct Reader {
   __device__ __forceinline__ Request request(Place place, bool opens) const {
     Request request{};
     const int row = kPair * place.pair;
-    load_words(row, min(row + 1, range.rows - 1), place.unit, request.words);
+    load_words(row, place.unit, request.words);
     if (!opens) return request;
     const int64_t* const offsets = p.w.row_offsets + range.first_row + row;
 #pragma unroll
@@ -250,7 +249,7 @@ struct Reader {
     uint32_t counts[kPair] = {};  // of the units before
     for (int unit = 0; unit < place.unit; ++unit) {
       uint32_t words[kPair];
-      load_words(kPair * place.pair, min(kPair * place.pair + 1, range.rows - 1), unit, words);
+      load_words(kPair * place.pair, unit, words);
       counts[0] += __popc(words[0]);
       counts[1] += __popc(words[1]);
     }
@@ -265,9 +264,9 @@ struct Reader {
       if (static_cast<int>(before) > left[r]) possible = false;
       left[r] = possible ? left[r] - static_cast<int>(before) : 0;
       const int64_t next = possible ? begin + before : 0;
-      const uint8_t* const source = static_cast<const uint8_t*>(p.w.values) + next * kWidth;
-      past[r] = static_cast<int>(reinterpret_cast<uintptr_t>(source) % 16);
-      pieces[r] = source - past[r] + 16 * lane;
+      const uintptr_t source = reinterpret_cast<uintptr_t>(p.w.values) + static_cast<uintptr_t>(next * kWidth);
+      past[r] = static_cast<int>(source % 16);
+      pieces[r] = source - static_cast<uintptr_t>(past[r]) + 16 * static_cast<uintptr_t>(lane);
       const int64_t bytes = past[r] + int64_t{left[r]} * kWidth;
       inner &= next * kWidth >= past[r] && next * kWidth - past[r] + (bytes + 15) / 16 * 16 <= p.w.nnz * kWidth;
       if (!possible) faulty |= 1u << r;
@@ -283,7 +282,8 @@ struct Reader {
         const int bytes = past[r] + count[r] * kWidth - 16 * lane;
 #pragma unroll
         for (int i = 0; i < kPieces; i += kLanes) {
-          if (bytes > 16 * i) ptx::copy_async_16(stage.values[r] + Stage<Element>::kFront + 16 * i, pieces[r] + 16 * i);
+          if (bytes > 16 * i)
+            ptx::copy_async_16(stage.values[r] + Stage<Element>::kFront + 16 * i, reinterpret_cast<const uint8_t*>(pieces[r]) + 16 * i);
         }
       }
     } else {
@@ -300,12 +300,12 @@ struct Reader {
     }
   }
 
-  __device__ __forceinline__ void copy_elements(int skipped, int count, const uint8_t* source, uint8_t* target) const {
+  __device__ __forceinline__ void copy_elements(int skipped, int count, uintptr_t source, uint8_t* target) const {
     using Bits = typename Element::Bits;
 #pragma unroll 1
     for (int i = lane; i < count; i += kLanes) {
       const int at = skipped + i * kWidth - 16 * lane;
-      *reinterpret_cast<Bits*>(target + Stage<Element>::kFront + at) = *reinterpret_cast<const Bits*>(source + at);
+      *reinterpret_cast<Bits*>(target + Stage<Element>::kFront + at) = *reinterpret_cast<const Bits*>(source + static_cast<uintptr_t>(at));
     }
   }
 
@@ -401,7 +401,19 @@ __device__ __forceinline__ void fill_x(const Stream& p, const Range& range, void
 
 // ---------------------------------------------------------------------------------------------------------------- products
 
-// A unit by looking at its bits. x is [kRows][range columns].
+// What it costs (m = 1, 16 bits, sm_90a, counted in the machine code and not measured), for 32 elements, of which memory delivers the bytes
+// in 2.7 cycles (H100) or 1.9 (H200) at 50%, 0.8 or 0.5 at 90%:
+//
+//                           instructions            cycles of shared memory
+//   reading a unit          3.6, and 0.3 to 1.1     0.6
+//                           for rows that begin
+//   looking at bits         6.6                     1.4: 3 words of values for 4 elements, entries and x half of the time
+//   looking for bits        2.7 at 90%, 5.5 at 70%  0.5 at 90%, 1.6 at 70%: a value and an x for each step of the fullest lane
+//
+// A multiprocessor issues 4 instructions a cycle. So at 50% it just keeps up with the memory of an H100; on an H200, and with sparser
+// weights, instructions are the limit. Both ways cost the same at about 70%.
+
+// A unit by looking at its bits. x is the lane's columns of the first step, rows of x being x_stride apart.
 template <class Element, int kRows>
 __device__ __forceinline__ void multiply_all(const Stage<Element>& stage, const typename Element::Bits* x, int x_stride, int lane,
                                              float (&sums)[kRows][4]) {
@@ -413,13 +425,14 @@ __device__ __forceinline__ void multiply_all(const Stage<Element>& stage, const 
     const typename Element::Four b = Element::expand(stage.values[1], entry.y, lane % 4);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const typename Element::Bits* const operand = x + i * x_stride + step * kStepColumns + 4 * lane;
+      const typename Element::Bits* const operand = x + i * x_stride + step * kStepColumns;
       Element::multiply_add(sums[i], a, b, *reinterpret_cast<const typename Element::X*>(operand));
     }
   }
 }
 
-// A unit by looking for the bits that are set, those of both rows by turns: each lane in 32 columns, for which x lies in its own bank. A
+// A unit by looking for the bits that are set, those of both rows by turns: each lane in 32 columns, for which x, 32 elements
+// apart, lies in its own bank. A
 // lane that is done goes on with the others, without adding; what it reads then is a few values further on in the stage.
 template <class Element, int kRows>
 __device__ __forceinline__ void multiply_set(const Stage<Element>& stage, const float* x, int x_stride, int lane, float (&sums)[kRows][4]) {
@@ -438,7 +451,7 @@ __device__ __forceinline__ void multiply_set(const Stage<Element>& stage, const 
       const float value = Element::widen(reinterpret_cast<const Bits*>(next[r])[step]);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const float operand = x[i * x_stride + static_cast<int>(bit) * kLanes + lane];
+        const float operand = x[i * x_stride + static_cast<int>(bit) * kLanes];
         if (any) sums[i][r] = fmaf(value, operand, sums[i][r]);
       }
     }
@@ -470,6 +483,8 @@ __device__ __forceinline__ void stream_units(const Stream& p, const Range& range
   if (begin < end) request = reader.request(here, opens);  // on its way while x is filled
   fill_x<Element, kRows, kSparse>(p, range, x);
   __syncthreads();
+  const X* const first_operand = static_cast<const X*>(x) + (kSparse ? lane : 4 * lane);  // the lane's part of x
+  const X* operand = first_operand + (here.unit - range.first_unit) * kUnitColumns;
   float sums[kRows][4] = {};
   for (int unit = begin - (kStages - 1); unit < end; ++unit) {
     const int next = unit + kStages - 1;
@@ -488,7 +503,6 @@ __device__ __forceinline__ void stream_units(const Stream& p, const Range& range
     ptx::copy_async_wait<kStages - 1>();
     __syncwarp();
     const Stage<Element>& stage = stages[(unit - begin) % kStages];
-    const X* const operand = static_cast<const X*>(x) + (here.unit - range.first_unit) * kUnitColumns;
     if constexpr (kSparse) {
       multiply_set<Element, kRows>(stage, operand, range.units * kUnitColumns, lane, sums);
     } else {
@@ -506,6 +520,7 @@ __device__ __forceinline__ void stream_units(const Stream& p, const Range& range
       }
     }
     __syncwarp();  // before the stage is filled again
+    operand = here.unit == last_unit ? first_operand : operand + kUnitColumns;
     advance(here);
   }
 }

@@ -68,7 +68,7 @@ def compress_one(name: str, dense: torch.Tensor, prune: float) -> Row:
     round_trip = same_values(dense.contiguous(), compressed.to_dense())
     size = compressed.compressed_nbytes
     grows = size >= dense.nbytes
-    note = f"dense: would take {size / MB:.4f} MB" if grows else ""
+    note = f"dense: would take {size - dense.nbytes:,} bytes more" if grows else ""
     return Row(name, shape, dtype, compressed.sparsity, dense.nbytes, dense.nbytes if grows else size, note, round_trip)
 
 
@@ -80,17 +80,23 @@ def compress_checkpoint(path: str, prune: float) -> Iterator[Row]:
             yield compress_one(name, checkpoint.get_tensor(name), prune)
 
 
+def cells(row: Row) -> tuple[str, ...]:
+    """One line of the table."""
+    ratio = row.dense / row.stored if row.stored else 1.0
+    sizes = (f"{row.dense / MB:.4f}", f"{row.stored / MB:.4f}", f"{ratio:.2f}x")
+    verdict = "ok" if row.round_trip else "FAILED"
+    return (row.name, row.shape, row.dtype, f"{row.sparsity:.4f}", *sizes, verdict, row.note)
+
+
 def print_table(rows: list[Row]) -> None:
     """Aligned columns, then totals."""
-    width = max(len("tensor"), *(len(row.name) for row in rows)) if rows else len("tensor")
-    shapes = max(len("shape"), *(len(row.shape) for row in rows)) if rows else len("shape")
-    print(f"{'tensor':{width}}  {'shape':>{shapes}}  {'dtype':>8}  sparsity  dense MB  stored MB  ratio  round trip")
-    for row in rows:
-        ratio = row.dense / row.stored if row.stored else 1.0
-        print(
-            f"{row.name:{width}}  {row.shape:>{shapes}}  {row.dtype:>8}  {row.sparsity:8.4f}  {row.dense / MB:8.4f}  "
-            f"{row.stored / MB:9.4f}  {ratio:4.2f}x  {'ok' if row.round_trip else 'FAILED':10}  {row.note}".rstrip()
-        )
+    header = ("tensor", "shape", "dtype", "sparsity", "dense MB", "stored MB", "ratio", "round trip", "")
+    lines = [header, *map(cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    sides = "<>>>>>><<"
+    for line in lines:
+        aligned = [f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)]
+        print("  ".join(aligned).rstrip())
     dense, stored = sum(row.dense for row in rows), sum(row.stored for row in rows)
     kept = sum(bool(row.note) for row in rows)
     print(

@@ -5,6 +5,7 @@ from importlib.metadata import version
 import torch  # noqa: F401  # first: the native library needs torch's to be loaded
 
 import bitmask.handlers as _handlers  # noqa: F401  # fills in what BitmaskTensor does by torch op
+import bitmask.portable as _portable
 from bitmask._C import available_isas, get_isa, set_isa
 from bitmask.bitmask_tensor import BitmaskTensor, DecompressWarning
 from bitmask.linear import BitmaskLinear
@@ -12,6 +13,8 @@ from bitmask.models import CompressionReport, compress_, compression_report, dec
 from bitmask.native import build_info
 from bitmask.ops import FormatError, compress, compress_into, decompress
 from bitmask.reference import NaiveBitmaskTensor
+
+_portable.register()  # after the native libraries
 
 __version__ = version("bitmask")
 

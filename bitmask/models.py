@@ -21,6 +21,9 @@ Filter = Callable[[str, nn.Module], bool]
 # Where a layer remembers whether its weight took a gradient before it was compressed.
 _TRAINABLE = "_weight_was_trainable"
 
+# The reason of a weight that nothing keeps from being compressed.
+_NOT_YET = "not compressed yet, or compress_ was told not to"
+
 
 @dataclass(frozen=True)
 class _Weight:
@@ -136,11 +139,12 @@ def compress_(
     if min_sparsity is not None and not 0 <= min_sparsity <= 1:
         raise ValueError(f"min_sparsity: got {min_sparsity}, expected 0 to 1")
     for weight in tqdm(_linear_weights(model), desc="Compressing", unit="weight", disable=not progress):
-        if isinstance(weight.tensor, BitmaskTensor) or _reason_against(weight):
+        row = _row(weight)
+        if row.reason != _NOT_YET:
             continue
         if filter_fn is not None and not all(filter_fn(name, layer) for name, layer in weight.layers.items()):
             continue
-        if min_sparsity is None or _sparsity(weight.tensor) >= min_sparsity:
+        if min_sparsity is None or row.sparsity >= min_sparsity:
             _compress(weight)
     return model
 
@@ -188,7 +192,7 @@ def _linear_weights(model: nn.Module) -> list[_Weight]:
 
 
 def _reason_against(weight: _Weight) -> str:
-    """Why a dense weight cannot or should not be compressed; empty if nothing speaks against it."""
+    """Why a dense weight cannot be compressed, whatever its size; empty if nothing speaks against it."""
     tensor = weight.tensor
     if weight.elsewhere:
         places = (
@@ -206,7 +210,7 @@ def _reason_against(weight: _Weight) -> str:
         kind = "" if type(tensor) is nn.Parameter else f"{type(tensor).__name__} "
         shape = "" if tensor.ndim == 2 else f"{tensor.ndim}-dimensional "
         return f"there is no kernel for a {shape}{kind}weight of {_name_of(tensor.dtype)} on {tensor.device.type}"
-    return "" if _compressed_nbytes(tensor) < tensor.nbytes else "it would not shrink"
+    return ""
 
 
 def _can_be_measured(tensor: Tensor) -> bool:
@@ -214,13 +218,11 @@ def _can_be_measured(tensor: Tensor) -> bool:
     return plain and tensor.dtype in ops.LINEAR_DTYPES and tensor.device.type in ops.DEVICES
 
 
-def _sparsity(tensor: Tensor) -> float:
-    return 1 - int(torch.count_nonzero(tensor)) / tensor.numel() if tensor.numel() > 0 else 0.0
-
-
-def _compressed_nbytes(tensor: Tensor) -> int:
-    rows = len(tensor)
-    return int(torch.count_nonzero(tensor)) * tensor.itemsize + math.prod(ops.bitmask_sizes(tensor.shape)) + 8 * rows
+def _measure(tensor: Tensor) -> tuple[float, int]:
+    """Sparsity and compressed bytes of a dense weight."""
+    nnz = int(torch.count_nonzero(tensor))
+    sparsity = 1 - nnz / tensor.numel() if tensor.numel() > 0 else 0.0
+    return sparsity, nnz * tensor.itemsize + math.prod(ops.bitmask_sizes(tensor.shape)) + 8 * len(tensor)
 
 
 def _compress(weight: _Weight) -> None:
@@ -243,8 +245,10 @@ def _row(weight: _Weight) -> CompressionRow:
     if isinstance(tensor, BitmaskTensor):
         sparsity, nbytes = tensor.sparsity, tensor.compressed_nbytes
     elif _can_be_measured(tensor):
-        sparsity, nbytes = _sparsity(tensor), _compressed_nbytes(tensor)
-    reason = "" if compressed else _reason_against(weight) or "not compressed yet, or compress_ was told not to"
+        sparsity, nbytes = _measure(tensor)
+    reason = ""
+    if not compressed:
+        reason = _reason_against(weight) or (_NOT_YET if nbytes < tensor.nbytes else "it would not shrink")
     return CompressionRow(
         tuple(weight.layers), tuple(tensor.shape), tensor.dtype, sparsity, tensor.nbytes, nbytes, compressed, reason
     )

@@ -14,7 +14,7 @@ from torch import Tensor, library
 from torch.autograd import forward_ad
 from torch.fx.node import has_side_effect
 
-from bitmask import _C, native
+from bitmask import _C, native, portable
 from bitmask.reference import rows_and_columns, unpack_bits
 
 _DTYPE_NAMES = (
@@ -23,7 +23,7 @@ _DTYPE_NAMES = (
 )
 DTYPES = frozenset(getattr(torch, name) for name in _DTYPE_NAMES.split() if hasattr(torch, name))
 # Kinds of device that have kernels here.
-DEVICES = frozenset({"cpu"} if native.cuda_missing else {"cpu", "cuda"})
+DEVICES = portable.devices() | ({"cpu"} if native.cuda_missing else {"cpu", "cuda"})
 LINEAR_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
@@ -458,4 +458,5 @@ library.register_autograd(
 _implementations: Any = library.Library("bitmask", "FRAGMENT")  # type: ignore[no-untyped-call]  # die with it
 _implementations.impl("linear", _autocast_linear("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
 _implementations.impl("linear", _autocast_linear("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
+_implementations.impl("linear", _autocast_linear("xpu", torch._C.DispatchKey.AutocastXPU), "AutocastXPU")
 _implementations.impl("compress_into", _count_writes, "ADInplaceOrView", with_keyset=True)

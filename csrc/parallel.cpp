@@ -18,9 +18,14 @@ std::atomic<bool> forked{false};
 
 const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
-void stop_if_interrupted() {
+// Before a wave: stops here if the waves since the last look, and this one, are more than one wave's memory. An op may be many calls of
+// run_tasks, each of less than a wave, so the count outlives a call.
+void stop_if_interrupted(int64_t bytes_per_thread) {
+  thread_local int64_t touched = 0;
+  const bool look = touched > 0 && touched > kWaveBytes - bytes_per_thread;
+  touched = look ? bytes_per_thread : touched + bytes_per_thread;
   const InterruptCheck check = interrupt_check.load();
-  if (check != nullptr && check()) throw std::runtime_error(kInterrupted);
+  if (look && check != nullptr && check()) throw std::runtime_error(kInterrupted);
 }
 
 }  // namespace
@@ -55,10 +60,11 @@ void set_interrupt_check(InterruptCheck check) { interrupt_check.store(check); }
 
 void run_tasks(int64_t count, int64_t bytes, void (*body)(const void* context, int64_t index), const void* context) {
   const int64_t threads = forked.load() ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t wave = std::max<int64_t>(kWaveBytes / std::max<int64_t>(bytes, 1), 1) * threads;
+  const int64_t task_bytes = std::max<int64_t>(bytes, 1);
+  const int64_t wave = std::max<int64_t>(kWaveBytes / task_bytes, 1) * threads;
   for (int64_t begin = 0; begin < count; begin += wave) {
-    if (begin > 0) stop_if_interrupted();
     const int64_t end = std::min(begin + wave, count);
+    stop_if_interrupted((end - begin + threads - 1) / threads * task_bytes);
     const auto range = [&](int64_t first, int64_t last) {
       for (int64_t index = first; index < last; ++index) body(context, index);
     };

@@ -39,8 +39,8 @@ class Tasks {
 
 // Runs body(context, index) for every index below `count`, in contiguous ranges over torch's threads; serially in a process forked from
 // one that had loaded this library, because an OpenMP pool does not survive fork() (a fork before this library is loaded goes unnoticed).
-// Between waves of about a tenth of a second (`bytes` is what one task touches) it asks the interrupt check, on the calling thread, and
-// throws std::runtime_error(kInterrupted) if that says so.
+// Between waves of about a tenth of a second (`bytes` is what one task touches), which may span calls, it asks the interrupt check, on the
+// calling thread, and throws std::runtime_error(kInterrupted) if that says so.
 void run_tasks(int64_t count, int64_t bytes, void (*body)(const void* context, int64_t index), const void* context);
 
 template <typename Body>

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import bitmask
+from benchmarks.gpu.device import reason_against
 from bitmask.ops import DTYPES
 
 ALL_DTYPES = sorted(DTYPES, key=str)
@@ -41,6 +42,16 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Runs the test once with each dtype that has a codec."""
     return request.param
+
+
+NO_GPU = reason_against()
+needs_gpu = pytest.mark.skipif(NO_GPU is not None, reason=f"no GPU to test on: {NO_GPU}")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Runs the test once on the CPU, where its logic is proven, and once on a GPU, where there is one."""
+    return torch.device(request.param)
 
 
 @pytest.fixture
@@ -156,6 +167,13 @@ def mutate(values, bitmasks, row_offsets, shape, randint):
     else:
         shape[randint(2)] += randint(3) - 1
     return values, bitmasks, row_offsets, shape
+
+
+def mutations(parts, shape, count):
+    """`count` times the parts of a matrix and its shape with one small change, the same ones in every run."""
+    generator = torch.Generator().manual_seed(count)
+    for _ in range(count):
+        yield mutate(*parts, shape, lambda limit: int(torch.randint(limit, (), generator=generator)))
 
 
 def available_memory() -> int:

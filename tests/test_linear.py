@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ISAS, assert_bits_equal, mutate, parts_are_valid, random_numbers, run_python
+from conftest import ISAS, assert_bits_equal, mutations, parts_are_valid, random_numbers, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -294,11 +294,8 @@ def test_values_that_require_a_gradient_are_refused():
 @pytest.mark.parametrize(("shape", "count"), [((5, 13), 400), ((70, 130), 100), ((3, 2500), 30)], ids=str)
 def test_mutated_parts_are_refused_or_multiply_as_the_reference_does(isa, m, shape, count):
     parts = ops.compress(random_numbers(*shape))
-    generator = torch.Generator().manual_seed(count)
     refused = 0
-    for _ in range(count):
-        changed = mutate(*parts, shape, lambda limit: int(torch.randint(limit, (), generator=generator)))
-        *bad_parts, (_, columns) = changed
+    for *bad_parts, (_, columns) in mutations(parts, shape, count):
         x = torch.ones(m, columns)
         if parts_are_valid(*bad_parts, [len(bad_parts[2]), columns]):
             got, expected = ops.linear(x, *bad_parts, columns), reference.linear(x, *bad_parts, columns)

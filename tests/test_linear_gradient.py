@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import mutate, parts_are_valid, random_numbers
+from conftest import mutations, parts_are_valid, random_numbers
 
 from bitmask import _C, ops, reference
 
@@ -108,11 +108,8 @@ def test_bad_input(change, message):
 @pytest.mark.parametrize(("shape", "count"), [((5, 13), 300), ((70, 130), 100), ((3, 1100), 30)], ids=str)
 def test_mutated_parts_are_refused_or_multiply_as_the_reference_does(isa, m, shape, count):
     parts = ops.compress(random_numbers(*shape))
-    generator = torch.Generator().manual_seed(count)
     refused = 0
-    for _ in range(count):
-        changed = mutate(*parts, shape, lambda limit: int(torch.randint(limit, (), generator=generator)))
-        *bad_parts, (_, columns) = changed
+    for *bad_parts, (_, columns) in mutations(parts, shape, count):
         rows = len(bad_parts[2])
         grad = torch.ones(m, rows)
         if parts_are_valid(*bad_parts, [rows, columns]):

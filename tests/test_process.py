@@ -17,34 +17,53 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals 
 
 # Interrupts.
 
-# A gigabyte through the slowest kernels on one thread takes most of a second on a fast machine, and the signal comes
+# With the slowest kernels on one thread each op takes a good part of a second on a fast machine, and the signal comes
 # after a tenth; an op that is over before that is called again.
 needs_memory = pytest.mark.skipif(available_memory() < 5 << 30, reason="needs 5 GB of free memory")
-LONG_OPS = """
+DENSE = "dense = torch.ones(1 << 30, dtype=torch.uint8)"
+WEIGHT = """
+rows, cols = {rows}, {cols}
+values = torch.ones(rows * cols, dtype=torch.float16)
+weight = values, torch.full((rows, cols // 8), 255, dtype=torch.uint8), torch.arange(rows) * cols, cols
+x = torch.ones({m}, cols, dtype=torch.float16)
+"""
+LARGE = {"rows": 1 << 13, "cols": 1 << 15}
+PRODUCT = "bitmask.ops.linear(x, *weight)"
+
+# What to prepare for each op, and the op.
+LONG_OPS = {
+    "compress": (DENSE, "bitmask.compress(dense)"),
+    "decompress": (f"{DENSE}\nparts = bitmask.compress(dense)", "bitmask.decompress(*parts, dense.shape)"),
+    "from_dense": (DENSE, "bitmask.BitmaskTensor.from_dense(dense)"),
+    "linear, few rows of x": (WEIGHT.format(**LARGE, m=4), PRODUCT),
+    "linear, more rows of x": (WEIGHT.format(**LARGE, m=64), PRODUCT),
+    "linear, many rows of x, small weight": (WEIGHT.format(rows=512, cols=512, m=200_000), PRODUCT),
+    "gradient of linear": (
+        WEIGHT.format(**LARGE, m=64) + f"x.requires_grad_()\ny = {PRODUCT}",
+        "torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)",
+    ),
+}
+INTERRUPTS = """
 import os, signal, threading, time, torch, bitmask
 
 torch.set_num_threads(1)
-dense = torch.ones(1 << 30, dtype=torch.uint8)
-parts = bitmask.compress(dense)
-ops = {
-    "compress": lambda: bitmask.compress(dense),
-    "decompress": lambda: bitmask.decompress(*parts, dense.shape),
-    "from_dense": lambda: bitmask.BitmaskTensor.from_dense(dense),
-    "raw compress": lambda: torch.ops.bitmask.compress(dense, False),
-}
+{prepare}
 # Started in the background, a shell leaves SIGINT ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sent = []
+
+def op():
+    return {op}
 
 def interrupt():
     sent.append(time.monotonic())
     os.kill(os.getpid(), signal.SIGINT)
 
-def run(name):
+def run():
     for attempt in range(10):
         timer = threading.Timer(0.1, interrupt)
         timer.start()
-        ops[name]()
+        op()
         timer.cancel()
     raise SystemExit("never interrupted")
 
@@ -57,11 +76,21 @@ def report(error):
 """
 
 
+def run_interrupted(prepare, op, code):
+    """Lines that code prints which runs an op of LONG_OPS and interrupts it, with the slowest kernels."""
+    return run_python(INTERRUPTS.format(prepare=prepare, op=op) + code, BITMASK_ISA="scalar").stdout.splitlines()
+
+
 @needs_memory
-@pytest.mark.parametrize("name", ["compress", "decompress", "from_dense"])
-def test_ctrl_c_interrupts_a_running_op(name):
-    code = f"{LONG_OPS}\ntry:\n    run({name!r})\nexcept KeyboardInterrupt as error:\n    report(error)"
-    assert run_python(code, BITMASK_ISA="scalar").stdout.splitlines() == [
+@pytest.mark.parametrize(("prepare", "op"), LONG_OPS.values(), ids=LONG_OPS)
+def test_ctrl_c_interrupts_a_running_op(prepare, op):
+    code = """
+try:
+    run()
+except KeyboardInterrupt as error:
+    report(error)
+"""
+    assert run_interrupted(prepare, op, code) == [
         "KeyboardInterrupt ",
         "within 5 seconds True",
         "midway through the op True",
@@ -71,7 +100,7 @@ def test_ctrl_c_interrupts_a_running_op(name):
 
 @needs_memory
 def test_a_handler_of_ones_own_decides_what_is_raised():
-    code = f"""{LONG_OPS}
+    code = """
 class Stop(Exception):
     pass
 
@@ -80,11 +109,11 @@ def handler(number, frame):
 
 signal.signal(signal.SIGINT, handler)
 try:
-    run("compress")
+    run()
 except Stop as error:
     report(error)
 """
-    assert run_python(code, BITMASK_ISA="scalar").stdout.splitlines() == [
+    assert run_interrupted(*LONG_OPS["compress"], code) == [
         "Stop asked to stop",
         "within 5 seconds True",
         "midway through the op True",
@@ -94,29 +123,29 @@ except Stop as error:
 
 @needs_memory
 def test_a_handler_that_raises_nothing_lets_the_op_finish():
-    code = f"""{LONG_OPS}
+    code = """
 calls = []
 signal.signal(signal.SIGINT, lambda number, frame: calls.append(number))
 threading.Timer(0.1, interrupt).start()
-values, bitmasks, row_offsets = ops["compress"]()
+values, bitmasks, row_offsets = op()
 while not calls:
     time.sleep(0.01)
 print(values.numel() == dense.numel(), bool((bitmasks == 255).all()), calls == [signal.SIGINT])
 """
-    assert run_python(code, BITMASK_ISA="scalar").stdout.split() == ["True"] * 3
+    assert run_interrupted(*LONG_OPS["compress"], code) == ["True True True"]
 
 
 @needs_memory
 def test_the_native_op_itself_stops_midway():
     """Not just Python afterwards: called without the layer that turns it into the handler's exception, it says so."""
-    code = f"""{LONG_OPS}
+    code = """
 try:
-    run("raw compress")
+    run()
 except RuntimeError as error:
     print(error)
     print(type(bitmask._C.take_pending_exception()).__name__, bitmask._C.take_pending_exception())
 """
-    lines = run_python(code, BITMASK_ISA="scalar").stdout.splitlines()
+    lines = run_interrupted(DENSE, "torch.ops.bitmask.compress(dense, False)", code)
     assert "bitmask: interrupted" in lines[0]
     assert lines[-1] == "KeyboardInterrupt None"
 

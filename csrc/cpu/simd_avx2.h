@@ -204,7 +204,7 @@ struct Bfloat16Lanes : Float32Operands {
     return src;
   }
 
-  // Adds half of the last kept bit, less one where that bit is 0, so that ties go to even; a NaN is made quiet instead.
+  // Bfloat16Element::narrow in each lane.
   static void round(Sums sums, uint8_t* dst) {
     const __m256i bits = _mm256_castps_si256(sums);
     const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

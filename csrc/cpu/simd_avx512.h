@@ -187,7 +187,7 @@ struct WidenedBfloat16Lanes : Float32Operands {
     return src + __builtin_popcountll(mask) * 2;
   }
 
-  // Adds half of the last kept bit, less one where that bit is 0, so that ties go to even; a NaN is made quiet instead.
+  // Bfloat16Element::narrow in each lane.
   static void round(Sums sums, uint8_t* dst) {
     const __m512i bits = _mm512_castps_si512(sums);
     const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

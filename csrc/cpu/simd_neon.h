@@ -207,7 +207,7 @@ struct Bfloat16Lanes : Float32Operands {
     return src;
   }
 
-  // Adds half of the last kept bit, less one where that bit is 0, so that ties go to even; a NaN is made quiet instead.
+  // Bfloat16Element::narrow in each lane.
   static void round(Sums sums, uint8_t* dst) {
     const uint32x4_t bits = vreinterpretq_u32_f32(sums);
     const uint32x4_t last = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));

@@ -39,6 +39,9 @@ struct Bfloat16Element {
   using Sum = float;
   static constexpr int kWidth = 2;
   static Sum widen(const uint8_t* src) { return bits_as<float>(static_cast<uint32_t>(load_as<uint16_t>(src)) << 16); }
+
+  // Adds half of the last kept bit, less one where that bit is 0, so that ties go to even, and cuts; a carry out of the mantissa is the
+  // next exponent or infinity. A NaN is made quiet instead: the carry could take it past the largest exponent, cutting to infinity.
   static void narrow(Sum sum, uint8_t* dst) {
     const uint32_t bits = bits_as<uint32_t>(sum);
     const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;

@@ -107,15 +107,20 @@ void test_faults(cuda::LinearDtype dtype) {
 }
 
 void test_plan() {
-  const Device device{132, 227 << 10};
+  using cuda::LinearWay;
   place = "plan_linear";
-  const auto way = [&](cuda::LinearDtype dtype, int64_t m) {
-    return cuda::plan_linear({{nullptr, nullptr, nullptr, 4096, 4096, 1 << 23}, nullptr, nullptr, nullptr, m, dtype}, device).way;
+  const auto way = [](cuda::LinearDtype dtype, int64_t m, int64_t rows = 4096, int64_t cols = 4096, int64_t one_of = 2) {
+    const BitmaskMatrix w{nullptr, nullptr, nullptr, rows, cols, rows * cols / one_of};
+    return cuda::plan_linear({w, nullptr, nullptr, nullptr, m, dtype}, {132, 227 << 10}).way;
   };
-  check(way(cuda::kBfloat16, 1) == cuda::LinearWay::kStream, "one row of x");
-  check(way(cuda::kFloat16, 8) == cuda::LinearWay::kMultiply, "eight rows of x");
-  check(way(cuda::kFloat32, 8) == cuda::LinearWay::kStream, "eight rows of float32");
-  check(way(cuda::kFloat32, 100) == cuda::LinearWay::kLibrary && way(cuda::kBfloat16, 1000) == cuda::LinearWay::kLibrary, "many rows of x");
+  check(way(cuda::kBfloat16, 1) == LinearWay::kStream, "one row of x");
+  check(way(cuda::kFloat16, 8) == LinearWay::kMultiply, "eight rows of x");
+  check(way(cuda::kFloat32, 8) == LinearWay::kStream, "eight rows of float32");
+  check(way(cuda::kFloat32, 100) == LinearWay::kLibrary && way(cuda::kBfloat16, 1000) == LinearWay::kLibrary, "many rows of x");
+  check(way(cuda::kBfloat16, 1, 14336) == LinearWay::kMultiply, "a large weight, half full");
+  check(way(cuda::kBfloat16, 1, 14336, 4096, 10) == LinearWay::kStream, "a large weight with few values");
+  check(way(cuda::kFloat32, 1, 14336) == LinearWay::kStream, "a large weight in float32");
+  check(way(cuda::kBfloat16, 1, 1, int64_t{1} << 31) == LinearWay::kLibrary, "columns beyond 32 bits");
 }
 
 TEST_FAMILY(linear_stream) {

@@ -93,8 +93,8 @@ class Launch {
   [[noreturn]] void fail_allocation(const OutOfMemory& failure) const {
     size_t free = 0, total = 0;
     check(cudaMemGetInfo(&free, &total));
-    throw std::runtime_error(kOutOfMemory + std::string(op_) + ": " + failure.what() + " on cuda:" + std::to_string(index_) + ", where " +
-                             std::to_string(free >> 20) + " MiB of " + std::to_string(total >> 20) + " MiB are free");
+    throw std::runtime_error(std::string(kOutOfMemory) + failure.what() + " for " + op_ + " on cuda:" + std::to_string(index_) +
+                             ", where " + std::to_string(free >> 20) + " MiB of " + std::to_string(total >> 20) + " MiB are free");
   }
 
  private:

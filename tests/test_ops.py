@@ -430,6 +430,128 @@ def test_gradients_of_tensors_without_elements(shape):
     assert torch.equal(dense.grad, torch.zeros(shape, dtype=torch.float64))
 
 
+# compress_into.
+
+
+def buffers_for(dense, capacity):
+    """Values, bitmasks and row_offsets to write to, full of ones, and a few more values to see what lies behind."""
+    rows, _ = reference.rows_and_columns(dense.shape)
+    room = torch.ones((capacity + 9) * element_size(dense.dtype), dtype=UINT8).view(dense.dtype)
+    bitmasks = torch.full(ops.bitmask_sizes(dense.shape), 0xFF, dtype=UINT8)
+    return room, [room[:capacity], bitmasks, torch.full([rows], -1)]
+
+
+@pytest.mark.parametrize("shape", [(5, 130), (2, 70001), (300, 9), (0, 5), (5, 0), (7,), ()], ids=str)
+@pytest.mark.parametrize("spare", [-20, -1, 0, 9])
+@pytest.mark.parametrize("keep_negative_zero", [False, True])
+def test_compress_into_buffers_of_any_capacity(isa, shape, spare, keep_negative_zero):
+    dense = random_dense(shape, torch.float32)
+    values, bitmasks, row_offsets = reference.compress(dense, keep_negative_zero)
+    room, buffers = buffers_for(dense, max(0, values.numel() + spare))
+    before = room.clone()
+    nnz = ops.compress_into(dense, *buffers, keep_negative_zero)
+    assert_bits_equal(nnz, torch.tensor(values.numel()))
+    written = min(values.numel(), buffers[0].numel())
+    assert_parts_equal([room[:written], *buffers[1:]], [values[:written], bitmasks, row_offsets])
+    assert_bits_equal(room[written:], before[written:])
+
+
+def test_compress_into_of_a_view_and_flat_bitmasks(dtype):
+    dense = random_dense([9, 6, 70], dtype).transpose(0, 1)
+    expected = reference.compress(dense)
+    _, (values, bitmasks, row_offsets) = buffers_for(dense, expected[0].numel())
+    flat = bitmasks.reshape(54, 9)
+    assert ops.compress_into(dense, values, flat, row_offsets).item() == expected[0].numel()
+    assert_parts_equal([values, bitmasks, row_offsets], expected)
+
+
+def test_compress_into_counts_as_writing():
+    dense = random_numbers(4, 20)
+    compressed = BitmaskTensor.from_dense(random_numbers(4, 20, density=1.0))
+    parts = [compressed.values, compressed.bitmasks, compressed.row_offsets]
+    versions = [part._version for part in parts]
+    ops.compress_into(dense, *parts)
+    assert all(part._version > version for part, version in zip(parts, versions, strict=True))
+    with pytest.raises(FormatError, match="values: got 80 elements"):
+        compressed[1:3]
+
+
+def test_compress_into_opcheck():
+    dense = random_numbers(4, 20)
+    _, buffers = buffers_for(dense, 40)
+    torch.library.opcheck(torch.ops.bitmask.compress_into.default, (dense, False, *buffers))
+
+
+def test_compress_into_takes_no_gradient():
+    dense = random_numbers(4, 20).requires_grad_()
+    _, buffers = buffers_for(dense, 80)
+    assert not ops.compress_into(dense, *buffers).requires_grad
+    assert not any(part.requires_grad for part in buffers)
+    with pytest.raises(TypeError, match="values: got a tensor that requires a gradient"):
+        ops.compress_into(dense, buffers[0].requires_grad_(), *buffers[1:])
+
+
+def test_compiled_compress_into(fresh_dynamo):
+    dense = random_numbers(4, 20)
+    expected = reference.compress(dense)
+    _, buffers = buffers_for(dense, expected[0].numel())
+    compiled = torch.compile(lambda *args: ops.compress_into(*args) + 1, fullgraph=True, backend="aot_eager")
+    assert compiled(dense, *buffers).item() == expected[0].numel() + 1
+    assert_parts_equal(buffers, expected)
+
+
+BAD_BUFFERS = [
+    (0, lambda t: t.to(torch.float64), TypeError, "values: got dtype torch.float64, expected torch.float32"),
+    (0, lambda t: t[None], FormatError, "values: got 2 dimensions"),
+    (0, lambda t: t.repeat(2)[::2], ValueError, "values: got strides .* expected contiguous"),
+    (0, lambda t: t.to("meta"), ValueError, "bitmasks: got device cpu, expected meta"),
+    (0, lambda t: t.to_sparse(), TypeError, "values: got a torch.sparse_coo"),
+    (0, lambda t: t.tolist(), TypeError, "values: got list"),
+    (1, lambda t: t.to(torch.int8), TypeError, "bitmasks: got dtype torch.int8"),
+    (1, lambda t: t[:, :2], FormatError, r"bitmasks: got size \[4, 2\]"),
+    (1, lambda t: t.t().contiguous().t(), ValueError, "bitmasks: got strides .* expected contiguous"),
+    (1, lambda t: t[:1].expand(4, 3), ValueError, "bitmasks: got strides .* expected contiguous"),
+    (2, lambda t: t.to(torch.int32), TypeError, "row_offsets: got dtype torch.int32"),
+    (2, lambda t: t[:3], FormatError, r"row_offsets: got size \[3\]"),
+    (2, lambda t: t.repeat(2)[::2], ValueError, "row_offsets: got strides .* expected contiguous"),
+]
+
+
+@pytest.mark.parametrize(("index", "change", "error", "message"), BAD_BUFFERS)
+def test_compress_into_refuses_bad_buffers(index, change, error, message):
+    dense = random_numbers(4, 20)
+    _, buffers = buffers_for(dense, 80)
+    buffers[index] = change(buffers[index])
+    with pytest.raises(error, match=message):
+        ops.compress_into(dense, *buffers)
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        torch.ops.bitmask.compress_into(dense, False, *buffers)
+
+
+def test_compress_into_refuses_buffers_that_overlap():
+    memory = torch.zeros(4096, dtype=UINT8)
+    dense = memory[:320].view(torch.float32).view(4, 20)
+    apart = [memory[1024:1344].view(torch.float32), memory[2048:2060].view(4, 3), memory[3072:3104].view(torch.int64)]
+    assert ops.compress_into(dense, *apart).item() == 0
+    onto = {
+        "values": memory[316:636].view(torch.float32),
+        "bitmasks": memory[1340:1352].view(4, 3),
+        "row_offsets": memory[2040:2072].view(torch.int64),
+    }
+    for index, (name, buffer) in enumerate(onto.items()):
+        buffers = [*apart[:index], buffer, *apart[index + 1 :]]
+        with pytest.raises(ValueError, match=f"{name}: got memory that overlaps"):
+            ops.compress_into(dense, *buffers)
+
+
+def test_compress_into_refuses_storage_that_shrank():
+    dense = random_numbers(4, 20)
+    _, buffers = buffers_for(dense, 80)
+    buffers[1].untyped_storage().resize_(5)
+    with pytest.raises(ValueError, match="bitmasks: got a storage of 5 bytes, expected at least 12"):
+        ops.compress_into(dense, *buffers)
+
+
 # Bad input: tensors that cannot be compressed.
 
 UNSUPPORTED_DTYPES = [

@@ -7,6 +7,7 @@ import torch  # noqa: F401  # first: the native library needs torch's to be load
 import bitmask.handlers as _handlers  # noqa: F401  # fills in what BitmaskTensor does by torch op
 from bitmask._C import available_isas, build_info, get_isa, set_isa
 from bitmask.bitmask_tensor import BitmaskTensor, DecompressWarning
+from bitmask.files import BitmaskConfig, load_compressed, load_rows, save_compressed, save_compressed_model
 from bitmask.linear import BitmaskLinear
 from bitmask.models import CompressionReport, compress_, compression_report, decompress_
 from bitmask.ops import FormatError, compress, decompress
@@ -15,6 +16,7 @@ from bitmask.reference import NaiveBitmaskTensor
 __version__ = version("bitmask")
 
 __all__ = [
+    "BitmaskConfig",
     "BitmaskLinear",
     "BitmaskTensor",
     "CompressionReport",
@@ -30,5 +32,9 @@ __all__ = [
     "decompress",
     "decompress_",
     "get_isa",
+    "load_compressed",
+    "load_rows",
+    "save_compressed",
+    "save_compressed_model",
     "set_isa",
 ]

@@ -1,0 +1,205 @@
+"""What safetensors files hold: their headers, sorted into plain tensors and components of compressed ones.
+
+A compressed tensor is four entries of a file: `P.compressed` (the values), `P.bitmask`, `P.shape`, `P.row_offsets`.
+P is the tensor's name (releases of compressed-tensors up to 0.8) or that name without its `.weight` (0.9 to 0.14,
+which compress nothing else). No header is trusted: all that it says is checked before anything is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bitmask import ops
+from bitmask.ops import FormatError
+from bitmask.reference import rows_and_columns
+
+COMPONENTS = ("compressed", "bitmask", "shape", "row_offsets")
+WEIGHT = ".weight"
+
+# Entries of a file's metadata.
+KEY_STYLE = "bitmask_keys"  # "module" or "parameter": what P is
+VERSION = "bitmask_version"  # that wrote the file
+ALIAS = "bitmask_alias:"  # followed by another name of a tensor that is stored once
+
+_MOST_DIMENSIONS = 64
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a safetensors file, as its header declares it."""
+
+    file: Path
+    key: str
+    dtype: str
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+    def fault(self, message: str) -> FormatError:
+        return FormatError(f"{self.file}: {self.key}: {message}")
+
+
+@dataclass
+class Contents:
+    """What a checkpoint holds, by the names that its tensors have in the model."""
+
+    plain: dict[str, Stored] = field(default_factory=dict)
+    compressed: dict[str, dict[str, Stored]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        return [*self.compressed, *self.plain]
+
+
+class OpenFiles:
+    """Open safetensors files, each opened once."""
+
+    def __init__(self, device: str) -> None:
+        self._stack = ExitStack()
+        self._device = device
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def __getitem__(self, file: Path) -> Any:
+        if file not in self._open:
+            with _named(file):
+                handle = safe_open(file, framework="pt", device=self._device)
+                self._open[file] = self._stack.enter_context(handle)
+        return self._open[file]
+
+    def tensor(self, stored: Stored) -> Tensor:
+        with _named(stored.file, stored.key):
+            tensor: Tensor = self[stored.file].get_tensor(stored.key)
+            return tensor
+
+    def rows(self, stored: Stored, start: int, stop: int) -> Tensor:
+        """Part of the first dimension; the bounds are clamped without a word, so the caller has checked them."""
+        with _named(stored.file, stored.key):
+            tensor: Tensor = self[stored.file].get_slice(stored.key)[start:stop]
+            return tensor
+
+    def stored(self, file: Path) -> Iterator[Stored]:
+        """What the header declares, in the order of the file's keys."""
+        handle = self[file]
+        for key in handle.keys():  # noqa: SIM118  # not a dict
+            with _named(file, key):
+                entry = handle.get_slice(key)
+                yield Stored(file, key, entry.get_dtype(), tuple(entry.get_shape()))
+
+    def metadata(self, file: Path) -> dict[str, str]:
+        return dict(self[file].metadata() or {})
+
+
+@contextmanager
+def _named(file: Path, key: str | None = None) -> Iterator[None]:
+    """Let what safetensors refuses come out as a FormatError that names file and tensor."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise FormatError(f"{file}: {f'{key}: ' if key else ''}{error}") from error
+
+
+def read_contents(files: OpenFiles, paths: Sequence[Path]) -> Contents:
+    """Sort the keys of all files into plain tensors and components of compressed ones."""
+    stored: dict[str, Stored] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        for entry in files.stored(path):
+            if entry.key in stored:
+                raise entry.fault(f"is in {stored[entry.key].file} too, expected it once")
+            stored[entry.key] = entry
+        metadata |= files.metadata(path)
+
+    prefixes = _prefixes(stored)
+    contents = Contents(aliases=_aliases(metadata))
+    parameter_style = _is_parameter_style(prefixes, metadata, paths[0] if paths else None)
+    for prefix in prefixes:
+        name = prefix if parameter_style else prefix + WEIGHT
+        parts = {component: stored.pop(f"{prefix}.{component}", None) for component in COMPONENTS}
+        contents.compressed[name] = _complete(prefix, parts)
+    for name in contents.compressed:
+        if name in stored:
+            raise stored[name].fault("is stored both dense and compressed, expected one of them")
+    contents.plain = stored
+    for alias, name in contents.aliases.items():
+        if name not in contents.compressed and name not in stored:
+            raise FormatError(f"{paths[0]}: metadata {alias!r}: got the name {name!r}, which no tensor has")
+    return contents
+
+
+def _prefixes(stored: Mapping[str, Stored]) -> list[str]:
+    """What stands before the component names, in the order of the file; `.shape` alone is an ordinary name."""
+    told = [f".{component}" for component in COMPONENTS if component != "shape"]
+    prefixes = {key.rpartition(".")[0]: None for key in stored if any(key.endswith(suffix) for suffix in told)}
+    if prefixes:  # in such a file a shape belongs to something
+        prefixes |= {key.removesuffix(".shape"): None for key in stored if key.endswith(".shape")}
+    return list(prefixes)
+
+
+def _is_parameter_style(prefixes: Sequence[str], metadata: Mapping[str, str], file: Path | None) -> bool:
+    """Whether prefixes are whole names of tensors; files of others do not say, but only then end any in `.weight`."""
+    told = metadata.get(KEY_STYLE)
+    if told is None:
+        return any(prefix == "weight" or prefix.endswith(WEIGHT) for prefix in prefixes)
+    if told not in ("module", "parameter"):
+        raise FormatError(f"{file}: metadata {KEY_STYLE!r}: got {told!r}, expected 'module' or 'parameter'")
+    return told == "parameter"
+
+
+def _aliases(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key.removeprefix(ALIAS): name for key, name in metadata.items() if key.startswith(ALIAS)}
+
+
+def _complete(prefix: str, parts: Mapping[str, Stored | None]) -> dict[str, Stored]:
+    """The components of one tensor: none missing, and of the dtype and rank that they must have."""
+    there = {component: part for component, part in parts.items() if part is not None}
+    any_part = next(iter(there.values()))
+    two_four = "compressed" in there and len(there["compressed"].sizes) == 2
+    needed = [component for component in COMPONENTS if component != "row_offsets" or not two_four]
+    missing = [f"{prefix}.{component}" for component in needed if component not in there]
+    if missing:
+        raise FormatError(f"{any_part.file}: got {any_part.key} without {', '.join(missing)}, expected all components")
+    for component, dtype in (("bitmask", "U8"), ("shape", "I64"), ("row_offsets", "I64")):
+        part = there.get(component)
+        if part is not None and part.dtype != dtype:
+            raise part.fault(f"got dtype {part.dtype}, expected {dtype}")
+    values, shape = there["compressed"], there["shape"]
+    if len(values.sizes) not in (1, 2):
+        raise values.fault(f"got {len(values.sizes)} dimensions, expected 1 (or 2 for 2:4)")
+    if shape.sizes not in ((shape.numel,), (shape.numel, 1)) or shape.numel > _MOST_DIMENSIONS:
+        raise shape.fault(f"got size {list(shape.sizes)}, expected [dimensions]")
+    return there
+
+
+def shape_of(files: OpenFiles, parts: Mapping[str, Stored]) -> list[int]:
+    """The dense shape, held against the sizes of the components, so that no lie about it reserves memory."""
+    stored = parts["shape"]
+    shape: list[int] = files.tensor(stored).flatten().tolist()
+    if any(size < 0 for size in shape) or math.prod(shape) >= 2**63:
+        raise stored.fault(f"got {shape}, expected sizes of a tensor of less than 2^63 elements")
+    rows, cols = rows_and_columns(shape)
+    bitmask, offsets = parts["bitmask"], parts.get("row_offsets")
+    row_bytes = -(-cols // 8)
+    if list(bitmask.sizes) not in ([rows, row_bytes], ops.bitmask_sizes(shape)):
+        expected = ops.bitmask_sizes(shape)
+        raise bitmask.fault(f"got size {list(bitmask.sizes)}, expected {expected} for shape {shape}")
+    if cols == 0 and (offsets is None or offsets.numel != rows):
+        raise stored.fault(f"got {shape}, expected a row offset for each of {rows} rows")
+    if parts["compressed"].numel > rows * cols:
+        raise parts["compressed"].fault(f"got {parts['compressed'].numel} values, expected at most {rows * cols}")
+    return shape

@@ -1,0 +1,169 @@
+"""Reading checkpoints: whole, tensor by tensor, or some rows of one tensor."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bitmask.bitmask_tensor import BitmaskTensor
+from bitmask.files.config import DENSE_FORMAT, BitmaskConfig
+from bitmask.files.contents import OpenFiles, Stored, read_contents, shape_of
+from bitmask.files.shards import shard_files
+from bitmask.ops import FormatError
+from bitmask.reference import rows_and_columns
+
+
+def load_compressed(
+    path: str | os.PathLike[str],
+    compression_config: BitmaskConfig | None = None,
+    *,
+    decompress: bool = True,
+    device: str = "cpu",
+    show_progress: bool = False,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors of a safetensors file, or of a directory of shards, one tensor in memory at a time.
+
+    Args:
+        path: a file, or a directory with `model.safetensors` or `model.safetensors.index.json`.
+        compression_config: unused but for its format, which the files must not contradict; they say all by themselves.
+        decompress: yield dense tensors; otherwise what is stored compressed comes as a BitmaskTensor.
+        device: where the tensors go.
+        show_progress: draw a progress bar.
+
+    Raises:
+        FormatError: a file that contradicts itself; names file, tensor, what was got and what was expected.
+        OSError: a file that is missing or cannot be read.
+    """
+    paths = shard_files(Path(path))
+    with OpenFiles(device) as files:
+        contents = read_contents(files, paths)
+        if compression_config is not None and compression_config.format == DENSE_FORMAT and contents.compressed:
+            name = next(iter(contents.compressed))
+            raise FormatError(f"{path}: {name}: is stored compressed, expected format {DENSE_FORMAT!r} as configured")
+        other_names: dict[str, list[str]] = {}
+        for alias, name in contents.aliases.items():
+            other_names.setdefault(name, []).append(alias)
+        for name in tqdm(contents.names(), desc="Loading", unit="tensor", disable=not show_progress):
+            tensor: Tensor
+            if name in contents.compressed:
+                compressed = _read_compressed(files, contents.compressed[name])
+                tensor = compressed.to_dense() if decompress else compressed
+            else:
+                tensor = files.tensor(contents.plain[name])
+            for known_as in (name, *other_names.get(name, ())):
+                yield known_as, tensor
+
+
+def load_rows(path: str | os.PathLike[str], name: str, start: int, stop: int, *, decompress: bool = True) -> Tensor:
+    """Rows [start, stop) of one tensor of two or more dimensions, of which only their bytes are read.
+
+    Raises:
+        KeyError: no tensor of that name.
+        IndexError: rows outside of the tensor.
+        FormatError: a file that contradicts itself.
+    """
+    with OpenFiles("cpu") as files:
+        contents = read_contents(files, shard_files(Path(path)))
+        name = contents.aliases.get(name, name)
+        if name in contents.plain:
+            stored = contents.plain[name]
+            _check_rows(name, stored.sizes, start, stop)
+            return files.rows(stored, start, stop)
+        if name not in contents.compressed:
+            raise KeyError(f"{path}: no tensor named {name!r}")
+        parts = contents.compressed[name]
+        shape = shape_of(files, parts)
+        _check_rows(name, shape, start, stop)
+        rows = _read_rows(files, parts, shape, start, stop)
+    return rows.to_dense() if decompress else rows
+
+
+def _check_rows(name: str, shape: Sequence[int], start: int, stop: int) -> None:
+    if len(shape) < 2:
+        raise IndexError(f"{name}: got {len(shape)} dimensions, expected 2 or more")
+    if not 0 <= start <= stop <= shape[0]:
+        raise IndexError(f"{name}: got rows {start} to {stop}, expected some of 0 to {shape[0]}")
+
+
+def _read_rows(
+    files: OpenFiles, parts: Mapping[str, Stored], shape: Sequence[int], start: int, stop: int
+) -> BitmaskTensor:
+    """Rows of the first dimension: their popcounts are proven, where their values begin is what the file says."""
+    inner, cols = math.prod(shape[1:-1]), shape[-1]
+    per_row = 1 if parts["bitmask"].sizes[0] == shape[0] else inner  # leading sizes of the bitmask, per row
+    bitmasks = files.rows(parts["bitmask"], start * per_row, stop * per_row)
+    counts = _row_counts(bitmasks, cols)
+    total = int(counts.sum())
+    before = _values_before(files, parts, shape, start, per_row) if total > 0 else 0
+    values = parts["compressed"]
+    if not 0 <= before <= values.numel - total:
+        raise values.fault(f"got {values.numel} values, expected {total} from {before} on for rows {start} to {stop}")
+    part = _flat_values(files, values, before, before + total)
+    return _proven(parts, part, bitmasks, _exclusive_sums(counts), [stop - start, *shape[1:]])
+
+
+def _values_before(
+    files: OpenFiles, parts: Mapping[str, Stored], shape: Sequence[int], start: int, per_row: int
+) -> int:
+    """How many values the rows before `start` have: one row offset, or all their bits where there is none."""
+    rows, cols = rows_and_columns(shape)
+    if _has_row_offsets(parts, rows):
+        first = start * math.prod(shape[1:-1])
+        return int(files.rows(parts["row_offsets"], first, first + 1))
+    return int(_row_counts(files.rows(parts["bitmask"], 0, start * per_row), cols).sum())
+
+
+def _flat_values(files: OpenFiles, values: Stored, begin: int, end: int) -> Tensor:
+    """Values [begin, end) of the flattened component."""
+    if len(values.sizes) == 1:
+        return files.rows(values, begin, end)
+    width = max(values.sizes[1], 1)
+    first = begin // width
+    return files.rows(values, first, -(-end // width)).flatten()[begin - first * width : end - first * width]
+
+
+def _row_counts(bitmasks: Tensor, cols: int) -> Tensor:
+    """Set bits of each row: popcounts by adding neighbouring bits, pairs and nibbles of each byte."""
+    row_bytes = -(-cols // 8)
+    bits = bitmasks.reshape(bitmasks.numel() // max(row_bytes, 1), row_bytes)
+    pairs = (bits & 0x55) + (bits >> 1 & 0x55)
+    nibbles = (pairs & 0x33) + (pairs >> 2 & 0x33)
+    return ((nibbles & 0x0F) + (nibbles >> 4)).sum(dim=1, dtype=torch.int64)
+
+
+def _has_row_offsets(parts: Mapping[str, Stored], rows: int) -> bool:
+    """Early releases wrote row offsets of another meaning for other than two dimensions, and 2:4 has none."""
+    offsets = parts.get("row_offsets")
+    return offsets is not None and offsets.sizes == (rows,) and len(parts["compressed"].sizes) == 1
+
+
+def _read_compressed(files: OpenFiles, parts: Mapping[str, Stored]) -> BitmaskTensor:
+    shape = shape_of(files, parts)
+    rows, cols = rows_and_columns(shape)
+    values = files.tensor(parts["compressed"]).flatten()
+    bitmasks = files.tensor(parts["bitmask"])
+    if _has_row_offsets(parts, rows):
+        row_offsets = files.tensor(parts["row_offsets"])
+    else:
+        row_offsets = _exclusive_sums(_row_counts(bitmasks, cols))
+    return _proven(parts, values, bitmasks, row_offsets, shape)
+
+
+def _exclusive_sums(counts: Tensor) -> Tensor:
+    return counts.cumsum(0) - counts
+
+
+def _proven(
+    parts: Mapping[str, Stored], values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]
+) -> BitmaskTensor:
+    """`BitmaskTensor.from_parts`, whose errors name the file."""
+    try:
+        return BitmaskTensor.from_parts(values, bitmasks, row_offsets, shape)
+    except (TypeError, ValueError) as error:
+        raise parts["compressed"].fault(str(error)) from error

@@ -1,0 +1,157 @@
+"""Writing safetensors files whose weights are stored compressed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bitmask import ops
+from bitmask.bitmask_tensor import BitmaskTensor
+from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, format_of
+from bitmask.files.contents import ALIAS, KEY_STYLE, VERSION, WEIGHT
+from bitmask.files.replacing import replacing
+from bitmask.ops import FormatError
+
+KeyStyle = Literal["module", "parameter"]
+
+
+def save_compressed(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    compression_format: str = BITMASK_FORMAT,
+    *,
+    key_style: KeyStyle | None = None,
+    min_sparsity: float = 0.0,
+    keep_negative_zero: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    show_progress: bool = False,
+) -> None:
+    """Write tensors to a safetensors file, compressed where that makes it smaller.
+
+    The file replaces an old one whole or not at all. Tensors that are one tensor under several names are stored once.
+
+    Args:
+        tensors: dense ones are compressed if at least `min_sparsity` of them is zero and it saves bytes; a
+            BitmaskTensor is written as it is.
+        path: the file; its directory must exist.
+        compression_format: "sparse-bitmask", or "dense" for an ordinary file of dense tensors.
+        key_style: "module" writes `layer.bitmask` for `layer.weight`, as the latest releases of compressed-tensors do,
+            and compresses nothing but weights; "parameter" writes `layer.weight.bitmask`, as the early ones did. By
+            default "module", unless a BitmaskTensor has a name that does not end in `.weight`.
+        min_sparsity: fraction of zeros, 0 to 1, below which a tensor stays dense.
+        keep_negative_zero: store -0.0, which by default comes back as +0.0.
+        metadata: more text for the file's header.
+        show_progress: draw a progress bar.
+
+    Raises:
+        TypeError, ValueError: arguments of a wrong kind; FormatError: an unknown format.
+        OSError: the file cannot be written; an old one is untouched then.
+    """
+    file_format = format_of(compression_format)
+    if file_format not in (BITMASK_FORMAT, DENSE_FORMAT):
+        raise FormatError(f"compression_format: got {file_format!r}, which is read but not written yet")
+    if not 0 <= min_sparsity <= 1:
+        raise ValueError(f"min_sparsity: got {min_sparsity}, expected 0 to 1")
+    _check_tensors(tensors)
+    style = key_style or _style_for(tensors)
+    if style not in ("module", "parameter"):
+        raise ValueError(f"key_style: got {style!r}, expected 'module' or 'parameter'")
+
+    entries: dict[str, Tensor] = {}
+    header = {"format": "pt", **(metadata or {}), VERSION: version("bitmask")}
+    if file_format == BITMASK_FORMAT:
+        header[KEY_STYLE] = style
+    first_names: dict[Any, str] = {}
+    for name, tensor in tqdm(tensors.items(), desc="Compressing", unit="tensor", disable=not show_progress):
+        first = first_names.setdefault(_identity(tensor), name)
+        if first != name:
+            header[ALIAS + name] = first
+            continue
+        for key, part in _entries_of(name, tensor, file_format, style, min_sparsity, keep_negative_zero):
+            if key in entries:
+                raise ValueError(f"{name}: its entry {key!r} is that of another tensor, expected names that differ")
+            entries[key] = part.detach().to("cpu").contiguous()
+    with replacing(path) as temporary:
+        save_file(_unshared(entries), temporary, header)
+
+
+def save_compressed_model(
+    model: nn.Module, path: str | os.PathLike[str], compression_format: str = BITMASK_FORMAT, **options: Any
+) -> None:
+    """Write the `state_dict` of a model; options as for `save_compressed`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    save_compressed(model.state_dict(), path, compression_format, **options)
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise TypeError(f"tensors: got the name {name!r}, expected a str")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+        if tensor.is_meta:
+            raise ValueError(f"{name}: got a meta tensor, expected one with data")
+        if not isinstance(tensor, BitmaskTensor) and tensor.layout is not torch.strided:
+            raise TypeError(f"{name}: got a tensor of layout {tensor.layout}, expected a dense (strided) one")
+
+
+def _style_for(tensors: Mapping[str, Tensor]) -> KeyStyle:
+    fits = all(name.endswith(WEIGHT) for name, tensor in tensors.items() if isinstance(tensor, BitmaskTensor))
+    return "module" if fits else "parameter"
+
+
+def _identity(tensor: Tensor) -> Any:
+    """Equal for two names of one tensor."""
+    if isinstance(tensor, BitmaskTensor):
+        return id(tensor._held)
+    if tensor.numel() == 0:
+        return id(tensor)
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def _entries_of(
+    name: str, tensor: Tensor, file_format: str, style: str, min_sparsity: float, keep_negative_zero: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """What is stored for one tensor."""
+    compressed = None
+    if file_format == DENSE_FORMAT:
+        tensor = tensor.to_dense() if isinstance(tensor, BitmaskTensor) else tensor
+    elif isinstance(tensor, BitmaskTensor):
+        compressed = tensor
+    elif name.endswith(WEIGHT) or style == "parameter":
+        compressed = _compress_if_smaller(tensor, min_sparsity, keep_negative_zero)
+    if compressed is None:
+        yield name, tensor
+        return
+    prefix = name.removesuffix(WEIGHT) if style == "module" else name
+    yield f"{prefix}.compressed", compressed.values
+    yield f"{prefix}.bitmask", compressed.bitmasks
+    yield f"{prefix}.shape", torch.tensor(list(compressed.shape), dtype=torch.int64)
+    yield f"{prefix}.row_offsets", compressed.row_offsets
+
+
+def _compress_if_smaller(tensor: Tensor, min_sparsity: float, keep_negative_zero: bool) -> BitmaskTensor | None:
+    if tensor.dtype not in ops.DTYPES or tensor.numel() == 0 or tensor.ndim == 0:
+        return None
+    compressed = BitmaskTensor.from_dense(tensor, keep_negative_zero=keep_negative_zero)
+    saves = compressed.compressed_nbytes < tensor.nbytes and compressed.sparsity >= min_sparsity
+    return compressed if saves else None
+
+
+def _unshared(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Entries that share memory with no other, as safetensors asks; the first one of each storage stays as it is."""
+    seen: set[int] = set()
+    unshared = {}
+    for key, tensor in entries.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        unshared[key] = tensor.clone() if tensor.numel() > 0 and pointer in seen else tensor
+        seen.add(pointer)
+    return unshared

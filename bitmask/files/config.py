@@ -96,7 +96,7 @@ class BitmaskConfig:
             raise FormatError(f"config: got {type(model_config).__name__}, expected a mapping")
         places = (model_config, model_config.get("compression_config"), model_config.get("quantization_config"))
         for place in places:
-            found = place.get("sparsity_config") if isinstance(place, Mapping) else None
+            found = place.get(_SPARSITY) if isinstance(place, Mapping) else None
             if found:
                 return cls.from_dict(found)
         return None
@@ -112,19 +112,38 @@ class BitmaskConfig:
         return fields
 
     def to_model_config(self) -> dict[str, Any]:
-        """What goes into config.json, in the place that the latest releases read."""
-        return {
-            "quantization_config": {
-                "quant_method": "compressed-tensors",
-                "version": _WRITTEN_LAYOUT,
-                "sparsity_config": self.to_dict(),
-                "bitmask_version": version("bitmask"),
-            }
-        }
+        """A config.json that says nothing but this."""
+        return self.in_model_config({})
+
+    def in_model_config(self, model_config: Mapping[str, Any]) -> dict[str, Any]:
+        """A model's config.json with this config in place of any other, where the latest releases read it.
+
+        What it says of quantization stays; a dense format without any sparsity to tell of leaves no trace.
+        """
+        changed = {key: value for key, value in model_config.items() if key != _SPARSITY}
+        quantization: dict[str, Any] = {}
+        for place in ("compression_config", "quantization_config"):
+            found = changed.pop(place, None)
+            if isinstance(found, Mapping):
+                quantization |= {key: value for key, value in found.items() if key not in (_SPARSITY, _OUR_VERSION)}
+        says_nothing = self.format == DENSE_FORMAT and self.global_sparsity < _WORTH_TELLING
+        quantizes = set(quantization) - {"quant_method", "version", "transform_config"}
+        if says_nothing and not quantizes:
+            return changed
+        about = {"quant_method": "compressed-tensors", "version": _WRITTEN_LAYOUT, **quantization}
+        if not says_nothing:
+            about |= {_SPARSITY: self.to_dict(), _OUR_VERSION: version("bitmask")}
+        return {**changed, "quantization_config": about}
 
 
 # The release of compressed-tensors whose layout is written.
 _WRITTEN_LAYOUT = "0.14.0.1"
+
+_SPARSITY = "sparsity_config"
+_OUR_VERSION = "bitmask_version"
+
+# The global sparsity from which a dense checkpoint says that it is sparse.
+_WORTH_TELLING = 0.05
 
 
 def format_of(name: Any) -> str:

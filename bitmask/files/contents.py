@@ -8,6 +8,7 @@ which compress nothing else). No header is trusted: all that it says is checked 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,16 @@ class Stored:
     @property
     def numel(self) -> int:
         return math.prod(self.sizes)
+
+    @property
+    def itemsize(self) -> float:
+        """Bytes of an element, which the digits of a dtype's name give in bits: BF16, F8_E4M3, C64."""
+        bits = re.match(r"[A-Z]+(\d+)", self.dtype)
+        return int(bits[1]) / 8 if bits else 1  # BOOL
+
+    @property
+    def nbytes(self) -> int:
+        return math.ceil(self.numel * self.itemsize)
 
     def fault(self, message: str) -> FormatError:
         return FormatError(f"{self.file}: {self.key}: {message}")

@@ -52,7 +52,7 @@ def load_compressed(
         for name in tqdm(contents.names(), desc="Loading", unit="tensor", disable=not show_progress):
             tensor: Tensor
             if name in contents.compressed:
-                compressed = _read_compressed(files, contents.compressed[name])
+                compressed = read_compressed(files, contents.compressed[name])
                 tensor = compressed.to_dense() if decompress else compressed
             else:
                 tensor = files.tensor(contents.plain[name])
@@ -61,7 +61,10 @@ def load_compressed(
 
 
 def load_rows(path: str | os.PathLike[str], name: str, start: int, stop: int, *, decompress: bool = True) -> Tensor:
-    """Rows [start, stop) of one tensor of two or more dimensions, of which only their bytes are read.
+    """Rows [start, stop) of one tensor of two or more dimensions, of which only their bytes and row offsets are read.
+
+    So the rows before them are not proven to have as many values as the row offsets say; `load_compressed` and
+    `python -m bitmask verify` prove all.
 
     Raises:
         KeyError: no tensor of that name.
@@ -94,29 +97,37 @@ def _check_rows(name: str, shape: Sequence[int], start: int, stop: int) -> None:
 def _read_rows(
     files: OpenFiles, parts: Mapping[str, Stored], shape: Sequence[int], start: int, stop: int
 ) -> BitmaskTensor:
-    """Rows of the first dimension: their popcounts are proven, where their values begin is what the file says."""
+    """Rows of the first dimension, proven as far as their own bits and all row offsets tell."""
     inner, cols = math.prod(shape[1:-1]), shape[-1]
     per_row = 1 if parts["bitmask"].sizes[0] == shape[0] else inner  # leading sizes of the bitmask, per row
     bitmasks = files.rows(parts["bitmask"], start * per_row, stop * per_row)
     counts = _row_counts(bitmasks, cols)
-    total = int(counts.sum())
-    before = _values_before(files, parts, shape, start, per_row) if total > 0 else 0
-    values = parts["compressed"]
-    if not 0 <= before <= values.numel - total:
-        raise values.fault(f"got {values.numel} values, expected {total} from {before} on for rows {start} to {stop}")
-    part = _flat_values(files, values, before, before + total)
+    if _has_row_offsets(parts, rows_and_columns(shape)[0]):
+        begin = _checked_offsets(files, parts, counts, start * inner, cols)
+    else:
+        begin = int(_row_counts(files.rows(parts["bitmask"], 0, start * per_row), cols).sum())
+    values, end = parts["compressed"], begin + int(counts.sum())
+    if end > values.numel:
+        raise values.fault(f"got {values.numel} values, expected {end} or more for rows {start} to {stop}")
+    part = _flat_values(files, values, begin, end)
     return _proven(parts, part, bitmasks, _exclusive_sums(counts), [stop - start, *shape[1:]])
 
 
-def _values_before(
-    files: OpenFiles, parts: Mapping[str, Stored], shape: Sequence[int], start: int, per_row: int
-) -> int:
-    """How many values the rows before `start` have: one row offset, or all their bits where there is none."""
-    rows, cols = rows_and_columns(shape)
-    if _has_row_offsets(parts, rows):
-        first = start * math.prod(shape[1:-1])
-        return int(files.rows(parts["row_offsets"], first, first + 1))
-    return int(_row_counts(files.rows(parts["bitmask"], 0, start * per_row), cols).sum())
+def _checked_offsets(files: OpenFiles, parts: Mapping[str, Stored], counts: Tensor, first: int, cols: int) -> int:
+    """Where the values of row `first` begin, of rows that have `counts` values."""
+    offsets = parts["row_offsets"]
+    nnz = parts["compressed"].numel
+    bounds = torch.cat([files.tensor(offsets), torch.tensor([nnz])])
+    in_order = int(bounds[0]) == 0 or offsets.numel == 0
+    in_order = in_order and bool((bounds >= 0).all()) and bool((bounds <= nnz).all())
+    lengths = bounds.diff()
+    if not in_order or bool((lengths < 0).any()) or bool((lengths > cols).any()):
+        raise offsets.fault(f"got offsets that are not 0 first, in order, at most {cols} apart and below {nnz}")
+    wrong = (lengths[first : first + len(counts)] != counts).nonzero()
+    if len(wrong) > 0:
+        row = int(wrong[0])
+        raise offsets.fault(f"got {lengths[first + row]} values for row {first + row}, expected {counts[row]}")
+    return int(bounds[first])
 
 
 def _flat_values(files: OpenFiles, values: Stored, begin: int, end: int) -> Tensor:
@@ -143,7 +154,8 @@ def _has_row_offsets(parts: Mapping[str, Stored], rows: int) -> bool:
     return offsets is not None and offsets.sizes == (rows,) and len(parts["compressed"].sizes) == 1
 
 
-def _read_compressed(files: OpenFiles, parts: Mapping[str, Stored]) -> BitmaskTensor:
+def read_compressed(files: OpenFiles, parts: Mapping[str, Stored]) -> BitmaskTensor:
+    """One compressed tensor, proven."""
     shape = shape_of(files, parts)
     rows, cols = rows_and_columns(shape)
     values = files.tensor(parts["compressed"]).flatten()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -20,6 +20,76 @@ from bitmask.files.replacing import replacing
 from bitmask.ops import FormatError
 
 KeyStyle = Literal["module", "parameter"]
+
+
+class FileContent:
+    """What one safetensors file is going to hold; arguments and errors are those of `save_compressed`."""
+
+    def __init__(
+        self,
+        compression_format: str = BITMASK_FORMAT,
+        key_style: KeyStyle = "module",
+        min_sparsity: float = 0.0,
+        keep_negative_zero: bool = False,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._format = format_of(compression_format)
+        if self._format not in (BITMASK_FORMAT, DENSE_FORMAT):
+            raise FormatError(f"compression_format: got {compression_format!r}, which is read but not written yet")
+        if key_style not in ("module", "parameter"):
+            raise ValueError(f"key_style: got {key_style!r}, expected 'module' or 'parameter'")
+        if not 0 <= min_sparsity <= 1:
+            raise ValueError(f"min_sparsity: got {min_sparsity}, expected 0 to 1")
+        self._style = key_style
+        self._min_sparsity = min_sparsity
+        self._keep_negative_zero = keep_negative_zero
+        self._header = {"format": "pt", **(metadata or {}), VERSION: version("bitmask")}
+        if self._format == BITMASK_FORMAT:
+            self._header[KEY_STYLE] = key_style
+        self._entries: dict[str, Tensor] = {}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each entry."""
+        return {key: entry.nbytes for key, entry in self._entries.items()}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take in a tensor, compressed if it is one to compress."""
+        compressed = self._compressed(name, tensor)
+        if compressed is None:
+            self._add_entry(name, tensor.to_dense() if isinstance(tensor, BitmaskTensor) else tensor)
+            return
+        prefix = name.removesuffix(WEIGHT) if self._style == "module" else name
+        self._add_entry(f"{prefix}.compressed", compressed.values)
+        self._add_entry(f"{prefix}.bitmask", compressed.bitmasks)
+        self._add_entry(f"{prefix}.shape", torch.tensor(list(compressed.shape), dtype=torch.int64))
+        self._add_entry(f"{prefix}.row_offsets", compressed.row_offsets)
+
+    def add_alias(self, name: str, of: str) -> None:
+        """Take in another name of a tensor."""
+        self._header[ALIAS + name] = of
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Replace the file, whole or not at all."""
+        with replacing(path) as temporary:
+            save_file(_unshared(self._entries), temporary, self._header)
+
+    def _compressed(self, name: str, tensor: Tensor) -> BitmaskTensor | None:
+        """What to store of a tensor, or None if it is to be stored dense."""
+        if self._format == DENSE_FORMAT or (self._style == "module" and not name.endswith(WEIGHT)):
+            return None
+        if isinstance(tensor, BitmaskTensor):
+            return tensor
+        if tensor.dtype not in ops.DTYPES or tensor.numel() == 0 or tensor.ndim == 0:
+            return None
+        compressed = BitmaskTensor.from_dense(tensor, keep_negative_zero=self._keep_negative_zero)
+        saves = compressed.compressed_nbytes < tensor.nbytes and compressed.sparsity >= self._min_sparsity
+        return compressed if saves else None
+
+    def _add_entry(self, key: str, tensor: Tensor) -> None:
+        if key in self._entries:
+            raise ValueError(f"{key}: is an entry of two tensors, expected names that differ")
+        self._entries[key] = tensor.detach().to("cpu").contiguous()
 
 
 def save_compressed(
@@ -54,32 +124,17 @@ def save_compressed(
         TypeError, ValueError: arguments of a wrong kind; FormatError: an unknown format.
         OSError: the file cannot be written; an old one is untouched then.
     """
-    file_format = format_of(compression_format)
-    if file_format not in (BITMASK_FORMAT, DENSE_FORMAT):
-        raise FormatError(f"compression_format: got {file_format!r}, which is read but not written yet")
-    if not 0 <= min_sparsity <= 1:
-        raise ValueError(f"min_sparsity: got {min_sparsity}, expected 0 to 1")
     _check_tensors(tensors)
     style = key_style or _style_for(tensors)
-    if style not in ("module", "parameter"):
-        raise ValueError(f"key_style: got {style!r}, expected 'module' or 'parameter'")
-
-    entries: dict[str, Tensor] = {}
-    header = {"format": "pt", **(metadata or {}), VERSION: version("bitmask")}
-    if file_format == BITMASK_FORMAT:
-        header[KEY_STYLE] = style
+    content = FileContent(compression_format, style, min_sparsity, keep_negative_zero, metadata)
     first_names: dict[Any, str] = {}
     for name, tensor in tqdm(tensors.items(), desc="Compressing", unit="tensor", disable=not show_progress):
         first = first_names.setdefault(_identity(tensor), name)
-        if first != name:
-            header[ALIAS + name] = first
-            continue
-        for key, part in _entries_of(name, tensor, file_format, style, min_sparsity, keep_negative_zero):
-            if key in entries:
-                raise ValueError(f"{name}: its entry {key!r} is that of another tensor, expected names that differ")
-            entries[key] = part.detach().to("cpu").contiguous()
-    with replacing(path) as temporary:
-        save_file(_unshared(entries), temporary, header)
+        if first == name:
+            content.add(name, tensor)
+        else:
+            content.add_alias(name, first)
+    content.write(path)
 
 
 def save_compressed_model(
@@ -115,35 +170,6 @@ def _identity(tensor: Tensor) -> Any:
     if tensor.numel() == 0:
         return id(tensor)
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
-
-
-def _entries_of(
-    name: str, tensor: Tensor, file_format: str, style: str, min_sparsity: float, keep_negative_zero: bool
-) -> Iterator[tuple[str, Tensor]]:
-    """What is stored for one tensor."""
-    compressed = None
-    if file_format == DENSE_FORMAT:
-        tensor = tensor.to_dense() if isinstance(tensor, BitmaskTensor) else tensor
-    elif isinstance(tensor, BitmaskTensor):
-        compressed = tensor
-    elif name.endswith(WEIGHT) or style == "parameter":
-        compressed = _compress_if_smaller(tensor, min_sparsity, keep_negative_zero)
-    if compressed is None:
-        yield name, tensor
-        return
-    prefix = name.removesuffix(WEIGHT) if style == "module" else name
-    yield f"{prefix}.compressed", compressed.values
-    yield f"{prefix}.bitmask", compressed.bitmasks
-    yield f"{prefix}.shape", torch.tensor(list(compressed.shape), dtype=torch.int64)
-    yield f"{prefix}.row_offsets", compressed.row_offsets
-
-
-def _compress_if_smaller(tensor: Tensor, min_sparsity: float, keep_negative_zero: bool) -> BitmaskTensor | None:
-    if tensor.dtype not in ops.DTYPES or tensor.numel() == 0 or tensor.ndim == 0:
-        return None
-    compressed = BitmaskTensor.from_dense(tensor, keep_negative_zero=keep_negative_zero)
-    saves = compressed.compressed_nbytes < tensor.nbytes and compressed.sparsity >= min_sparsity
-    return compressed if saves else None
 
 
 def _unshared(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:

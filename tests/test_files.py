@@ -281,7 +281,7 @@ def test_rows_are_proven(path):
     changed = bitmask.compress(SPARSE)[2]
     changed[10:] = 10**15
     save_file(entries(SPARSE, row_offsets=changed), path)
-    with pytest.raises(FormatError, match="values"):
+    with pytest.raises(FormatError, match="offsets"):
         load_rows(path, "w.weight", 10, 20)
 
 

@@ -116,9 +116,10 @@ class BitmaskConfig:
         return self.in_model_config({})
 
     def in_model_config(self, model_config: Mapping[str, Any]) -> dict[str, Any]:
-        """A model's config.json with this config in place of any other, where the latest releases read it.
+        """A model's config.json with this config in place of any other; what it says of quantization stays.
 
-        What it says of quantization stays; a dense format without any sparsity to tell of leaves no trace.
+        The place is where the latest releases read it. That of a dense checkpoint goes to the root, which no loader
+        takes for a reason to ask for a library; without sparsity worth telling it leaves no trace.
         """
         changed = {key: value for key, value in model_config.items() if key != _SPARSITY}
         quantization: dict[str, Any] = {}
@@ -126,14 +127,22 @@ class BitmaskConfig:
             found = changed.pop(place, None)
             if isinstance(found, Mapping):
                 quantization |= {key: value for key, value in found.items() if key not in (_SPARSITY, _OUR_VERSION)}
-        says_nothing = self.format == DENSE_FORMAT and self.global_sparsity < _WORTH_TELLING
-        quantizes = set(quantization) - {"quant_method", "version", "transform_config"}
-        if says_nothing and not quantizes:
-            return changed
-        about = {"quant_method": "compressed-tensors", "version": _WRITTEN_LAYOUT, **quantization}
-        if not says_nothing:
-            about |= {_SPARSITY: self.to_dict(), _OUR_VERSION: version("bitmask")}
-        return {**changed, "quantization_config": about}
+        quantizes = quantization_of(quantization)
+        if self.format != DENSE_FORMAT:
+            about = {"quant_method": "compressed-tensors", "version": _WRITTEN_LAYOUT, **quantization}
+            return {
+                **changed,
+                "quantization_config": {**about, _SPARSITY: self.to_dict(), _OUR_VERSION: version("bitmask")},
+            }
+        if self.global_sparsity >= _WORTH_TELLING:
+            changed[_SPARSITY] = self.to_dict()
+        return {**changed, "quantization_config": quantization} if quantizes else changed
+
+
+def quantization_of(fields: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` says anything of quantization, beside sparsity and whose it is."""
+    beside = {"quant_method", "version", "transform_config", "dequantize", _SPARSITY, _OUR_VERSION}
+    return any(value for key, value in fields.items() if key not in beside)
 
 
 # The release of compressed-tensors whose layout is written.

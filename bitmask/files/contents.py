@@ -67,6 +67,7 @@ class Contents:
     plain: dict[str, Stored] = field(default_factory=dict)
     compressed: dict[str, dict[str, Stored]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    prefixed: bool = False  # P is the whole name of a tensor
 
     def names(self) -> list[str]:
         return [*self.compressed, *self.plain]
@@ -137,8 +138,8 @@ def read_contents(files: OpenFiles, paths: Sequence[Path]) -> Contents:
         metadata |= files.metadata(path)
 
     prefixes = _prefixes(stored)
-    contents = Contents(aliases=_aliases(metadata))
     parameter_style = _is_parameter_style(prefixes, metadata, paths[0] if paths else None)
+    contents = Contents(aliases=_aliases(metadata), prefixed=parameter_style)
     for prefix in prefixes:
         name = prefix if parameter_style else prefix + WEIGHT
         parts = {component: stored.pop(f"{prefix}.{component}", None) for component in COMPONENTS}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +17,8 @@ from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig
 from bitmask.files.contents import Contents, OpenFiles, read_contents, shape_of
 from bitmask.files.load import read_compressed
-from bitmask.files.replacing import replacing
 from bitmask.files.save import FileContent, KeyStyle
-from bitmask.files.shards import CONFIG_FILE, INDEX_FILE, read_json, shard_files
+from bitmask.files.shards import CONFIG_FILE, INDEX_FILE, read_json, shard_files, write_json
 from bitmask.ops import FormatError
 from bitmask.prune import prune_by_magnitude
 
@@ -48,6 +45,7 @@ def compress_checkpoint(
     keep_negative_zero: bool = False,
     prune: float = 0.0,
     key_style: KeyStyle = "module",
+    config: BitmaskConfig | None = None,
     show_progress: bool = False,
 ) -> None:
     """Compress a safetensors file, or a directory of shards with its other files, into a new file or directory.
@@ -56,6 +54,7 @@ def compress_checkpoint(
         source: a file or a directory.
         target: what to write; a directory must be absent or empty, a file is replaced.
         min_sparsity, keep_negative_zero, key_style: as for `save_compressed`.
+        config: what config.json is to say, but for the sparsity, which is counted.
         prune: set this fraction of the smallest magnitudes of each weight of two or more dimensions to zero first.
         show_progress: draw progress bars.
 
@@ -72,7 +71,7 @@ def compress_checkpoint(
     def content() -> FileContent:
         return FileContent(BITMASK_FORMAT, key_style, min_sparsity, keep_negative_zero)
 
-    _convert(Path(source), Path(target), content, change, BITMASK_FORMAT, show_progress)
+    _convert(Path(source), Path(target), content, change, config or BitmaskConfig(), show_progress)
 
 
 def decompress_checkpoint(
@@ -83,11 +82,18 @@ def decompress_checkpoint(
     def content() -> FileContent:
         return FileContent(DENSE_FORMAT)
 
-    _convert(Path(source), Path(target), content, lambda name, tensor: tensor, DENSE_FORMAT, show_progress)
+    _convert(
+        Path(source), Path(target), content, lambda name, tensor: tensor, BitmaskConfig(DENSE_FORMAT), show_progress
+    )
 
 
 def _convert(
-    source: Path, target: Path, content: Callable[[], FileContent], change: Change, file_format: str, progress: bool
+    source: Path,
+    target: Path,
+    content: Callable[[], FileContent],
+    change: Change,
+    config: BitmaskConfig,
+    progress: bool,
 ) -> None:
     paths = shard_files(source)
     is_directory = source.is_dir()
@@ -111,9 +117,8 @@ def _convert(
     if is_directory:
         _write_index(source, target, keys)
         _copy_the_rest(source, target, paths)
-        # A dense checkpoint says nothing of sparsity, lest its reader asks for a library to read it with.
-        sparsity = zeros.fraction if file_format == BITMASK_FORMAT else 0.0
-        _write_config(source, target, BitmaskConfig(file_format, sparsity))
+        sparsity = zeros.fraction if config.format == BITMASK_FORMAT else 0.0
+        _write_config(source, target, replace(config, global_sparsity=sparsity))
 
 
 @dataclass
@@ -154,11 +159,6 @@ def _dense(files: OpenFiles, contents: Contents, name: str) -> Tensor:
     return read_compressed(files, contents.compressed[name]).to_dense()
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _write_index(source: Path, target: Path, keys: dict[str, dict[str, int]]) -> None:
     """An index of the new keys, where the source has one."""
     if not (source / INDEX_FILE).exists():
@@ -167,7 +167,7 @@ def _write_index(source: Path, target: Path, keys: dict[str, dict[str, int]]) ->
     total = sum(size for sizes in keys.values() for size in sizes.values())
     weight_map = {key: name for name, sizes in keys.items() for key in sizes}
     others = metadata if isinstance(metadata, dict) else {}
-    _write_json(target / INDEX_FILE, {"metadata": {**others, "total_size": total}, "weight_map": weight_map})
+    write_json(target / INDEX_FILE, {"metadata": {**others, "total_size": total}, "weight_map": weight_map})
 
 
 def _copy_the_rest(source: Path, target: Path, shards: list[Path]) -> None:
@@ -186,7 +186,7 @@ def _copy_the_rest(source: Path, target: Path, shards: list[Path]) -> None:
 def _write_config(source: Path, target: Path, config: BitmaskConfig) -> None:
     """The model's config.json with what it says of sparsity replaced."""
     if (source / CONFIG_FILE).exists():
-        _write_json(target / CONFIG_FILE, config.in_model_config(read_json(source / CONFIG_FILE)))
+        write_json(target / CONFIG_FILE, config.in_model_config(read_json(source / CONFIG_FILE)))
 
 
 def list_checkpoint(source: str | os.PathLike[str]) -> Iterator[StoredTensor]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.files.config import DENSE_FORMAT, BitmaskConfig
-from bitmask.files.contents import OpenFiles, Stored, read_contents, shape_of
+from bitmask.files.contents import COMPONENTS, OpenFiles, Stored, read_contents, shape_of
 from bitmask.files.shards import shard_files
 from bitmask.ops import FormatError
 from bitmask.reference import rows_and_columns
@@ -110,7 +110,9 @@ def _read_rows(
     if end > values.numel:
         raise values.fault(f"got {values.numel} values, expected {end} or more for rows {start} to {stop}")
     part = _flat_values(files, values, begin, end)
-    return _proven(parts, part, bitmasks, _exclusive_sums(counts), [stop - start, *shape[1:]])
+    rows = torch.tensor([stop - start, *shape[1:]])
+    found = {"compressed": part, "bitmask": bitmasks, "shape": rows, "row_offsets": _exclusive_sums(counts)}
+    return assemble(f"{values.file}: {values.key}", found)
 
 
 def _checked_offsets(files: OpenFiles, parts: Mapping[str, Stored], counts: Tensor, first: int, cols: int) -> int:
@@ -156,15 +158,41 @@ def _has_row_offsets(parts: Mapping[str, Stored], rows: int) -> bool:
 
 def read_compressed(files: OpenFiles, parts: Mapping[str, Stored]) -> BitmaskTensor:
     """One compressed tensor, proven."""
-    shape = shape_of(files, parts)
+    shape_of(files, parts)  # held against the headers before anything larger is read
+    has_offsets = "row_offsets" in parts
+    wanted = [component for component in COMPONENTS if component != "row_offsets" or has_offsets]
+    try:
+        return assemble(parts["compressed"].key, {component: files.tensor(parts[component]) for component in wanted})
+    except FormatError as error:
+        raise FormatError(f"{parts['compressed'].file}: {error}") from error
+
+
+def assemble(name: str, components: Mapping[str, Tensor]) -> BitmaskTensor:
+    """The tensor of its components, proven; `row_offsets` are counted anew where they are of another meaning.
+
+    Early releases wrote them so for other than two dimensions, and 2:4 has none.
+
+    Raises:
+        FormatError: components that are missing or contradict each other.
+    """
+    missing = {"compressed", "bitmask", "shape"} - components.keys()
+    if missing:
+        raise FormatError(f"{name}: got no {', '.join(sorted(missing))}, expected all components")
+    shape, bitmasks, values = components["shape"].flatten().tolist(), components["bitmask"], components["compressed"]
+    row_offsets = components.get("row_offsets")
+    if any(size < 0 for size in shape):
+        raise FormatError(f"{name}: got shape {shape}, expected no negative size")
     rows, cols = rows_and_columns(shape)
-    values = files.tensor(parts["compressed"]).flatten()
-    bitmasks = files.tensor(parts["bitmask"])
-    if _has_row_offsets(parts, rows):
-        row_offsets = files.tensor(parts["row_offsets"])
-    else:
+    if bitmasks.numel() != rows * -(-cols // 8):
+        raise FormatError(f"{name}: got a bitmask of {bitmasks.numel()} bytes, expected {rows * -(-cols // 8)}")
+    if row_offsets is None and values.ndim == 1:
+        raise FormatError(f"{name}: got no row_offsets, expected all components")
+    if row_offsets is None or tuple(row_offsets.shape) != (rows,) or values.ndim != 1:
         row_offsets = _exclusive_sums(_row_counts(bitmasks, cols))
-    return _proven(parts, values, bitmasks, row_offsets, shape)
+    try:
+        return BitmaskTensor.from_parts(values.flatten(), bitmasks, row_offsets, shape)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{name}: {error}") from error
 
 
 def _exclusive_sums(counts: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bitmask.files.replacing import replacing
 from bitmask.ops import FormatError
 
 SINGLE_FILE = "model.safetensors"
@@ -38,6 +39,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FormatError(f"{path}: got {type(content).__name__}, expected an object")
     return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a JSON file."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def shard_files(path: Path) -> list[Path]:

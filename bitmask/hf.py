@@ -184,7 +184,7 @@ class BitmaskQuantizer(HfQuantizer):
 
 def _config_of(fields: Mapping[str, Any]) -> BitmaskConfig | None:
     """The config of a checkpoint that is loaded here: bitmasks, and no quantization with them."""
-    if fields.get("quant_method", _METHOD) != _METHOD or quantization_of(fields):
+    if quantization_of(fields):
         return None
     config = BitmaskConfig.from_model_config({"quantization_config": fields})
     return config if config is not None and config.format in _COMPRESSED_FORMATS else None

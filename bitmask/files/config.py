@@ -129,7 +129,7 @@ class BitmaskConfig:
                 quantization |= {key: value for key, value in found.items() if key not in (_SPARSITY, _OUR_VERSION)}
         quantizes = quantization_of(quantization)
         if self.format != DENSE_FORMAT:
-            about = {"quant_method": "compressed-tensors", "version": _WRITTEN_LAYOUT, **quantization}
+            about = {"quant_method": _METHOD, "version": _WRITTEN_LAYOUT, **quantization}
             return {
                 **changed,
                 "quantization_config": {**about, _SPARSITY: self.to_dict(), _OUR_VERSION: version("bitmask")},
@@ -142,8 +142,12 @@ class BitmaskConfig:
 def quantization_of(fields: Mapping[str, Any]) -> bool:
     """Whether a `quantization_config` says anything of quantization, beside sparsity and whose it is."""
     beside = {"quant_method", "version", "transform_config", "dequantize", _SPARSITY, _OUR_VERSION}
-    return any(value for key, value in fields.items() if key not in beside)
+    other_method = fields.get("quant_method", _METHOD) != _METHOD
+    return other_method or any(value for key, value in fields.items() if key not in beside)
 
+
+# What config.json calls the library that defined the layouts.
+_METHOD = "compressed-tensors"
 
 # The release of compressed-tensors whose layout is written.
 _WRITTEN_LAYOUT = "0.14.0.1"

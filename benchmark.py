@@ -10,11 +10,17 @@ import torch
 
 import bitmask
 from benchmarks.cases import DTYPES, Selection, parse_shape
+from benchmarks.gpu.device import CudaDevice, reason_against
+from benchmarks.gpu.report import GPU_SUITES, GpuReport
+from benchmarks.gpu.rivals import RivalsError
+from benchmarks.gpu.run import GpuOrder, run_on
 from benchmarks.machine import Header
 from benchmarks.memory import map_large_blocks_afresh
 from benchmarks.plot import NothingToPlotError, have_matplotlib
-from benchmarks.report import Report, Result
+from benchmarks.report import CpuResult, Report
 from benchmarks.suites import Plan, Suite, UnavailableError, find_suites
+
+_DEFAULT_SUITE = "everyday"
 
 _Item = TypeVar("_Item")
 
@@ -26,22 +32,32 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.plot and not have_matplotlib():
         parser.error("--plot needs matplotlib: pip install matplotlib")
-    if arguments.device != "cpu":
-        parser.error("--device cuda: this build of bitmask has no CUDA kernels")
+    if arguments.table and (stored := _stored_of_a_gpu(arguments, parser)):
+        print(stored.markdown())
+        return
+    if arguments.device == "cuda":
+        _run_on_the_gpu(arguments, parser)
+        return
+    if arguments.rivals:
+        parser.error("--rivals needs --device cuda")
     if arguments.isa and arguments.isa not in bitmask.available_isas():
         parser.error(f"--isa {arguments.isa}: this machine runs {', '.join(bitmask.available_isas())}")
     if arguments.table:
         report = _stored(arguments, suites, parser)
         print(report.markdown_header(), suites[report.suite].tables(report), sep="\n\n")
     else:
-        report = _run(arguments, suites[arguments.suite], parser)
+        report = _run(arguments, suites, parser)
     if arguments.json:
         report.save(arguments.json)
     if arguments.plot:
         _plot(report, suites[report.suite], arguments.plot, parser)
 
 
-def _run(arguments: argparse.Namespace, suite: Suite[Any], parser: argparse.ArgumentParser) -> Report[Result]:
+def _run(
+    arguments: argparse.Namespace, suites: dict[str, Suite[Any]], parser: argparse.ArgumentParser
+) -> Report[CpuResult]:
+    name = arguments.suite or _DEFAULT_SUITE
+    suite = suites[name]
     fresh_memory = suite.fresh_memory and map_large_blocks_afresh()
     if arguments.isa:
         bitmask.set_isa(arguments.isa)
@@ -53,13 +69,46 @@ def _run(arguments: argparse.Namespace, suite: Suite[Any], parser: argparse.Argu
     try:
         results = suite.run(plan, lambda line: print(line, flush=True))
     except UnavailableError as error:
-        parser.error(f"--suite {arguments.suite}: {error}")
-    return Report(arguments.suite, header, peers, tuple(results))
+        parser.error(f"--suite {name}: {error}")
+    return Report(name, header, peers, tuple(results))
+
+
+def _run_on_the_gpu(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Run the suites on the GPU, and end with the tables; exit 2 with one line where there is none."""
+    unknown = [f"--{name}" for name in ("isa", "threads", "plot") if getattr(arguments, name)]
+    if unknown:
+        parser.error(f"--device cuda knows no {', '.join(unknown)}")
+    if arguments.suite and arguments.suite not in GPU_SUITES:
+        parser.error(f"--device cuda has the suites {', '.join(GPU_SUITES)}")
+    problem = reason_against()
+    if problem:
+        parser.exit(2, f"{parser.prog}: --device cuda: {problem}\n")
+    suites = (arguments.suite,) if arguments.suite else ()
+    order = GpuOrder(suites, _selection(arguments), arguments.quick, arguments.json, arguments.rivals)
+    try:
+        report = run_on(CudaDevice(), order, lambda line: print(line, flush=True))
+    except RivalsError as error:
+        parser.error(f"--rivals: {error}")
+    print("", report.markdown(), sep="\n")
+
+
+def _stored_of_a_gpu(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> GpuReport | None:
+    """The stored run, if it is of a GPU, as far as it was asked for."""
+    try:
+        report = GpuReport.load(arguments.table)
+    except (OSError, ValueError) as error:
+        parser.error(f"--table: {error}")
+    if report is None:
+        return None
+    wanted = report.only(_selection(arguments))
+    if not wanted.results:
+        parser.error(f"--table: nothing in {arguments.table} matches the filters")
+    return wanted
 
 
 def _stored(
     arguments: argparse.Namespace, suites: dict[str, Suite[Any]], parser: argparse.ArgumentParser
-) -> Report[Result]:
+) -> Report[CpuResult]:
     try:
         report = Report.load(arguments.table, {name: suite.result for name, suite in suites.items()})
     except (OSError, ValueError) as error:
@@ -75,7 +124,7 @@ def _stored(
     return replace(report, results=results)
 
 
-def _plot(report: Report[Result], suite: Suite[Any], path: Path, parser: argparse.ArgumentParser) -> None:
+def _plot(report: Report[CpuResult], suite: Suite[Any], path: Path, parser: argparse.ArgumentParser) -> None:
     if suite.plot is None:
         parser.error(f"--plot: the suite {report.suite} has no plot")
     try:
@@ -90,10 +139,13 @@ def _selection(arguments: argparse.Namespace) -> Selection:
 
 def _parser(suites: dict[str, Suite[Any]]) -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:<12}{suite.summary}" for name, suite in suites.items())
+    on_gpu = "\n".join(f"  {name:<12}{suite.summary}" for name, suite in GPU_SUITES.items())
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"suites:\n{listing}", formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=f"suites:\n{listing}\n\nsuites of --device cuda:\n{on_gpu}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--suite", choices=sorted(suites), default="everyday", help="what to run (default: everyday)")
+    parser.add_argument("--suite", choices=sorted(suites), help="what to run (on a CPU everyday, on a GPU all it has)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds: to check that everything works")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--isa", metavar="NAME", help="run with this instruction set only")
@@ -102,6 +154,7 @@ def _parser(suites: dict[str, Suite[Any]]) -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", type=_list_of(_dtype), default=(), metavar="D[,D]", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--sparsities", type=_list_of(_sparsity), default=(), metavar="S[,S]", help="from 0 to 1")
     parser.add_argument("--rows", type=_list_of(_count), default=(), metavar="M[,M]", help="rows of x, or batch sizes")
+    parser.add_argument("--rivals", type=Path, metavar="FILE.py", help="other contenders (benchmarks/gpu/rivals.py)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write header and results to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results (needs matplotlib)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="run nothing, print tables of what --json wrote")

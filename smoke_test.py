@@ -1,4 +1,4 @@
-"""Every op once on every instruction set of this machine, against the pure Python reference.
+"""Every op once on every instruction set of this machine, against the pure Python reference, and once on the GPU.
 
 Exits with a non-zero status if anything differs.
 """
@@ -6,13 +6,19 @@ Exits with a non-zero status if anything differs.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch.nn import functional
 
 import bitmask
 from bitmask import ops, reference
 
 EXAMPLE = torch.tensor([[1.0, 0.0, 2.0], [5.0, 3.0, 0.0], [4.0, 0.0, 5.0]])
+SHAPE = torch.Size([65, 131])
+ROWS = (1, 4, 8, 16, 33, 64, 128)  # of x: there are other kernels for few than for many
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -30,48 +36,125 @@ def same(left: Parts, right: Parts) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+def random_weight() -> torch.Tensor:
+    """A weight with half of its elements zero."""
+    return torch.randn(SHAPE).masked_fill_(torch.rand(SHAPE) < 0.5, 0)
+
+
+def failed(checks: Mapping[str, bool]) -> list[str]:
+    """Names of the checks that went wrong."""
+    return [name for name, passed in checks.items() if not passed]
+
+
 def failures_of(isa: str) -> list[str]:
     """Names of what went wrong on one instruction set."""
     bitmask.set_isa(isa)
-    dense = torch.randn(65, 131).masked_fill_(torch.rand(65, 131) < 0.5, 0)
+    dense = random_weight()
     parts = ops.compress(dense)
-    ops.validate(*parts, dense.shape)
+    ops.validate(*parts, SHAPE)
     tensor = bitmask.BitmaskTensor.from_dense(dense)
     checks = {
         "example": same(ops.compress(EXAMPLE.flatten()), reference.compress(EXAMPLE.flatten())),
         "compress": same(parts, reference.compress(dense)),
-        "decompress": torch.equal(ops.decompress(*parts, dense.shape), dense),
-        "validate": refuses(parts, dense.shape),
-        "linear": all(multiplies(parts, dense.shape[1], rows) for rows in (1, 8)),
+        "compress_into": fills(dense, parts),
+        "decompress": torch.equal(ops.decompress(*parts, SHAPE), dense),
+        "validate": refuses(parts),
+        "linear": all(multiplies(parts, rows) for rows in (1, 8)),
         "BitmaskTensor": torch.equal(tensor[3:7].to_dense(), dense[3:7]),
         "BitmaskLinear": layer_agrees(dense),
     }
     bitmask.set_isa(None)
-    return [name for name, passed in checks.items() if not passed]
+    return failed(checks)
 
 
-def refuses(parts: Parts, shape: torch.Size) -> bool:
+def failures_on(device: torch.device) -> list[str]:
+    """Names of what went wrong on a device, by what the CPU makes of the same."""
+    dense = random_weight()
+    parts = ops.compress(dense)
+    values, bitmasks, row_offsets = (part.to(device) for part in parts)
+    there = (values, bitmasks, row_offsets)
+    tensor: Any = bitmask.BitmaskTensor.from_dense(dense).to(device)
+    moved = (tensor.values, tensor.bitmasks, tensor.row_offsets)
+    checks = {
+        "compress": same(ops.compress(dense.to(device)), there),
+        "compress_into": fills(dense.to(device), there),
+        "decompress": torch.equal(ops.decompress(*there, SHAPE).cpu(), dense),
+        "validate": ops.validate(*there, SHAPE) == list(SHAPE) and refuses(there),
+        "BitmaskTensor": same(moved, there) and torch.equal(tensor.cpu().to_dense(), dense),
+        "BitmaskLinear": layer_agrees(dense, device),
+    }
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        checks |= {f"linear {name} m={rows}": agrees_on(device, dense.to(dtype), rows) for rows in ROWS}
+        checks[f"gradient {name}"] = gradient_agrees(device, dense.to(dtype))
+    return failed(checks)
+
+
+def fills(dense: torch.Tensor, parts: Parts) -> bool:
+    """Whether compress_into puts the same parts into buffers with room to spare."""
+    values, bitmasks, row_offsets = parts
+    room = (dense.new_empty(dense.numel()), torch.empty_like(bitmasks), torch.empty_like(row_offsets))
+    nnz = int(torch.ops.bitmask.compress_into(dense, False, *room))
+    return nnz == len(values) and same((room[0][:nnz], room[1], room[2]), parts)
+
+
+def refuses(parts: Parts) -> bool:
     """Whether one missing value is noticed."""
     values, bitmasks, row_offsets = parts
     try:
-        ops.validate(values[:-1], bitmasks, row_offsets, shape)
+        ops.validate(values[:-1], bitmasks, row_offsets, SHAPE)
     except bitmask.FormatError:
         return True
     return False
 
 
-def multiplies(parts: Parts, columns: int, rows: int) -> bool:
+def multiplies(parts: Parts, rows: int) -> bool:
     """Whether linear agrees with the reference on so many rows of x."""
-    x = torch.randn(rows, columns)
-    return torch.allclose(ops.linear(x, *parts, columns), reference.linear(x, *parts, columns), atol=1e-4)
+    x = torch.randn(rows, SHAPE[1])
+    return torch.allclose(ops.linear(x, *parts, SHAPE[1]), reference.linear(x, *parts, SHAPE[1]), atol=1e-4)
 
 
-def layer_agrees(dense: torch.Tensor) -> bool:
+def agrees_on(device: torch.device, dense: torch.Tensor, rows: int) -> bool:
+    """Whether the device multiplies so many rows of x, and adds a bias, as float64 does."""
+    x, bias = torch.randn(rows, SHAPE[1]).to(dense.dtype), torch.randn(SHAPE[0]).to(dense.dtype)
+    values, bitmasks, row_offsets = (part.to(device) for part in ops.compress(dense))
+    y = ops.linear(x.to(device), values, bitmasks, row_offsets, SHAPE[1], bias.to(device))
+    return close(y, functional.linear(x.double(), dense.double(), bias.double()))
+
+
+def gradient_agrees(device: torch.device, dense: torch.Tensor) -> bool:
+    """Whether the gradient of x is that of a dense weight in float64."""
+    x = torch.randn(5, SHAPE[1]).to(dense.dtype).to(device).requires_grad_()
+    values, bitmasks, row_offsets = (part.to(device) for part in ops.compress(dense))
+    given = torch.randn(5, SHAPE[0]).to(dense.dtype)
+    (found,) = torch.autograd.grad(ops.linear(x, values, bitmasks, row_offsets, SHAPE[1]), x, given.to(device))
+    return close(found, given.double() @ dense.double())
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether the numbers are as near as their dtype allows, by their norm."""
+    allowed = 1e-5 if found.dtype == torch.float32 else torch.finfo(found.dtype).eps
+    return bool((found.cpu().double() - expected).norm() <= allowed * expected.norm())
+
+
+def layer_agrees(dense: torch.Tensor, device: torch.device | str = "cpu") -> bool:
     """Whether a compressed layer does what the dense one does."""
     layer = torch.nn.Linear(dense.shape[1], dense.shape[0])
     layer.load_state_dict({"weight": dense, "bias": torch.ones(dense.shape[0])})
     x = torch.randn(5, dense.shape[1])
-    return torch.allclose(bitmask.BitmaskLinear.from_dense(layer)(x), layer(x), atol=1e-4)
+    compressed = bitmask.BitmaskLinear.from_dense(layer).to(device)
+    return torch.allclose(compressed(x.to(device)).cpu(), layer(x), atol=1e-4)
+
+
+def has_cuda_ops() -> bool:
+    """Whether this build of bitmask has kernels for a GPU."""
+    return torch._C._dispatch_has_computed_kernel_for_dispatch_key("bitmask::compress", "CUDA")
+
+
+def report(name: str, failures: list[str]) -> bool:
+    """Print the outcome on one line; whether all is well."""
+    print(f"{name}: {'FAILED ' + ', '.join(failures) if failures else 'ok'}")
+    return not failures
 
 
 def main() -> None:
@@ -80,12 +163,14 @@ def main() -> None:
     show("Python reference", reference.compress(EXAMPLE.flatten()))
     show("Native library", native)
     print("Decompressed Tensor", ops.decompress(*native, [EXAMPLE.numel()]).reshape(EXAMPLE.shape))
-    failed = False
-    for isa in bitmask.available_isas():
-        failures = failures_of(isa)
-        failed |= bool(failures)
-        print(f"{isa}: {'FAILED ' + ', '.join(failures) if failures else 'ok'}")
-    sys.exit(1 if failed else 0)
+    passed = [report(isa, failures_of(isa)) for isa in bitmask.available_isas()]
+    if not torch.cuda.is_available():
+        print("cuda: no GPU here")
+    elif not has_cuda_ops():
+        print("cuda: this build of bitmask has no CUDA kernels")
+    else:
+        passed.append(report(f"cuda ({torch.cuda.get_device_name()})", failures_on(torch.device("cuda"))))
+    sys.exit(0 if all(passed) else 1)
 
 
 if __name__ == "__main__":

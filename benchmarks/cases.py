@@ -92,12 +92,12 @@ def parse_shape(text: str) -> Shape:
     return int(found.group(1)), int(found.group(2))
 
 
-def dense_input(workload: Workload, seed: int = 0) -> Tensor:
+def dense_input(workload: Workload, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """A matrix of normal values where each element is zero with probability `workload.sparsity`."""
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(workload.shape, generator=generator)
+    generator = torch.Generator(device).manual_seed(seed)
+    normal = torch.randn(workload.shape, generator=generator, device=device)
     values = torch.copysign(normal.abs().clamp_min_(_SMALLEST), normal)
-    zeros = torch.rand(workload.shape, generator=generator) < workload.sparsity
+    zeros = torch.rand(workload.shape, generator=generator, device=device) < workload.sparsity
     if workload.dtype == "int8":
         values = values.mul_(_INT8_SCALE).round_().clamp_(-127, 127)
     return values.masked_fill_(zeros, 0.0).to(DTYPES[workload.dtype])

@@ -64,7 +64,7 @@ class Header:
             torch_version=torch.__version__,
             python_version=platform.python_version(),
             system=f"{platform.system()} {platform.release()} {platform.machine()}",
-            commit=_git_commit(),
+            commit=git_commit(),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
 
@@ -119,6 +119,14 @@ def uncached_nbytes(cache_nbytes: int) -> int:
     return max(4 * cache_nbytes, _LEAST_UNCACHED_NBYTES)
 
 
+def git_commit() -> str:
+    """What was checked out, or, where git cannot tell, what BITMASK_COMMIT says."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    if commit is None:
+        return os.environ.get("BITMASK_COMMIT", "no commit")
+    return f"{commit}-dirty" if _git("status", "--porcelain", "--untracked-files=no") else commit
+
+
 def thread_count(threads: int) -> str:
     """The number in words: `1 thread`, `2 threads`."""
     return f"{threads} thread" if threads == 1 else f"{threads} threads"
@@ -160,10 +168,3 @@ def _git(*arguments: str) -> str | None:
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _git_commit() -> str:
-    commit = _git("rev-parse", "--short", "HEAD")
-    if commit is None:
-        return "no commit"
-    return f"{commit}-dirty" if _git("status", "--porcelain", "--untracked-files=no") else commit

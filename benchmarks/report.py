@@ -27,7 +27,6 @@ class Result:
     contender: str
     dtype: str
     sparsity: float
-    threads: int
     summary: Summary
 
     def to_json(self) -> dict[str, Any]:
@@ -43,7 +42,14 @@ class Result:
         return cls(**values | tuples | parts)
 
 
-_R = TypeVar("_R", bound=Result)
+@dataclass(frozen=True)
+class CpuResult(Result):
+    """One contender in one cell, on so many threads."""
+
+    threads: int
+
+
+_R = TypeVar("_R", bound=CpuResult)
 _Key = TypeVar("_Key")
 _Item = TypeVar("_Item")
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -57,6 +58,11 @@ class Summary:
             spread = statistics.quantiles(milliseconds, n=4, method="inclusive")
         return cls(len(milliseconds), min(milliseconds), spread[0], spread[1], spread[2], max(milliseconds))
 
+    def per(self, calls: int) -> "Summary":
+        """The same for one call, where each sample is of so many."""
+        times = (self.min_ms, self.q1_ms, self.median_ms, self.q3_ms, self.max_ms)
+        return Summary(self.samples, *(milliseconds / calls for milliseconds in times))
+
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
@@ -80,23 +86,33 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _milliseconds(contender: Contender, index: int) -> float:
-    contender.prepare()
+Stopwatch = Callable[[Callable[[], object]], float]  # calls a function, and returns the milliseconds it took
+
+
+def host_milliseconds(work: Callable[[], object]) -> float:
+    """By the clock of this machine; what the work returns is dropped afterwards."""
     start = time.perf_counter_ns()
-    result = contender.call(index)
+    result = work()
     elapsed = time.perf_counter_ns() - start
     del result
     return elapsed / 1e6
 
 
-def interleave(contenders: Sequence[Contender], inputs: int, budget: Budget) -> list[Summary]:
+def interleave(
+    contenders: Sequence[Contender], inputs: int, budget: Budget, stopwatch: Stopwatch = host_milliseconds
+) -> list[Summary]:
     """Time the contenders in turn over `inputs` rotating inputs; one summary for each, in their order."""
+
+    def sample(contender: Contender, index: int) -> float:
+        contender.prepare()
+        return stopwatch(partial(contender.call, index))
+
     samples: list[list[float]] = [[] for _ in contenders]
     calls = 0
     spent = 0.0
     with _no_garbage_collection():
         for contender in contenders:
-            _milliseconds(contender, 0)
+            sample(contender, 0)
         for turn in range(budget.max_rounds):
             if turn >= budget.min_rounds and spent > budget.seconds * 1e3:
                 break
@@ -105,7 +121,7 @@ def interleave(contenders: Sequence[Contender], inputs: int, budget: Budget) -> 
                 contender = contenders[which]
                 if contender.slow and turn >= budget.slow_rounds:
                     continue
-                elapsed = _milliseconds(contender, calls % inputs)
+                elapsed = sample(contender, calls % inputs)
                 samples[which].append(elapsed)
                 spent += 0.0 if contender.slow else elapsed
                 calls += 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import bitmask
+from benchmarks.gpu.device import reason_against
 from bitmask.ops import DTYPES
 
 ALL_DTYPES = sorted(DTYPES, key=str)
@@ -41,6 +42,16 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Runs the test once with each dtype that has a codec."""
     return request.param
+
+
+NO_GPU = reason_against()
+needs_gpu = pytest.mark.skipif(NO_GPU is not None, reason=f"no GPU to test on: {NO_GPU}")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Runs the test once on the CPU, where its logic is proven, and once on a GPU, where there is one."""
+    return torch.device(request.param)
 
 
 @pytest.fixture

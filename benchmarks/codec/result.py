@@ -1,10 +1,10 @@
-"""What is found about one way to compress or decompress a matrix."""
+"""What is found about one way to compress or decompress a matrix: on any device, and on a CPU."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from benchmarks.cases import Shape
-from benchmarks.report import Result
+from benchmarks.report import CpuResult, Result
 
 COPY = "copy"
 HUGE_PAGE_COPY = "copy, huge pages"
@@ -13,16 +13,15 @@ DECOMPRESS = "decompress"
 
 
 @dataclass(frozen=True)
-class CodecResult(Result):
+class CodecTiming(Result):
     """One contender in one cell.
 
     `moved_nbytes` is what must be read and written at the least, `copy_ms` the median of `dense.clone()` in the same
-    cell, and `copy_bandwidth` the GB/s of a copy between existing buffers with as many threads.
+    cell, and `copy_bandwidth` the GB/s of a copy between existing buffers (on a CPU: with as many threads).
     """
 
     FIGURES: ClassVar[tuple[str, ...]] = ("gb_per_s", "copy_ratio", "floor_ratio", "bandwidth_share", "size_ratio")
 
-    isa: str | None
     operation: str
     shape: Shape
     dense_nbytes: int
@@ -30,11 +29,6 @@ class CodecResult(Result):
     moved_nbytes: int
     copy_ms: float
     copy_bandwidth: float
-
-    @property
-    def label(self) -> str:
-        """The contender, with its instruction set."""
-        return f"{self.contender} {self.isa}" if self.isa else self.contender
 
     @property
     def gb_per_s(self) -> float:
@@ -60,6 +54,18 @@ class CodecResult(Result):
     def size_ratio(self) -> float:
         """Compressed bytes as a share of dense bytes."""
         return self.compressed_nbytes / self.dense_nbytes
+
+
+@dataclass(frozen=True)
+class CodecResult(CodecTiming, CpuResult):
+    """One contender in one cell on a CPU; `isa` is the instruction set it was told to use, if it can be told."""
+
+    isa: str | None
+
+    @property
+    def label(self) -> str:
+        """The contender, with its instruction set."""
+        return f"{self.contender} {self.isa}" if self.isa else self.contender
 
     def line(self) -> str:
         """The cell on one line of plain text."""

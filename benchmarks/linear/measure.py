@@ -31,15 +31,21 @@ class Setting:
 
 
 class Reference:
-    """y = x W^T in float64 for some columns of y, and how far from it rounding may lead."""
+    """y = x W^T in float64 for some columns of y, and how far from it rounding may lead.
 
-    def __init__(self, x: Tensor, weight: Tensor) -> None:
-        self._columns = torch.linspace(0, len(weight) - 1, min(len(weight), _CHECKED_COLUMNS)).long()
+    `rounded_parts` also allows what cuBLAS does: sums of parts of a row may be rounded before they are added.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, rounded_parts: bool = False) -> None:
+        columns = torch.linspace(0, len(weight) - 1, min(len(weight), _CHECKED_COLUMNS)).long()
+        self._columns = columns.to(weight.device)
         wide_x, wide_weight = x.double(), weight[self._columns].double()
         self._y = wide_x @ wide_weight.T
         sums = wide_x.abs() @ wide_weight.abs().T
         accumulated = math.sqrt(x.shape[1]) * torch.finfo(torch.float32).eps * sums
         self._tolerance = torch.finfo(x.dtype).eps * self._y.abs() + accumulated
+        if rounded_parts:
+            self._tolerance += torch.finfo(x.dtype).eps * (wide_x.square() @ wide_weight.square().T).sqrt()
 
     def accepts(self, y: Tensor, lossy: bool) -> bool:
         """Whether `y` is as near as its dtype allows, or, if lossy, near enough to be of use."""

@@ -1,10 +1,10 @@
-"""What is found about one way to multiply by a sparse weight."""
+"""What is found about one way to multiply by a sparse weight: on any device, and on a CPU."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from benchmarks.cases import Shape
-from benchmarks.report import Result
+from benchmarks.report import CpuResult, Result
 
 DENSE = "F.linear"
 SATURATED = "dense, saturated"
@@ -12,12 +12,43 @@ BITMASK = "bitmask"
 
 
 @dataclass(frozen=True)
-class LinearResult(Result):
+class LinearTiming(Result):
     """One contender for y = x W^T with x [rows, k] and W [n, k], which is `shape`.
 
-    `weight_nbytes` is what the contender stores of W, `compressed_nbytes` what bitmask does; `dense_ms` and
-    `saturated_ms` are the medians of those contenders in the same cell. Every contender went through `layers` weights
-    in turn. `read_bandwidth` is in GB/s, for as many threads.
+    `weight_nbytes` is what the contender stores of W, `dense_ms` the median of the dense yardstick in the same cell.
+    Every contender went through `layers` weights in turn.
+    """
+
+    shape: Shape
+    rows: int
+    layers: int
+    dense_nbytes: int
+    weight_nbytes: int
+    dense_ms: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster than the dense yardstick."""
+        return self.dense_ms / self.summary.median_ms
+
+    @property
+    def gb_per_s(self) -> float:
+        """GB of the stored weight per second."""
+        return self.weight_nbytes / self.summary.median_ms / 1e6
+
+    @property
+    def gflop_per_s(self) -> float:
+        """GFLOP per second, counting all elements of the dense weight."""
+        n, k = self.shape
+        return 2 * self.rows * n * k / self.summary.median_ms / 1e6
+
+
+@dataclass(frozen=True)
+class LinearResult(LinearTiming, CpuResult):
+    """One contender in one cell on a CPU, where the dense yardstick is `F.linear`.
+
+    `compressed_nbytes` is what bitmask stores of W, `saturated_ms` the median of that contender in the same cell.
+    `read_bandwidth` is in GB/s, for as many threads.
     """
 
     FIGURES: ClassVar[tuple[str, ...]] = (
@@ -29,20 +60,9 @@ class LinearResult(Result):
         "gflop_per_s",
     )
 
-    shape: Shape
-    rows: int
-    layers: int
-    dense_nbytes: int
     compressed_nbytes: int
-    weight_nbytes: int
-    dense_ms: float
     saturated_ms: float | None
     read_bandwidth: float | None
-
-    @property
-    def speedup(self) -> float:
-        """How many times faster than `F.linear` on the dense weight."""
-        return self.dense_ms / self.summary.median_ms
 
     @property
     def saturated_speedup(self) -> float | None:
@@ -58,17 +78,6 @@ class LinearResult(Result):
     def ceiling_share(self) -> float | None:
         """How much of the ceiling was reached."""
         return None if self.saturated_speedup is None else self.saturated_speedup / self.ceiling
-
-    @property
-    def gb_per_s(self) -> float:
-        """GB of the stored weight per second."""
-        return self.weight_nbytes / self.summary.median_ms / 1e6
-
-    @property
-    def gflop_per_s(self) -> float:
-        """GFLOP per second, counting all elements of the dense weight."""
-        n, k = self.shape
-        return 2 * self.rows * n * k / self.summary.median_ms / 1e6
 
     def line(self) -> str:
         """The result on one line of plain text."""

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 
+from benchmarks.cases import Selection
 from benchmarks.memory import resident_nbytes
 from benchmarks.models.networks import checkpoint_nbytes, compressed_twin, linear_nbytes, prune
 from benchmarks.models.result import BITMASK, DENSE, Agreement, ModelResult, Sizes
@@ -35,6 +37,17 @@ class Subject:
     body: str
     phases: Sequence[Phase]
     compare: Callable[[Any, Any], Agreement]
+
+
+def measure_each(
+    selection: Selection, subject: Callable[[str, float], Subject], threads: Sequence[int], say: Callable[[str], None]
+) -> list[ModelResult]:
+    """`measure` for the subject of every dtype and sparsity of the selection."""
+    return [
+        result
+        for dtype, sparsity in product(selection.dtypes, selection.sparsities)
+        for result in measure(subject(dtype, sparsity), threads, say)
+    ]
 
 
 def measure(subject: Subject, threads: Sequence[int], say: Callable[[str], None]) -> list[ModelResult]:

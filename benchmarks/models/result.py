@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from benchmarks.machine import thread_count
-from benchmarks.report import Report, Result, grouped, markdown_table
+from benchmarks.report import CpuResult, Report, grouped, markdown_table
 
 DENSE = "dense"
 BITMASK = "bitmask"
@@ -43,7 +43,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class ModelResult(Result):
+class ModelResult(CpuResult):
     """One phase of a model, dense or compressed, on `rows` sequences at once.
 
     Each sample is a forward pass that yields `items` tokens or sentences (`unit`); `dense_ms` is the dense model's
@@ -51,7 +51,7 @@ class ModelResult(Result):
     """
 
     FIGURES: ClassVar[tuple[str, ...]] = ("speedup", "per_second")
-    PARTS: ClassVar[Mapping[str, type]] = {**Result.PARTS, "sizes": Sizes, "agreement": Agreement}
+    PARTS: ClassVar[Mapping[str, type]] = {**CpuResult.PARTS, "sizes": Sizes, "agreement": Agreement}
 
     model: str
     phase: str

@@ -9,9 +9,9 @@ from typing import Any, Generic, TypeVar
 
 from benchmarks.cases import Selection
 from benchmarks.machine import Header
-from benchmarks.report import Report, Result
+from benchmarks.report import CpuResult, Report
 
-_R = TypeVar("_R", bound=Result)
+_R = TypeVar("_R", bound=CpuResult)
 
 
 class UnavailableError(RuntimeError):

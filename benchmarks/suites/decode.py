@@ -5,10 +5,11 @@ from functools import partial
 
 from benchmarks.cases import DTYPES, Selection
 from benchmarks.models.llama import BODY, compare, decode_phase, make_llama, name_of, prefill_phase
-from benchmarks.models.measure import Subject, measure
+from benchmarks.models.measure import Subject, measure_each
 from benchmarks.models.networks import require_transformers
-from benchmarks.models.result import ModelResult, tables
-from benchmarks.suites import Plan, Suite
+from benchmarks.models.result import ModelResult
+from benchmarks.models.suite import model_suite
+from benchmarks.suites import Plan
 from benchmarks.timer import Budget
 
 _DEFAULT = Selection(dtypes=("bf16", "fp32"), sparsities=(0.5, 0.7, 0.9), rows=(1, 8))
@@ -28,28 +29,19 @@ def _run(plan: Plan, say: Callable[[str], None]) -> list[ModelResult]:
     phases = [decode_phase(rows, prompts[0], each_token) for rows in selection.rows]
     phases += [prefill_phase(prompt, _QUICK_BUDGET if plan.quick else _PROMPT_BUDGET) for prompt in prompts]
     name = name_of(plan.quick)
-    results: list[ModelResult] = []
-    for dtype in selection.dtypes:
-        for sparsity in selection.sparsities:
-            subject = Subject(
-                name=name,
-                dtype=dtype,
-                sparsity=sparsity,
-                make=partial(make_llama, DTYPES[dtype], plan.quick),
-                body=BODY,
-                phases=phases,
-                compare=partial(compare, context=prompts[0], steps=tokens),
-            )
-            results += measure(subject, plan.header.threads, say)
-    return results
+
+    def subject(dtype: str, sparsity: float) -> Subject:
+        return Subject(
+            name=name,
+            dtype=dtype,
+            sparsity=sparsity,
+            make=partial(make_llama, DTYPES[dtype], plan.quick),
+            body=BODY,
+            phases=phases,
+            compare=partial(compare, context=prompts[0], steps=tokens),
+        )
+
+    return measure_each(selection, subject, plan.header.threads, say)
 
 
-SUITE = Suite(
-    summary="tokens per second and memory of a Llama of a billion parameters, dense against compressed",
-    result=ModelResult,
-    default_threads=lambda every: (every,),
-    peers=dict,
-    run=_run,
-    tables=tables,
-    fresh_memory=False,
-)
+SUITE = model_suite("tokens per second and memory of a Llama of a billion parameters, dense against compressed", _run)

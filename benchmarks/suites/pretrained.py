@@ -7,10 +7,11 @@ from collections.abc import Callable
 from functools import partial
 
 from benchmarks.cases import DTYPES, Selection
-from benchmarks.models.measure import Subject, measure
+from benchmarks.models.measure import Subject, measure_each
 from benchmarks.models.minilm import NAME, compare, encode_phase, make_minilm
-from benchmarks.models.result import ModelResult, tables
-from benchmarks.suites import Plan, Suite
+from benchmarks.models.result import ModelResult
+from benchmarks.models.suite import model_suite
+from benchmarks.suites import Plan
 from benchmarks.timer import Budget
 
 _DEFAULT = Selection(dtypes=("fp32", "bf16"), sparsities=(0.5,), rows=(1, 32))
@@ -21,28 +22,20 @@ _QUICK_BUDGET = Budget(min_rounds=2, max_rounds=2, slow_rounds=0, seconds=0.0)
 def _run(plan: Plan, say: Callable[[str], None]) -> list[ModelResult]:
     selection = plan.selection.over(_DEFAULT)
     budget = _QUICK_BUDGET if plan.quick else _BUDGET
-    results: list[ModelResult] = []
-    for dtype in selection.dtypes:
-        for sparsity in selection.sparsities:
-            subject = Subject(
-                name=NAME,
-                dtype=dtype,
-                sparsity=sparsity,
-                make=partial(make_minilm, DTYPES[dtype]),
-                body="",
-                phases=[encode_phase(rows, budget) for rows in selection.rows],
-                compare=compare,
-            )
-            results += measure(subject, plan.header.threads, say)
-    return results
+    phases = [encode_phase(rows, budget) for rows in selection.rows]
+
+    def subject(dtype: str, sparsity: float) -> Subject:
+        return Subject(
+            name=NAME,
+            dtype=dtype,
+            sparsity=sparsity,
+            make=partial(make_minilm, DTYPES[dtype]),
+            body="",
+            phases=phases,
+            compare=compare,
+        )
+
+    return measure_each(selection, subject, plan.header.threads, say)
 
 
-SUITE = Suite(
-    summary="all-MiniLM-L6-v2, pruned: embeddings, latency and memory, dense against compressed",
-    result=ModelResult,
-    default_threads=lambda every: (every,),
-    peers=dict,
-    run=_run,
-    tables=tables,
-    fresh_memory=False,
-)
+SUITE = model_suite("all-MiniLM-L6-v2, pruned: embeddings, latency and memory, dense against compressed", _run)

@@ -1,0 +1,489 @@
+"""The GPU benchmarks on a stand-in for a GPU: the same cells, checks, reports and tables, with torch's CPU ops."""
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.cases import Selection
+from benchmarks.gpu import codec, decode, linear
+from benchmarks.gpu.contest import Entrant, WrongResultError, contest, poison
+from benchmarks.gpu.decoder import TOY, State, make_decoder
+from benchmarks.gpu.dense import dense_entrants
+from benchmarks.gpu.device import CudaDevice, Hardware, Recording, reason_against
+from benchmarks.gpu.header import GpuHeader
+from benchmarks.gpu.plan import GpuPlan, microseconds
+from benchmarks.gpu.report import GPU_SUITES, GpuReport
+from benchmarks.gpu.rivals import RivalsError, load_rivals
+from benchmarks.gpu.run import GpuOrder, run_on
+from benchmarks.timer import Budget, Summary
+
+ROOT = Path(__file__).parent.parent
+ONCE = Budget(min_rounds=1, max_rounds=1, slow_rounds=1, seconds=0.0)
+
+
+class StandIn:
+    """A device whose recordings call the work again and, as graphs do, leave what it returns where it was at first."""
+
+    where = torch.device("cpu")
+    blas_libraries = ("one", "other")
+
+    def __init__(self):
+        self.timed = 0
+
+    def hardware(self):
+        return Hardware("Stand-In X100 80GB", "9.0", 132, 2**20, 2**30, "1.2.3", "13.0", "clocks.sm 1 MHz")
+
+    def milliseconds(self, work):
+        work()
+        self.timed += 1
+        return 2.0
+
+    def record(self, work):
+        result = work()
+
+        def replay():
+            for old, new in zip(tree_leaves(result), tree_leaves(work()), strict=True):
+                old.copy_(new)
+
+        return Recording(replay, result)
+
+    def peak_nbytes(self, work):
+        work()
+        return 1000
+
+    def blas(self, library):
+        assert library in self.blas_libraries
+        return nullcontext()
+
+    def release(self):
+        pass
+
+
+def header(quick=True):
+    hardware = StandIn().hardware()
+    return GpuHeader(hardware, 3000.0, 800.0, 7, quick, "0.1", "2.11", "3.12", "Linux", "abc", "2026-01-02T03:04:05")
+
+
+def plan(said, selection=None, rivals=None, seconds=1000.0):
+    return GpuPlan(
+        StandIn(), header(), selection or Selection(), time.monotonic() + seconds, said.append, rivals=rivals
+    )
+
+
+# The contest.
+
+
+def entrant(name="it", wrong=False, **kinds):
+    x = torch.ones(3)
+    calls = [lambda: x * (2.0 if wrong else 1.0), lambda: x * 5.0]
+    return Entrant(name, calls, lambda found: torch.equal(found, x), **kinds)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_contest_times_a_pass_over_all_inputs(captured):
+    device, said = StandIn(), []
+    timings = contest(device, [entrant("a", captured=captured), entrant("b")], ONCE, "cell", said.append)
+    assert {name: timing.summary.median_ms for name, timing in timings.items()} == {"a": 1.0, "b": 1.0}
+    assert timings["a"].captured is captured
+    assert device.timed == 4  # a warm-up and a round for each
+    assert said == []
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_contest_refuses_a_wrong_result(captured):
+    with pytest.raises(WrongResultError, match="it is wrong for cell"):
+        contest(StandIn(), [entrant(wrong=True, captured=captured)], ONCE, "cell", print)
+
+
+def test_contest_leaves_out_and_names_a_wrong_peer():
+    said = []
+    timings = contest(StandIn(), [entrant(), entrant("rival", wrong=True, peer=True)], ONCE, "cell", said.append)
+    assert list(timings) == ["it"]
+    assert said == ["rival left out of cell: rival is wrong for cell"]
+
+
+def test_contest_notices_what_a_replay_does_not_write():
+    class Forgetful(StandIn):
+        def record(self, work):
+            return Recording(lambda: None, work())
+
+    with pytest.raises(WrongResultError):
+        contest(Forgetful(), [entrant()], ONCE, "cell", print)
+
+
+def test_a_peer_that_cannot_be_captured_is_called():
+    class Uncapturable(StandIn):
+        def record(self, work):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    timings = contest(Uncapturable(), [entrant(peer=True)], ONCE, "cell", print)
+    assert timings["it"].captured is False
+    with pytest.raises(RuntimeError, match="capturing"):
+        contest(Uncapturable(), [entrant()], ONCE, "cell", print)
+
+
+def test_poison_reaches_every_tensor_and_every_byte():
+    whole = torch.ones(4, 6)
+    numbers, view = torch.ones(5, dtype=torch.int64), whole.T[2:]
+    poison((numbers, [view]))
+    assert (numbers == -1).all()
+    assert whole.isnan().all()
+
+
+class StandInForCuda:
+    """torch.cuda, as far as CudaDevice calls it; writes down what was called, in order."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.calls.append(name)
+
+    def current_device(self):
+        return 0
+
+    def Event(self, enable_timing):
+        assert enable_timing
+        return SimpleNamespace(record=self.note("record"), synchronize=self.note("wait"), elapsed_time=lambda end: 1.5)
+
+    def Stream(self):
+        return "stream"
+
+    def stream(self, stream):
+        assert stream == "stream"
+        return nullcontext()
+
+    def CUDAGraph(self):
+        names = ("capture_begin", "capture_end", "replay")
+        return SimpleNamespace(**{name: self.note(name) for name in names})
+
+    def get_device_properties(self, device):
+        return SimpleNamespace(
+            name="G", major=9, minor=0, multi_processor_count=2, L2_cache_size=3, total_memory=4, uuid="5"
+        )
+
+    def note(self, name):
+        return lambda: self.calls.append(name)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", StandInForCuda())
+    return torch.cuda
+
+
+def test_time_is_taken_by_events_around_the_work(cuda):
+    assert CudaDevice().milliseconds(cuda.note("work")) == 1.5
+    assert cuda.calls == ["synchronize", "_sleep", "record", "work", "record", "wait"]
+
+
+def test_work_is_captured_after_it_ran_once(cuda):
+    recording = CudaDevice().record(cuda.note("work"))
+    recording.replay()
+    once = ["synchronize", "work", "synchronize"]
+    assert cuda.calls == [*once, "capture_begin", "work", "capture_end", "replay"]
+
+
+def test_a_capture_ends_when_the_work_fails(cuda):
+    def work():
+        if "capture_begin" in cuda.calls:
+            raise RuntimeError("not while capturing")
+
+    with pytest.raises(RuntimeError, match="not while"):
+        CudaDevice().record(work)
+    assert cuda.calls[-1] == "capture_end"
+
+
+def test_hardware_without_nvidia_smi(cuda, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    found = CudaDevice().hardware()
+    assert (found.name, found.capability, found.cache_nbytes, found.driver) == ("G", "9.0", 3, "unknown")
+
+
+def test_hardware_as_nvidia_smi_tells(cuda, monkeypatch, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 580.1, 345 MHz, 3201 MHz, 1980 MHz, 3201 MHz, 700.00 W\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = CudaDevice().hardware()
+    assert found.driver == "580.1"
+    assert found.clocks.startswith("clocks.sm 345 MHz, clocks.mem 3201 MHz")
+
+
+# The suites.
+
+
+def test_codec_cells():
+    said = []
+    results = codec.run(plan(said))
+    kinds = {(result.contender, result.operation, result.captured) for result in results}
+    assert {
+        ("copy", "copy", True),
+        ("bitmask", "compress", False),
+        ("bitmask", "compress_into", True),
+        ("bitmask", "decompress", True),
+        ("torch masked_select", "compress", False),
+        ("torch masked_select", "decompress", False),
+        ("torch CSR", "compress", False),
+    } <= kinds
+    first = next(result for result in results if result.operation == "compress_into")
+    assert first.dense_nbytes == 96 * 130 * 2
+    assert first.moved_nbytes == first.dense_nbytes + first.compressed_nbytes
+    assert first.bandwidth_share == pytest.approx(first.moved_nbytes / first.summary.median_ms / 1e6 / 3000)
+    assert any("us [" in line and "of bandwidth" in line for line in said)
+
+
+def test_codec_notices_a_wrong_bit(monkeypatch):
+    right = codec.ops.compress
+
+    def wrong(dense):
+        values, bitmasks, row_offsets = right(dense)
+        return values, bitmasks ^ (torch.arange(bitmasks.numel()).view_as(bitmasks) == 5).byte(), row_offsets
+
+    calls = iter([right])  # what is expected is right, what is found is not
+    monkeypatch.setattr(codec.ops, "compress", lambda dense: next(calls, wrong)(dense))
+    monkeypatch.setattr(codec.ops, "decompress", lambda values, bitmasks, row_offsets, shape: None)
+    with pytest.raises(WrongResultError, match="compress is wrong for 96x130 bf16"):
+        codec.run(plan([]))
+
+
+def test_linear_cells():
+    said = []
+    results = linear.run(plan(said, Selection(rows=(1, 3), shapes=((40, 130),))))
+    assert {(r.contender, r.dtype, r.rows) for r in results} == {
+        (contender, dtype, rows) for contender in ("dense", "bitmask") for dtype in ("bf16", "fp32") for rows in (1, 3)
+    }
+    dense, packed = results[:2]
+    assert dense.way
+    assert dense.way.endswith((", one", ", other"))
+    assert packed.speedup == 1.0
+    assert dense.weight_nbytes == 40 * 130 * 2 > packed.weight_nbytes
+    assert packed.moved_nbytes == packed.weight_nbytes + 170 * 2
+    assert packed.layers * packed.weight_nbytes >= 2**16  # more than the cache of a quick run
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_linear_notices_one_lost_column(monkeypatch, dtype):
+    right = linear.ops.linear
+    monkeypatch.setattr(linear.ops, "linear", lambda x, *parts: right(x * (torch.arange(x.shape[1]) != 7), *parts))
+    with pytest.raises(WrongResultError, match="bitmask is wrong for 96x64"):
+        linear.run(plan([], Selection(dtypes=(dtype,), rows=(3,))))
+
+
+class Uneven(StandIn):
+    """One of the libraries is twice as fast."""
+
+    def blas(self, library):
+        self.library = library
+        return nullcontext()
+
+    def milliseconds(self, work):
+        self.library = None
+        super().milliseconds(work)
+        return 1.0 if self.library == "other" else 2.0
+
+
+def test_dense_is_the_fastest_way():
+    selection = Selection(rows=(1,), dtypes=("fp32",), shapes=((40, 130),))
+    dense, packed = linear.run(replace(plan([], selection), device=Uneven()))
+    assert dense.way.endswith(", other")
+    assert packed.speedup == 0.5
+
+
+@pytest.mark.parametrize(("rows", "ways"), [(1, 5), (3, 4)])
+def test_ways_to_multiply(rows, ways):
+    x, weight = torch.randn(rows, 16), torch.randn(8, 16)
+    entrants = dense_entrants(StandIn(), x, [weight], lambda y: True)
+    assert len({each.name for each in entrants}) == 2 * ways
+    for each in entrants:
+        torch.testing.assert_close(each.calls[0](), x @ weight.T)
+
+
+def test_rivals_are_timed_and_judged(tmp_path):
+    path = tmp_path / "rivals.py"
+    path.write_text(
+        "import torch\n"
+        "def contenders(weight, m):\n"
+        "    right = {'right': lambda x: x @ weight.T}\n"
+        "    return {**right, 'wrong': lambda x: x @ weight.T + 1} if m == 3 else {}\n"
+    )
+    said = []
+    results = linear.run(plan(said, Selection(dtypes=("fp32",), shapes=((40, 130),)), rivals=path))
+    assert [r.rows for r in results if r.contender == "right"] == [3]
+    assert "wrong left out of 40x130 fp32, 50% zeros, m = 3: wrong is wrong for 40x130 fp32, 50% zeros, m = 3" in said
+    tables = list(linear.tables(results))
+    assert tables[-1].startswith("**Beside rivals, W 40x130 fp32**")
+    assert " right |" in tables[-1]
+
+
+def test_rivals_must_be_there(tmp_path):
+    with pytest.raises(RivalsError, match="is not a Python file"):
+        load_rivals(tmp_path / "none.py")
+    path = tmp_path / "empty.py"
+    path.write_text("")
+    with pytest.raises(RivalsError, match="does not define contenders"):
+        load_rivals(path)
+
+
+def test_decode_cells():
+    said = []
+    with torch.inference_mode():
+        results = decode.run(plan(said))
+    assert [(r.contender, r.rows) for r in results] == [("dense", 1), ("bitmask", 1), ("dense", 8), ("bitmask", 8)]
+    dense, packed = results[:2]
+    assert packed.linear_nbytes < dense.linear_nbytes
+    assert packed.checkpoint_nbytes < dense.checkpoint_nbytes
+    assert 0 <= packed.difference < 0.02
+    assert packed.per_second == 500.0
+
+
+def test_decode_notices_a_wrong_product(monkeypatch):
+    right = decode.compressed_twin
+
+    def wrong(model, body):
+        twin = right(model, body)
+        layer = twin.get_submodule(body)[1].down
+        layer.weight = torch.nn.Parameter(
+            decode.BitmaskTensor.from_dense(-layer.weight.to_dense()), requires_grad=False
+        )
+        return twin
+
+    monkeypatch.setattr(decode, "compressed_twin", wrong)
+    with pytest.raises(WrongResultError, match="logits are off"), torch.inference_mode():
+        decode.run(plan([]))
+
+
+def test_decode_notices_a_weight_that_stayed_dense(monkeypatch):
+    monkeypatch.setattr(decode, "compressed_twin", lambda model, body: model)
+    with pytest.raises(WrongResultError, match="did not get compressed"), torch.inference_mode():
+        decode.run(plan([]))
+
+
+def test_the_decoder_attends_to_what_was_said():
+    """Step by step with the memory of keys and values is the whole sequence at once, causally."""
+    model = make_decoder(TOY, 12, torch.float64, 0.5, torch.device("cpu"), seed=1)
+    state = State(TOY, 2, 0, 12, model.embedding.weight, seed=2)
+    tokens = torch.randint(TOY.vocabulary, (2, 9), generator=torch.Generator().manual_seed(3))
+    logits = []
+    for place in range(tokens.shape[1]):
+        state.tokens.copy_(tokens[:, place])
+        logits.append(model(state))
+        state.advance(tokens[:, place])
+    assert int(state.position) == 9
+    expected = _at_once(model, tokens)
+    torch.testing.assert_close(torch.stack(logits, 1), expected, atol=1e-6, rtol=1e-6)
+    zeros = torch.cat([p.flatten() for p in model.blocks.parameters() if p.ndim == 2]) == 0
+    assert 0.48 < zeros.double().mean() < 0.52
+
+
+def _at_once(model, tokens):
+    """The same model over whole sequences, written anew."""
+    hidden = model.embedding(tokens)
+    batch, length = tokens.shape
+    half, group = TOY.head_size // 2, TOY.heads // TOY.key_value_heads
+    angles = torch.arange(length)[:, None].double() * 500_000.0 ** (-torch.arange(half).double() / half)
+    turn = torch.polar(torch.ones_like(angles), angles)
+
+    def rotate(heads):
+        turned = torch.complex(heads[..., :half], heads[..., half:]) * turn[:, None]
+        return torch.cat([turned.real, turned.imag], -1)
+
+    for block in model.blocks:
+        normed = block.attention_norm(hidden)
+        split = block.query_key_value(normed).view(batch, length, -1, TOY.head_size)
+        queries, keys, values = split.split([TOY.heads, TOY.key_value_heads, TOY.key_value_heads], 2)
+        keys, values = (each.repeat_interleave(group, 2).transpose(1, 2) for each in (rotate(keys), values))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            rotate(queries).transpose(1, 2), keys, values, is_causal=True
+        )
+        hidden = hidden + block.output(attended.transpose(1, 2).reshape(batch, length, -1))
+        gate, up = block.gate_up(block.perceptron_norm(hidden)).chunk(2, -1)
+        hidden = hidden + block.down(torch.nn.functional.silu(gate) * up)
+    return model.head(model.norm(hidden))
+
+
+# The whole run.
+
+
+def test_a_run_is_written_read_back_and_set_as_tables(tmp_path):
+    path, said = tmp_path / "run.json", []
+    report = run_on(StandIn(), GpuOrder((), Selection(), True, path, None), said.append)
+    assert list(report.results) == list(GPU_SUITES)
+    back = GpuReport.load(path)
+    assert (back.header, back.results) == (report.header, report.results)
+    assert back.markdown() == report.markdown()
+    text = back.markdown()
+    for part in ("Stand-In X100 80GB", "Quick sizes", "**Compress and decompress, 96x130**", "W 96x64 bf16**", "toy"):
+        assert part in text
+    assert any(line.startswith("GPU ") for line in said)
+    done = subprocess.run(
+        [sys.executable, "benchmark.py", "--table", str(path), "--dtypes", "fp32"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fp32" in done.stdout
+    assert "| bf16" not in done.stdout
+
+
+def test_a_quick_run_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu.run._RESULTS", tmp_path)
+    run_on(StandIn(), GpuOrder(("codec",), Selection(), True, None, None), lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_run_is_named_after_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu.run._RESULTS", tmp_path)
+    monkeypatch.setattr(GpuHeader, "of_this_run", lambda device, quick: header(quick=False))
+    selection = Selection(shapes=((16, 24),), dtypes=("fp32",), sparsities=(0.5,))
+    run_on(StandIn(), GpuOrder(("codec",), selection, False, None, None), lambda line: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["stand-in-x100-80gb-codec.json"]
+
+
+def test_what_there_is_no_time_for_is_named():
+    said = []
+    assert linear.run(plan(said, seconds=-1.0)) == []
+    assert said[0] == "left out, the time for this suite is up: 96x64 bf16, 50% zeros"
+
+
+def test_unknown_reports_are_refused(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"device": "cuda", "format": 1, "header": {}, "suites": {"unheard-of": []}}))
+    with pytest.raises(ValueError, match="not a benchmark report"):
+        GpuReport.load(path)
+
+
+@pytest.mark.parametrize(("milliseconds", "text"), [(0.00123, "1.2"), (0.0999, "99.9"), (0.1234, "123")])
+def test_microseconds(milliseconds, text):
+    assert microseconds(milliseconds) == text
+
+
+def test_summary_of_one_call():
+    assert Summary.of([2.0, 4.0, 6.0]).per(2) == Summary(3, 1.0, 1.5, 2.0, 2.5, 3.0)
+
+
+@pytest.mark.skipif(reason_against() is None, reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so():
+    done = subprocess.run(
+        [sys.executable, "benchmark.py", "--device", "cuda"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"benchmark.py: --device cuda: {reason_against()}\n"
+    assert done.stdout == ""

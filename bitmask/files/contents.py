@@ -8,6 +8,7 @@ which compress nothing else). No header is trusted: all that it says is checked 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -74,25 +75,36 @@ class Contents:
 
 
 class OpenFiles:
-    """Open safetensors files, each opened once."""
+    """Open safetensors files, each opened when it is first asked for."""
 
-    def __init__(self, device: str) -> None:
-        self._stack = ExitStack()
+    def __init__(self, device: str, read_ahead: bool = False) -> None:
+        """`read_ahead` has whole files read while the first of their tensors are worked on."""
         self._device = device
-        self._open: dict[Path, Any] = {}
+        self._read_ahead = read_ahead
+        self._open: dict[Path, ExitStack] = {}
+        self._handles: dict[Path, Any] = {}
 
     def __enter__(self) -> OpenFiles:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        for path in list(self._open):
+            self.close(path)
 
-    def __getitem__(self, file: Path) -> Any:
-        if file not in self._open:
-            with _named(file):
-                handle = safe_open(file, framework="pt", device=self._device)
-                self._open[file] = self._stack.enter_context(handle)
-        return self._open[file]
+    def __getitem__(self, path: Path) -> Any:
+        if path not in self._open:
+            with _named(path), ExitStack() as stack:
+                self._handles[path] = stack.enter_context(safe_open(path, framework="pt", device=self._device))
+                self._open[path] = stack.pop_all()
+            if self._read_ahead:
+                _read_ahead(path)
+        return self._handles[path]
+
+    def close(self, path: Path) -> None:
+        """Give back what is held of a file; it may be asked for again."""
+        if path in self._open:
+            self._open.pop(path).close()
+            del self._handles[path]
 
     def tensor(self, stored: Stored) -> Tensor:
         with _named(stored.file, stored.key):
@@ -115,6 +127,14 @@ class OpenFiles:
 
     def metadata(self, file: Path) -> dict[str, str]:
         return dict(self[file].metadata() or {})
+
+
+def _read_ahead(path: Path) -> None:
+    """Ask the system to begin reading a file; advice only, where there is such a thing."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        os.close(descriptor)
 
 
 @contextmanager

@@ -101,41 +101,25 @@ def _convert(
         _make_empty(target)
     with OpenFiles("cpu") as files:
         contents = read_contents(files, paths)
-        zeros = _Zeros()
+        zeros = elements = 0
         keys: dict[str, dict[str, int]] = {}
         for path in paths:
             shard = content()
             for name in tqdm(_names_in(contents, path), desc=path.name, unit="tensor", disable=not progress):
-                tensor = change(name, _dense(files, contents, name))
-                zeros.count(tensor)
-                shard.add(name, tensor)
+                shard.add(name, change(name, _dense(files, contents, name)))
             for alias, name in contents.aliases.items():
                 if _file_of(contents, name) == path:
                     shard.add_alias(alias, name)
             shard.write(target / path.name if is_directory else target)
             keys[path.name] = shard.sizes
+            counts = shard.counts
+            zeros, elements = zeros + counts[0], elements + counts[1]
+            files.close(path)
     if is_directory:
         _write_index(source, target, keys)
         _copy_the_rest(source, target, paths)
-        sparsity = zeros.fraction if config.format == BITMASK_FORMAT else 0.0
+        sparsity = zeros / elements if elements and config.format == BITMASK_FORMAT else 0.0
         _write_config(source, target, replace(config, global_sparsity=sparsity))
-
-
-@dataclass
-class _Zeros:
-    """How much of all tensors is zero."""
-
-    zeros: int = 0
-    elements: int = 0
-
-    def count(self, tensor: Tensor) -> None:
-        self.elements += tensor.numel()
-        octets = tensor.contiguous().view(-1).view(torch.uint8).view(tensor.numel(), -1) if tensor.numel() else None
-        self.zeros += 0 if octets is None else tensor.numel() - int(octets.any(dim=1).sum())
-
-    @property
-    def fraction(self) -> float:
-        return self.zeros / self.elements if self.elements else 0.0
 
 
 def _make_empty(target: Path) -> None:

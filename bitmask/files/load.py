@@ -41,7 +41,7 @@ def load_compressed(
         OSError: a file that is missing or cannot be read.
     """
     paths = shard_files(Path(path))
-    with OpenFiles(device) as files:
+    with OpenFiles(device, read_ahead=True) as files:
         contents = read_contents(files, paths)
         if compression_config is not None and compression_config.format == DENSE_FORMAT and contents.compressed:
             name = next(iter(contents.compressed))

@@ -47,6 +47,12 @@ class FileContent:
         if self._format == BITMASK_FORMAT:
             self._header[KEY_STYLE] = key_style
         self._entries: dict[str, Tensor] = {}
+        self._zeros = self._elements = 0
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many elements of the tensors are zero, and how many there are."""
+        return self._zeros, self._elements
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -76,15 +82,23 @@ class FileContent:
 
     def _compressed(self, name: str, tensor: Tensor) -> BitmaskTensor | None:
         """What to store of a tensor, or None if it is to be stored dense."""
+        given = isinstance(tensor, BitmaskTensor)
+        compressed = self._compress(tensor)
+        self._elements += tensor.numel()
+        if compressed is None:
+            return None
+        self._zeros += tensor.numel() - compressed.nnz
         if self._format == DENSE_FORMAT or (self._style == "module" and not name.endswith(WEIGHT)):
             return None
+        saves = compressed.compressed_nbytes < tensor.nbytes and compressed.sparsity >= self._min_sparsity
+        return compressed if given or saves else None
+
+    def _compress(self, tensor: Tensor) -> BitmaskTensor | None:
         if isinstance(tensor, BitmaskTensor):
             return tensor
         if tensor.dtype not in ops.DTYPES or tensor.numel() == 0 or tensor.ndim == 0:
             return None
-        compressed = BitmaskTensor.from_dense(tensor, keep_negative_zero=self._keep_negative_zero)
-        saves = compressed.compressed_nbytes < tensor.nbytes and compressed.sparsity >= self._min_sparsity
-        return compressed if saves else None
+        return BitmaskTensor.from_dense(tensor, keep_negative_zero=self._keep_negative_zero)
 
     def _add_entry(self, key: str, tensor: Tensor) -> None:
         if key in self._entries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from safetensors import SafetensorError
@@ -30,6 +31,12 @@ def parser() -> argparse.ArgumentParser:
     compress.add_argument("target")
     compress.add_argument("--min-sparsity", type=fraction, default=0.0, help="leave denser tensors as they are")
     compress.add_argument("--keep-negative-zero", action="store_true", help="bit-exact: store -0.0 too")
+    compress.add_argument(
+        "--key-style",
+        choices=("module", "parameter"),
+        default="module",
+        help='name components "layer.bitmask", or "layer.weight.bitmask" as releases up to 0.8 did',
+    )
     compress.add_argument("--prune", type=fraction, default=0.0, help="first zero this fraction of each weight")
 
     decompress = commands.add_parser("decompress", help="back to ordinary safetensors")
@@ -72,6 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
             min_sparsity=arguments.min_sparsity,
             keep_negative_zero=arguments.keep_negative_zero,
             prune=arguments.prune,
+            key_style=arguments.key_style,
             show_progress=progress,
         )
     elif arguments.command == "decompress":
@@ -87,8 +95,19 @@ def main() -> None:
     """Run; what a file or an argument has wrong is one line and exit status 1."""
     try:
         run(parser().parse_args())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        sys.exit(f"bitmask: {error}")
+        sys.exit("bitmask: " + printable(str(error)))
+
+
+def printable(text: str) -> str:
+    r"""Text whose control characters, which names in a file may have, do nothing to a terminal.
+
+    >>> printable("a\x1b[31m\n")
+    'a\\x1b[31m\\n'
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 if __name__ == "__main__":

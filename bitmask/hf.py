@@ -141,7 +141,7 @@ class BitmaskQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         """Check all headers, and learn the names under which the checkpoint stores parameters."""
         with OpenFiles("cpu") as files:
-            contents = read_contents(files, [Path(file) for file in checkpoint_files or ()])
+            contents = read_contents(files, {Path(file): () for file in checkpoint_files or ()})
         last_names = {"weight", *(name.rpartition(".")[2] for name in contents.compressed)}
         self.serialized_names = {
             name: [name, *((f"{name}.{component}" if contents.prefixed else component) for component in COMPONENTS)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,8 @@ from bitmask.reference import rows_and_columns
 COMPONENTS = ("compressed", "bitmask", "shape", "row_offsets")
 WEIGHT = ".weight"
 
-# Entries of a file's metadata.
+# Entries of a file's metadata, whose names begin alike.
+OURS = "bitmask_"
 KEY_STYLE = "bitmask_keys"  # "module" or "parameter": what P is
 VERSION = "bitmask_version"  # that wrote the file
 ALIAS = "bitmask_alias:"  # followed by another name of a tensor that is stored once
@@ -146,20 +147,26 @@ def _named(file: Path, key: str | None = None) -> Iterator[None]:
         raise FormatError(f"{file}: {f'{key}: ' if key else ''}{error}") from error
 
 
-def read_contents(files: OpenFiles, paths: Sequence[Path]) -> Contents:
-    """Sort the keys of all files into plain tensors and components of compressed ones."""
+def read_contents(files: OpenFiles, shards: Mapping[Path, Collection[str]]) -> Contents:
+    """Sort the keys of all files into plain tensors and components of compressed ones.
+
+    `shards` are the files and, for each, keys that must be in it.
+    """
     stored: dict[str, Stored] = {}
-    metadata: dict[str, str] = {}
-    for path in paths:
+    for path, promised in shards.items():
+        missing = set(promised)
         for entry in files.stored(path):
             if entry.key in stored:
                 raise entry.fault(f"is in {stored[entry.key].file} too, expected it once")
             stored[entry.key] = entry
-        metadata |= files.metadata(path)
+            missing.discard(entry.key)
+        if missing:
+            raise FormatError(f"{path}: {min(missing)}: is not there, expected it as the index says")
 
-    prefixes = _prefixes(stored)
-    parameter_style = _is_parameter_style(prefixes, metadata, paths[0] if paths else None)
-    contents = Contents(aliases=_aliases(metadata), prefixed=parameter_style)
+    metadata = {path: files.metadata(path) for path in shards}
+    prefixes = prefixes_of(stored)
+    parameter_style = _is_parameter_style(prefixes, metadata)
+    contents = Contents(prefixed=parameter_style)
     for prefix in prefixes:
         name = prefix if parameter_style else prefix + WEIGHT
         parts = {component: stored.pop(f"{prefix}.{component}", None) for component in COMPONENTS}
@@ -168,33 +175,44 @@ def read_contents(files: OpenFiles, paths: Sequence[Path]) -> Contents:
         if name in stored:
             raise stored[name].fault("is stored both dense and compressed, expected one of them")
     contents.plain = stored
-    for alias, name in contents.aliases.items():
-        if name not in contents.compressed and name not in stored:
-            raise FormatError(f"{paths[0]}: metadata {alias!r}: got the name {name!r}, which no tensor has")
+    for path in shards:
+        _add_aliases(contents, path, metadata[path])
     return contents
 
 
-def _prefixes(stored: Mapping[str, Stored]) -> list[str]:
-    """What stands before the component names, in the order of the file; `.shape` alone is an ordinary name."""
-    told = [f".{component}" for component in COMPONENTS if component != "shape"]
-    prefixes = {key.rpartition(".")[0]: None for key in stored if any(key.endswith(suffix) for suffix in told)}
-    if prefixes:  # in such a file a shape belongs to something
-        prefixes |= {key.removesuffix(".shape"): None for key in stored if key.endswith(".shape")}
+def prefixes_of(keys: Iterable[str]) -> list[str]:
+    """What stands before the component names, in the order of the keys; `.shape` alone is an ordinary name."""
+    ends = [key.rpartition(".") for key in keys]
+    prefixes = {prefix: None for prefix, dot, end in ends if dot and end in COMPONENTS and end != "shape"}
+    if prefixes:  # beside such keys a shape belongs to something
+        prefixes |= {prefix: None for prefix, dot, end in ends if dot and end == "shape"}
     return list(prefixes)
 
 
-def _is_parameter_style(prefixes: Sequence[str], metadata: Mapping[str, str], file: Path | None) -> bool:
-    """Whether prefixes are whole names of tensors; files of others do not say, but only then end any in `.weight`."""
-    told = metadata.get(KEY_STYLE)
-    if told is None:
-        return any(prefix == "weight" or prefix.endswith(WEIGHT) for prefix in prefixes)
-    if told not in ("module", "parameter"):
-        raise FormatError(f"{file}: metadata {KEY_STYLE!r}: got {told!r}, expected 'module' or 'parameter'")
-    return told == "parameter"
+def _is_parameter_style(prefixes: Iterable[str], metadata: Mapping[Path, Mapping[str, str]]) -> bool:
+    """Whether prefixes are whole names of tensors; files of others do not say, but only then do any end so."""
+    expected = ["module", "parameter"]
+    for path, entries in metadata.items():
+        told = entries.get(KEY_STYLE)
+        if told is not None:
+            if told not in expected:
+                raise FormatError(f"{path}: metadata {KEY_STYLE!r}: got {told!r}, expected {' or '.join(expected)}")
+            expected = [told]
+    if len(expected) == 1:
+        return expected == ["parameter"]
+    return any(prefix.rpartition(".")[2] in ("weight", "bias") for prefix in prefixes)
 
 
-def _aliases(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {key.removeprefix(ALIAS): name for key, name in metadata.items() if key.startswith(ALIAS)}
+def _add_aliases(contents: Contents, file: Path, metadata: Mapping[str, str]) -> None:
+    for key, name in metadata.items():
+        if not key.startswith(ALIAS):
+            continue
+        alias = key.removeprefix(ALIAS)
+        if any(alias in names for names in (contents.compressed, contents.plain, contents.aliases)):
+            raise FormatError(f"{file}: metadata {key!r}: got a name that a tensor has, expected another one")
+        if name not in contents.compressed and name not in contents.plain:
+            raise FormatError(f"{file}: metadata {key!r}: got the name {name!r}, which no tensor has")
+        contents.aliases[alias] = name
 
 
 def _complete(prefix: str, parts: Mapping[str, Stored | None]) -> dict[str, Stored]:

@@ -1,22 +1,20 @@
-"""Checkpoints converted as they lie on disk: compressed, decompressed, listed and verified, one shard at a time."""
+"""Checkpoints compressed and decompressed as they lie on disk, one shard at a time."""
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bitmask.bitmask_tensor import BitmaskTensor
-from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig
-from bitmask.files.contents import Contents, OpenFiles, read_contents, shape_of
-from bitmask.files.load import read_compressed
+from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig, quantization_of
+from bitmask.files.contents import Contents, OpenFiles, read_contents
+from bitmask.files.load import read_dense
 from bitmask.files.save import FileContent, KeyStyle
 from bitmask.files.shards import CONFIG_FILE, INDEX_FILE, read_json, shard_files, write_json
 from bitmask.ops import FormatError
@@ -24,17 +22,8 @@ from bitmask.prune import prune_by_magnitude
 
 Change = Callable[[str, Tensor], Tensor]
 
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One line of a listing; `sparsity` is None where the tensor is stored dense."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    sparsity: float | None
-    dense_nbytes: int
-    stored_nbytes: int
+# Weights in other formats, which would not be those that are converted.
+_OTHER_WEIGHTS = (".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 
 
 def compress_checkpoint(
@@ -59,7 +48,17 @@ def compress_checkpoint(
         show_progress: draw progress bars.
 
     Raises:
-        FormatError: a source that contradicts itself; FileExistsError: a target that would be mixed with other files.
+        FormatError: a source that contradicts itself, or is quantized: no loader expects bitmasks there.
+        FileExistsError: a target that would be mixed with other files.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from bitmask import save_compressed
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> save_compressed({"layer.weight": torch.eye(64)}, folder / "dense", "dense")
+    >>> compress_checkpoint(folder / "dense", folder / "small")
+    >>> (folder / "small").stat().st_size < (folder / "dense").stat().st_size / 8
+    True
     """
     if not 0 <= prune <= 1:
         raise ValueError(f"prune: got {prune}, expected 0 to 1")
@@ -68,64 +67,108 @@ def compress_checkpoint(
         weight = tensor.ndim >= 2 and tensor.is_floating_point() and name.endswith("weight")
         return prune_by_magnitude(tensor, prune) if prune > 0 and weight else tensor
 
-    def content() -> FileContent:
-        return FileContent(BITMASK_FORMAT, key_style, min_sparsity, keep_negative_zero)
+    def content(metadata: Mapping[str, str]) -> FileContent:
+        return FileContent(BITMASK_FORMAT, key_style, min_sparsity, keep_negative_zero, metadata)
 
+    _refuse_quantized(Path(source) / CONFIG_FILE)
     _convert(Path(source), Path(target), content, change, config or BitmaskConfig(), show_progress)
 
 
 def decompress_checkpoint(
     source: str | os.PathLike[str], target: str | os.PathLike[str], *, show_progress: bool = False
 ) -> None:
-    """The inverse of `compress_checkpoint`: ordinary safetensors of dense tensors, for everything that reads those."""
+    """The inverse of `compress_checkpoint`: ordinary safetensors of dense tensors, for everything that reads those.
 
-    def content() -> FileContent:
-        return FileContent(DENSE_FORMAT)
+    Raises:
+        FormatError, FileExistsError: as for `compress_checkpoint`.
+    """
+
+    def content(metadata: Mapping[str, str]) -> FileContent:
+        return FileContent(DENSE_FORMAT, metadata=metadata)
 
     _convert(
         Path(source), Path(target), content, lambda name, tensor: tensor, BitmaskConfig(DENSE_FORMAT), show_progress
     )
 
 
+def _refuse_quantized(config: Path) -> None:
+    quantization = read_json(config).get("quantization_config") if config.exists() else None
+    if isinstance(quantization, dict) and quantization_of(quantization):
+        raise FormatError(f"{config}: quantization_config: got quantization, expected none beside bitmasks")
+
+
 def _convert(
     source: Path,
     target: Path,
-    content: Callable[[], FileContent],
+    content: Callable[[Mapping[str, str]], FileContent],
     change: Change,
     config: BitmaskConfig,
     progress: bool,
 ) -> None:
-    paths = shard_files(source)
-    is_directory = source.is_dir()
-    if is_directory:
-        _make_empty(target)
-    with OpenFiles("cpu") as files:
-        contents = read_contents(files, paths)
-        zeros = elements = 0
-        keys: dict[str, dict[str, int]] = {}
-        for path in paths:
-            shard = content()
-            for name in tqdm(_names_in(contents, path), desc=path.name, unit="tensor", disable=not progress):
-                shard.add(name, change(name, _dense(files, contents, name)))
-            for alias, name in contents.aliases.items():
-                if _file_of(contents, name) == path:
-                    shard.add_alias(alias, name)
-            shard.write(target / path.name if is_directory else target)
-            keys[path.name] = shard.sizes
-            counts = shard.counts
-            zeros, elements = zeros + counts[0], elements + counts[1]
-            files.close(path)
-    if is_directory:
-        _write_index(source, target, keys)
-        _copy_the_rest(source, target, paths)
+    shards = shard_files(source)
+    if not source.is_dir():
+        _convert_shards(shards, lambda path: target, content, change, progress)
+        return
+    if target.resolve().is_relative_to(source.resolve()) and target.resolve() != source.resolve():
+        raise FileExistsError(f"{target}: is inside of {source}, expected a directory outside")
+    with _filling(target):
+        written = _convert_shards(shards, lambda path: target / path.name, content, change, progress)
+        _write_index(source, target, {path.name: shard.sizes for path, shard in written.items()})
+        _copy_the_rest(source, target, shards)
+        zeros, elements = (sum(counts) for counts in zip(*(shard.counts for shard in written.values()), strict=True))
         sparsity = zeros / elements if elements and config.format == BITMASK_FORMAT else 0.0
+        with OpenFiles("cpu") as files:
+            read_contents(files, shard_files(target))  # together the shards must make sense too
         _write_config(source, target, replace(config, global_sparsity=sparsity))
 
 
-def _make_empty(target: Path) -> None:
+@dataclass(frozen=True)
+class _Written:
+    """What is to be told of a shard."""
+
+    sizes: dict[str, int]
+    counts: tuple[int, int]
+
+
+def _convert_shards(
+    shards: Mapping[Path, Collection[str]],
+    target: Callable[[Path], Path],
+    content: Callable[[Mapping[str, str]], FileContent],
+    change: Change,
+    progress: bool,
+) -> dict[Path, _Written]:
+    """Only one shard is in memory at a time."""
+    written = {}
+    with OpenFiles("cpu") as files:
+        contents = read_contents(files, shards)
+        for path in shards:
+            shard = content(files.metadata(path))
+            for name in tqdm(_names_in(contents, path), desc=path.name, unit="tensor", disable=not progress):
+                shard.add(name, change(name, read_dense(files, contents, name)))
+            for alias, name in contents.aliases.items():
+                if _file_of(contents, name) == path:
+                    shard.add_alias(alias, name)
+            shard.write(target(path))
+            written[path] = _Written(shard.sizes, shard.counts)
+            files.close(path)
+    return written
+
+
+@contextmanager
+def _filling(target: Path) -> Iterator[None]:
+    """A directory that is empty before, and again after an error."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target}: is there already, expected an empty directory or none")
+    was_there = target.exists()
     target.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for entry in target.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if not was_there:
+            target.rmdir()
+        raise
 
 
 def _file_of(contents: Contents, name: str) -> Path:
@@ -135,12 +178,6 @@ def _file_of(contents: Contents, name: str) -> Path:
 
 def _names_in(contents: Contents, path: Path) -> list[str]:
     return [name for name in contents.names() if _file_of(contents, name) == path]
-
-
-def _dense(files: OpenFiles, contents: Contents, name: str) -> Tensor:
-    if name in contents.plain:
-        return files.tensor(contents.plain[name])
-    return read_compressed(files, contents.compressed[name]).to_dense()
 
 
 def _write_index(source: Path, target: Path, keys: dict[str, dict[str, int]]) -> None:
@@ -154,12 +191,12 @@ def _write_index(source: Path, target: Path, keys: dict[str, dict[str, int]]) ->
     write_json(target / INDEX_FILE, {"metadata": {**others, "total_size": total}, "weight_map": weight_map})
 
 
-def _copy_the_rest(source: Path, target: Path, shards: list[Path]) -> None:
-    """Tokenizer and other files; weights in other formats would not be those that were converted."""
+def _copy_the_rest(source: Path, target: Path, shards: Collection[Path]) -> None:
+    """Tokenizer and other files, but for weights and what is hidden, such as a repository's history of them."""
     done = {INDEX_FILE, CONFIG_FILE, *(path.name for path in shards)}
     for entry in sorted(source.iterdir()):
-        other_weights = entry.suffix in (".bin", ".safetensors", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-        if entry.name in done or other_weights or entry.name.endswith(".bin.index.json"):
+        other_weights = entry.suffix in _OTHER_WEIGHTS and entry.is_file()
+        if entry.name in done or other_weights or entry.name.startswith(".") or entry.name.endswith(".bin.index.json"):
             continue
         if entry.is_dir():
             shutil.copytree(entry, target / entry.name)
@@ -171,61 +208,3 @@ def _write_config(source: Path, target: Path, config: BitmaskConfig) -> None:
     """The model's config.json with what it says of sparsity replaced."""
     if (source / CONFIG_FILE).exists():
         write_json(target / CONFIG_FILE, config.in_model_config(read_json(source / CONFIG_FILE)))
-
-
-def list_checkpoint(source: str | os.PathLike[str]) -> Iterator[StoredTensor]:
-    """Name, shape and sizes of every tensor, from headers and shapes alone."""
-    with OpenFiles("cpu") as files:
-        contents = read_contents(files, shard_files(Path(source)))
-        for name, parts in contents.compressed.items():
-            shape = shape_of(files, parts)
-            values, numel = parts["compressed"], math.prod(shape)
-            sparsity = 1 - values.numel / numel if numel else 0.0
-            stored = sum(part.nbytes for part in parts.values())
-            yield StoredTensor(name, tuple(shape), values.dtype, sparsity, math.ceil(numel * values.itemsize), stored)
-        for name, plain in contents.plain.items():
-            yield StoredTensor(name, plain.sizes, plain.dtype, None, plain.nbytes, plain.nbytes)
-
-
-def verify_checkpoint(
-    source: str | os.PathLike[str], against: str | os.PathLike[str] | None = None, *, show_progress: bool = False
-) -> int:
-    """Prove every tensor of a checkpoint consistent and, given a dense one, equal to it; returns how many there are.
-
-    Raises:
-        FormatError: the first tensor that is not, or that only one of both has.
-    """
-    with OpenFiles("cpu") as files:
-        contents = read_contents(files, shard_files(Path(source)))
-        others = read_contents(files, shard_files(Path(against))) if against is not None else None
-        names = contents.names()
-        if others is not None:
-            _check_same_names(str(against), {*names, *contents.aliases}, {*others.names(), *others.aliases})
-        for name in tqdm(names, desc="Verifying", unit="tensor", disable=not show_progress):
-            dense = _dense(files, contents, name)
-            if others is not None:
-                _check_equal(name, dense, _dense(files, others, others.aliases.get(name, name)), str(against))
-    return len(names)
-
-
-def _check_same_names(against: str, names: set[str], others: set[str]) -> None:
-    for missing in sorted(others - names):
-        raise FormatError(f"{missing}: is only in {against}")
-    for extra in sorted(names - others):
-        raise FormatError(f"{extra}: is not in {against}")
-
-
-def _check_equal(name: str, tensor: Tensor, expected: Tensor, against: str) -> None:
-    kinds = [(tuple(each.shape), each.dtype) for each in (tensor, expected)]
-    if kinds[0] != kinds[1]:
-        raise FormatError(f"{name}: got shape and dtype {kinds[0]}, expected {kinds[1]} as in {against}")
-    differing = _differing(tensor, expected)
-    if differing:
-        raise FormatError(f"{name}: {differing} of {tensor.numel()} elements differ from those in {against}")
-
-
-def _differing(tensor: Tensor, expected: Tensor) -> int:
-    """Elements whose bits differ, but for zeros of either sign: what compressing them by default leaves equal."""
-    compressed = [BitmaskTensor.from_dense(each) for each in (tensor, expected)]
-    bits = [each.to_dense().view(-1).view(torch.uint8).view(tensor.numel(), -1) for each in compressed]
-    return int((bits[0] != bits[1]).any(dim=1).sum()) if tensor.numel() else 0

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.files.config import DENSE_FORMAT, BitmaskConfig
-from bitmask.files.contents import COMPONENTS, OpenFiles, Stored, read_contents, shape_of
+from bitmask.files.contents import COMPONENTS, Contents, OpenFiles, Stored, read_contents, shape_of
 from bitmask.files.shards import shard_files
 from bitmask.ops import FormatError
 from bitmask.reference import rows_and_columns
@@ -24,7 +24,7 @@ def load_compressed(
     compression_config: BitmaskConfig | None = None,
     *,
     decompress: bool = True,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     show_progress: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield names and tensors of a safetensors file, or of a directory of shards, one tensor in memory at a time.
@@ -39,10 +39,18 @@ def load_compressed(
     Raises:
         FormatError: a file that contradicts itself; names file, tensor, what was got and what was expected.
         OSError: a file that is missing or cannot be read.
+
+    >>> import tempfile
+    >>> from bitmask import save_compressed
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> save_compressed({"layer.weight": torch.eye(64)}, path)
+    >>> for name, tensor in load_compressed(path):
+    ...     print(name, torch.equal(tensor, torch.eye(64)))
+    layer.weight True
     """
-    paths = shard_files(Path(path))
-    with OpenFiles(device, read_ahead=True) as files:
-        contents = read_contents(files, paths)
+    shards = shard_files(Path(path))
+    with OpenFiles(str(torch.device(device)), read_ahead=True) as files:
+        contents = read_contents(files, shards)
         if compression_config is not None and compression_config.format == DENSE_FORMAT and contents.compressed:
             name = next(iter(contents.compressed))
             raise FormatError(f"{path}: {name}: is stored compressed, expected format {DENSE_FORMAT!r} as configured")
@@ -70,6 +78,13 @@ def load_rows(path: str | os.PathLike[str], name: str, start: int, stop: int, *,
         KeyError: no tensor of that name.
         IndexError: rows outside of the tensor.
         FormatError: a file that contradicts itself.
+
+    >>> import tempfile
+    >>> from bitmask import save_compressed
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> save_compressed({"layer.weight": torch.eye(64)}, path)
+    >>> torch.equal(load_rows(path, "layer.weight", 8, 16), torch.eye(64)[8:16])
+    True
     """
     with OpenFiles("cpu") as files:
         contents = read_contents(files, shard_files(Path(path)))
@@ -167,6 +182,13 @@ def read_compressed(files: OpenFiles, parts: Mapping[str, Stored]) -> BitmaskTen
         raise FormatError(f"{parts['compressed'].file}: {error}") from error
 
 
+def read_dense(files: OpenFiles, contents: Contents, name: str) -> Tensor:
+    """One tensor, dense however it is stored."""
+    if name in contents.plain:
+        return files.tensor(contents.plain[name])
+    return read_compressed(files, contents.compressed[name]).to_dense()
+
+
 def assemble(name: str, components: Mapping[str, Tensor]) -> BitmaskTensor:
     """The tensor of its components, proven; `row_offsets` are counted anew where they are of another meaning.
 
@@ -197,13 +219,3 @@ def assemble(name: str, components: Mapping[str, Tensor]) -> BitmaskTensor:
 
 def _exclusive_sums(counts: Tensor) -> Tensor:
     return counts.cumsum(0) - counts
-
-
-def _proven(
-    parts: Mapping[str, Stored], values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]
-) -> BitmaskTensor:
-    """`BitmaskTensor.from_parts`, whose errors name the file."""
-    try:
-        return BitmaskTensor.from_parts(values, bitmasks, row_offsets, shape)
-    except (TypeError, ValueError) as error:
-        raise parts["compressed"].fault(str(error)) from error

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm import tqdm
 
 from bitmask import ops
 from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, format_of
-from bitmask.files.contents import ALIAS, KEY_STYLE, VERSION, WEIGHT
+from bitmask.files.contents import ALIAS, COMPONENTS, KEY_STYLE, OURS, VERSION, WEIGHT, prefixes_of
 from bitmask.files.replacing import replacing
 from bitmask.ops import FormatError
 
@@ -43,15 +44,17 @@ class FileContent:
         self._style = key_style
         self._min_sparsity = min_sparsity
         self._keep_negative_zero = keep_negative_zero
-        self._header = {"format": "pt", **(metadata or {}), VERSION: version("bitmask")}
+        others = {key: text for key, text in (metadata or {}).items() if not key.startswith(OURS)}
+        self._header = {"format": "pt", **others, VERSION: version("bitmask")}
         if self._format == BITMASK_FORMAT:
             self._header[KEY_STYLE] = key_style
         self._entries: dict[str, Tensor] = {}
+        self._prefixes: set[str] = set()
         self._zeros = self._elements = 0
 
     @property
     def counts(self) -> tuple[int, int]:
-        """How many elements of the tensors are zero, and how many there are."""
+        """How many elements of the tensors are zero, and how many there are; not counted where all are stored dense."""
         return self._zeros, self._elements
 
     @property
@@ -66,10 +69,11 @@ class FileContent:
             self._add_entry(name, tensor.to_dense() if isinstance(tensor, BitmaskTensor) else tensor)
             return
         prefix = name.removesuffix(WEIGHT) if self._style == "module" else name
-        self._add_entry(f"{prefix}.compressed", compressed.values)
-        self._add_entry(f"{prefix}.bitmask", compressed.bitmasks)
-        self._add_entry(f"{prefix}.shape", torch.tensor(list(compressed.shape), dtype=torch.int64))
-        self._add_entry(f"{prefix}.row_offsets", compressed.row_offsets)
+        shape = torch.tensor(list(compressed.shape), dtype=torch.int64)
+        parts = (compressed.values, compressed.bitmasks, shape, compressed.row_offsets)
+        for component, part in zip(COMPONENTS, parts, strict=True):
+            self._add_entry(f"{prefix}.{component}", part)
+        self._prefixes.add(prefix)
 
     def add_alias(self, name: str, of: str) -> None:
         """Take in another name of a tensor."""
@@ -77,18 +81,23 @@ class FileContent:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Replace the file, whole or not at all."""
+        for prefix in prefixes_of(self._entries):
+            if prefix not in self._prefixes:
+                raise ValueError(f"{prefix}: got a tensor named like a component of it, expected none")
         with replacing(path) as temporary:
             save_file(_unshared(self._entries), temporary, self._header)
 
     def _compressed(self, name: str, tensor: Tensor) -> BitmaskTensor | None:
         """What to store of a tensor, or None if it is to be stored dense."""
+        if self._format == DENSE_FORMAT:
+            return None
         given = isinstance(tensor, BitmaskTensor)
         compressed = self._compress(tensor)
         self._elements += tensor.numel()
         if compressed is None:
             return None
         self._zeros += tensor.numel() - compressed.nnz
-        if self._format == DENSE_FORMAT or (self._style == "module" and not name.endswith(WEIGHT)):
+        if self._style == "module" and not name.endswith(WEIGHT):
             return None
         saves = compressed.compressed_nbytes < tensor.nbytes and compressed.sparsity >= self._min_sparsity
         return compressed if given or saves else None
@@ -103,7 +112,7 @@ class FileContent:
     def _add_entry(self, key: str, tensor: Tensor) -> None:
         if key in self._entries:
             raise ValueError(f"{key}: is an entry of two tensors, expected names that differ")
-        self._entries[key] = tensor.detach().to("cpu").contiguous()
+        self._entries[key] = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
 
 
 def save_compressed(
@@ -128,7 +137,7 @@ def save_compressed(
         compression_format: "sparse-bitmask", or "dense" for an ordinary file of dense tensors.
         key_style: "module" writes `layer.bitmask` for `layer.weight`, as the latest releases of compressed-tensors do,
             and compresses nothing but weights; "parameter" writes `layer.weight.bitmask`, as the early ones did. By
-            default "module", unless a BitmaskTensor has a name that does not end in `.weight`.
+            default "module", unless no name ends in `.weight`, or that of a BitmaskTensor does not.
         min_sparsity: fraction of zeros, 0 to 1, below which a tensor stays dense.
         keep_negative_zero: store -0.0, which by default comes back as +0.0.
         metadata: more text for the file's header.
@@ -137,6 +146,12 @@ def save_compressed(
     Raises:
         TypeError, ValueError: arguments of a wrong kind; FormatError: an unknown format.
         OSError: the file cannot be written; an old one is untouched then.
+
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> save_compressed({"layer.weight": torch.eye(64)}, path)
+    >>> os.path.getsize(path) < torch.eye(64).nbytes / 8
+    True
     """
     _check_tensors(tensors)
     style = key_style or _style_for(tensors)
@@ -154,7 +169,15 @@ def save_compressed(
 def save_compressed_model(
     model: nn.Module, path: str | os.PathLike[str], compression_format: str = BITMASK_FORMAT, **options: Any
 ) -> None:
-    """Write the `state_dict` of a model; options as for `save_compressed`."""
+    """Write the `state_dict` of a model; options and errors as for `save_compressed`.
+
+    >>> import tempfile
+    >>> from bitmask import load_compressed
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> save_compressed_model(nn.Sequential(nn.Linear(3, 2)), path)
+    >>> [name for name, tensor in load_compressed(path)]
+    ['0.bias', '0.weight']
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     save_compressed(model.state_dict(), path, compression_format, **options)
@@ -168,13 +191,18 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
         if tensor.is_meta:
             raise ValueError(f"{name}: got a meta tensor, expected one with data")
-        if not isinstance(tensor, BitmaskTensor) and tensor.layout is not torch.strided:
-            raise TypeError(f"{name}: got a tensor of layout {tensor.layout}, expected a dense (strided) one")
+        if isinstance(tensor, BitmaskTensor):
+            continue
+        if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+            raise TypeError(
+                f"{name}: got a {type(tensor).__name__} of layout {tensor.layout}, expected a dense (strided) tensor"
+            )
 
 
 def _style_for(tensors: Mapping[str, Tensor]) -> KeyStyle:
-    fits = all(name.endswith(WEIGHT) for name, tensor in tensors.items() if isinstance(tensor, BitmaskTensor))
-    return "module" if fits else "parameter"
+    fits = [name.endswith(WEIGHT) for name in tensors]
+    must = [fit for fit, tensor in zip(fits, tensors.values(), strict=True) if isinstance(tensor, BitmaskTensor)]
+    return "module" if any(fits) and all(must) else "parameter"
 
 
 def _identity(tensor: Tensor) -> Any:
@@ -183,7 +211,8 @@ def _identity(tensor: Tensor) -> Any:
         return id(tensor._held)
     if tensor.numel() == 0:
         return id(tensor)
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+    lazy = tensor.is_conj(), tensor.is_neg()
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, lazy
 
 
 def _unshared(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -47,33 +47,36 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def shard_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: `path` itself, or those of the directory `path`.
+def shard_files(path: Path) -> dict[Path, list[str]]:
+    """The safetensors files of a checkpoint, `path` itself or those of the directory `path`, and their indexed keys.
 
     Raises:
-        FormatError: an index that names files which are absent or not in the directory.
+        FormatError: an index that names files which are absent or not in the directory, or is not of the one file.
         OSError: nothing there.
     """
     if not path.is_dir():
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or directory")
-        return [path]
-    index = path / INDEX_FILE
+        return {path: []}
+    index, single = path / INDEX_FILE, path / SINGLE_FILE
     if index.exists():
-        return _indexed(index)
-    if (path / SINGLE_FILE).exists():
-        return [path / SINGLE_FILE]
+        shards = _indexed(index)
+        if single.exists() and single not in shards:
+            raise FormatError(f"{path}: got both {SINGLE_FILE} and {INDEX_FILE}, expected that of the latest save only")
+        return shards
+    if single.exists():
+        return {single: []}
     raise FileNotFoundError(f"{path}: got a directory without {SINGLE_FILE} and {INDEX_FILE}, expected one of them")
 
 
-def _indexed(index: Path) -> list[Path]:
+def _indexed(index: Path) -> dict[Path, list[str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index}: weight_map: got {type(weight_map).__name__}, expected an object with entries")
-    files: dict[Path, None] = {}
+    shards: dict[Path, list[str]] = {}
     for key, name in weight_map.items():
-        files[_shard(index, key, name)] = None
-    return list(files)
+        shards.setdefault(_shard(index, key, name), []).append(key)
+    return shards
 
 
 def _shard(index: Path, key: str, name: Any) -> Path:

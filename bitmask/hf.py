@@ -13,21 +13,17 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitmask.bitmask_tensor import BitmaskTensor
-from bitmask.files.config import BITMASK_24_FORMAT, BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig, quantization_of
+from bitmask.files.config import BITMASK_24_FORMAT, BITMASK_FORMAT, BitmaskConfig, quantization_of
 from bitmask.files.contents import COMPONENTS, OpenFiles, read_contents
-from bitmask.files.convert import compress_checkpoint
 from bitmask.files.load import assemble
-from bitmask.files.shards import CONFIG_FILE, INDEX_FILE, read_json, write_json
+from bitmask.files.pretrained import infer_config, with_compression
 from bitmask.linear import frozen_parameter
 from bitmask.ops import FormatError
 
@@ -111,10 +107,6 @@ class BitmaskQuantizer(HfQuantizer):
 
     requires_calibration = False
 
-    def __init__(self, quantization_config: BitmaskQuantizationConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self._names: list[str] = []
-
     def is_serializable(self) -> bool:
         """True: what is saved is dense or compressed anew."""
         return True
@@ -147,7 +139,6 @@ class BitmaskQuantizer(HfQuantizer):
             name: [name, *((f"{name}.{component}" if contents.prefixed else component) for component in COMPONENTS)]
             for name in last_names
         }
-        self._names = list(contents.compressed)
         return model
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
@@ -210,7 +201,7 @@ def _register() -> None:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = ConfigChooser
     auto.AUTO_QUANTIZER_MAPPING[_METHOD] = choose_quantizer
     PreTrainedConfig.get_config_dict = classmethod(_with_modern_place(PreTrainedConfig.get_config_dict.__func__))
-    PreTrainedModel.save_pretrained = _with_compression(PreTrainedModel.save_pretrained)
+    PreTrainedModel.save_pretrained = with_compression(PreTrainedModel.save_pretrained)
 
 
 def _with_modern_place(get_config_dict: Any) -> Any:
@@ -221,110 +212,15 @@ def _with_modern_place(get_config_dict: Any) -> Any:
         fields, unused = get_config_dict(cls, *args, **kwargs)
         early = fields.get("compression_config")
         early = early if isinstance(early, Mapping) else {}
-        if "quantization_config" not in fields and not quantization_of(early):
-            config = BitmaskConfig.from_model_config(fields)
-            if config is not None and config.format in _COMPRESSED_FORMATS:
+        sparsity = early.get("sparsity_config") or fields.get("sparsity_config")
+        is_ours = isinstance(sparsity, Mapping) and {"format", "global_sparsity"} <= sparsity.keys()
+        if is_ours and not fields.get("quantization_config") and not quantization_of(early):
+            config = BitmaskConfig.from_dict(sparsity)
+            if config.format in _COMPRESSED_FORMATS:
                 fields = config.in_model_config(fields)
         return fields, unused
 
     return wrapped
-
-
-# --------------------------------------------------------------------------------------------------------- saving
-
-
-def infer_config(model: nn.Module, compression_format: str = BITMASK_FORMAT) -> BitmaskConfig:
-    """The config that a model's weights suggest: their sparsity, and "2:4" if more than 80% of linear weights are."""
-    zeros = elements = 0
-    for parameter in model.parameters():
-        elements += parameter.numel()
-        zeros += _zeros(parameter)
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    two_four = sum(_is_two_four(weight) for weight in weights)
-    structure = "2:4" if weights and two_four > 0.8 * len(weights) else "unstructured"
-    return BitmaskConfig(compression_format, zeros / elements if elements else 0.0, structure)
-
-
-def _zeros(tensor: Tensor) -> int:
-    if isinstance(tensor, BitmaskTensor):
-        return tensor.numel() - tensor.nnz
-    return tensor.numel() - int(torch.count_nonzero(tensor.detach()))
-
-
-def _is_two_four(weight: Tensor) -> bool:
-    """Whether of every four neighbours in a row at least two are zero."""
-    dense = _dense(weight.detach())
-    if dense.shape[-1] % 4 != 0:
-        return False
-    return bool(((dense.reshape(-1, 4) == 0).sum(dim=1) >= 2).all())
-
-
-def _with_compression(save_pretrained: Any) -> Any:
-    @functools.wraps(save_pretrained)
-    def wrapped(
-        self: PreTrainedModel,
-        save_directory: str | os.PathLike[str],
-        *args: Any,
-        sparsity_config: BitmaskConfig | None = None,
-        save_compressed: bool = False,
-        skip_compression_stats: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        if not args and kwargs.get("state_dict") is None and _has_compressed(self):
-            state = self.state_dict()
-            kwargs["state_dict"] = {
-                name: tensor.to_dense() if isinstance(tensor, BitmaskTensor) else tensor
-                for name, tensor in state.items()
-            }
-        wanted = sparsity_config or (infer_config(self) if save_compressed else None)
-        if wanted is not None and wanted.format != DENSE_FORMAT:
-            if kwargs.get("push_to_hub"):
-                raise ValueError("push_to_hub: save a compressed model first, then upload the directory")
-            _save_compressed(
-                lambda directory: save_pretrained(self, directory, *args, **kwargs), Path(save_directory), wanted
-            )
-            return
-        save_pretrained(self, save_directory, *args, **kwargs)
-        if not skip_compression_stats:
-            _write_stats(self, Path(save_directory), wanted)
-
-    return wrapped
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor.to_dense() if isinstance(tensor, BitmaskTensor) else tensor
-
-
-def _has_compressed(model: nn.Module) -> bool:
-    return any(isinstance(parameter, BitmaskTensor) for parameter in model.parameters())
-
-
-def _write_stats(model: PreTrainedModel, directory: Path, config: BitmaskConfig | None) -> None:
-    """Say in config.json how sparse the dense weights are."""
-    path = directory / CONFIG_FILE
-    if path.exists():
-        write_json(path, (config or infer_config(model, DENSE_FORMAT)).in_model_config(read_json(path)))
-
-
-def _save_compressed(save_dense: Callable[[Path], None], directory: Path, config: BitmaskConfig) -> None:
-    """Save dense into a directory beside the files, compress that, and move the outcome into their place."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".bitmask.", dir=directory) as temporary:
-        dense, compressed = Path(temporary, "dense"), Path(temporary, "compressed")
-        save_dense(dense)
-        compress_checkpoint(dense, compressed, config=config)
-        shutil.rmtree(dense)
-        made = {entry.name for entry in compressed.iterdir()}
-        for stale in _weights_in(directory) - made:
-            (directory / stale).unlink()
-        for name in sorted(made, key=lambda name: name in (INDEX_FILE, CONFIG_FILE)):  # what others refer to first
-            os.replace(compressed / name, directory / name)
-
-
-def _weights_in(directory: Path) -> set[str]:
-    """Weights of an earlier save, which would otherwise be loaded instead of, or together with, the new ones."""
-    named = [*directory.glob("model*.safetensors"), directory / INDEX_FILE]
-    return {path.name for path in named if path.is_file()}
 
 
 _register()

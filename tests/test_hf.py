@@ -1,7 +1,9 @@
 """transformers: checkpoints that are compressed load as before, and save compressed."""
 
+import copy
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -177,7 +179,10 @@ def test_merged_experts(tmp_path):
     model = sparse_model(transformers.MixtralForCausalLM, config)
     model.save_pretrained(tmp_path, save_compressed=True)
     assert any("experts" in name and name.endswith("bitmask") for name in load_file(tmp_path / "model.safetensors"))
-    assert_same_weights(load(tmp_path), model)
+    loaded = load(tmp_path)
+    assert_same_weights(loaded, model)
+    loaded.save_pretrained(tmp_path / "again", save_compressed=True)
+    assert load_file(tmp_path / "again/model.safetensors").keys() == load_file(tmp_path / "model.safetensors").keys()
 
 
 # ------------------------------------------------------------------------------------------------------ early layouts
@@ -274,7 +279,7 @@ def test_weight_both_dense_and_compressed(directory):
 
 def test_a_failed_save_leaves_the_old_one(model, directory, monkeypatch):
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    monkeypatch.setattr("bitmask.hf.compress_checkpoint", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("bitmask.files.pretrained.compress_checkpoint", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.save_pretrained(directory, save_compressed=True)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
@@ -293,9 +298,59 @@ def test_shards_of_an_earlier_save_go(model, tmp_path):
     assert_same_weights(load(tmp_path), model)
 
 
-def test_push_is_refused(model, tmp_path):
-    with pytest.raises(ValueError, match="push_to_hub"):
-        model.save_pretrained(tmp_path, save_compressed=True, push_to_hub=True)
+@pytest.mark.parametrize("options", [{"push_to_hub": True}, {"variant": "fp16"}])
+def test_options_without_a_compressed_form(model, tmp_path, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        model.save_pretrained(tmp_path, save_compressed=True, **options)
+
+
+def test_dense_over_compressed(model, tmp_path):
+    """Nothing of a compressed model is left beside a dense one, in which it would be taken for missing weights."""
+    model.save_pretrained(tmp_path, save_compressed=True, max_shard_size="50KB")
+    model.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert_same_weights(load(tmp_path), model)
+
+
+def test_a_given_state_and_positional_arguments(model, directory, tmp_path):
+    loaded = load(directory)
+    loaded.save_pretrained(tmp_path / "a", True)
+    loaded.save_pretrained(tmp_path / "b", state_dict=loaded.state_dict())
+    loaded.save_pretrained(tmp_path / "c", is_main_process=False, save_compressed=True)
+    for saved in ("a", "b"):
+        assert_same_weights(load(tmp_path / saved), model)
+    assert not os.listdir(tmp_path / "c")
+
+
+def test_models_that_cannot_be_counted(model, directory, tmp_path):
+    """Saving them is as it was."""
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    model.save_pretrained(tmp_path / "a")
+    assert BitmaskConfig.from_model_config(config_of(tmp_path / "a")).format == "dense"
+    with torch.device("meta"):
+        elsewhere = transformers.LlamaForCausalLM(small_config())
+    with pytest.raises(ValueError, match="meta"):
+        bitmask.hf.infer_config(elsewhere)
+
+
+@pytest.mark.parametrize(
+    "others", [{"sparsity_config": [1]}, {"sparsity_config": {"format": "theirs"}}, {"compression_config": [2]}]
+)
+def test_configs_of_other_meaning(model, tmp_path, others):
+    model.save_pretrained(tmp_path, skip_compression_stats=True)
+    (tmp_path / "config.json").write_text(json.dumps(config_of(tmp_path) | others))
+    assert_same_weights(load(tmp_path), model)
+
+
+def test_copies_and_pickles(model, directory):
+    loaded = load(directory)
+    assert_same_weights(copy.deepcopy(loaded), model)
+    assert_same_weights(pickle.loads(pickle.dumps(loaded)), model)
+
+
+def test_head_model_of_a_base_model(model, tmp_path):
+    model.model.save_pretrained(tmp_path, save_compressed=True)
+    assert_same_weights(load(tmp_path).model, model.model)
 
 
 def test_without_transformers():

@@ -825,6 +825,7 @@ def test_wrong_arguments(path, tensors):
         (({3: torch.ones(1)},), {}, TypeError),
         (({"a": torch.ones(1, device="meta")},), {}, ValueError),
         (({"a": SPARSE.to_sparse()},), {}, TypeError),
+        (({"a": SPARSE.to(torch.complex128)},), {}, TypeError),
         ((tensors,), {"compression_format": "sparse-24-bitmask"}, FormatError),
         ((tensors,), {"compression_format": "zip"}, FormatError),
         ((tensors,), {"key_style": "other"}, ValueError),

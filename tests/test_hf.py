@@ -215,6 +215,25 @@ def test_early_checkpoints(model, tmp_path, place, every_tensor):
     assert len(compressed_names(loaded)) == 15
 
 
+def test_two_four(model, tmp_path):
+    """Which has values of two dimensions and no row offsets."""
+    model.save_pretrained(tmp_path, skip_compression_stats=True)
+    stored = load_file(tmp_path / "model.safetensors")
+    weight = torch.rand(128, 64) + 1
+    weight[:, ::2] = 0
+    values, bitmasks, _ = bitmask.compress(weight)
+    del stored[f"{NAME}.weight"]
+    parts = {"compressed": values.view(128, 32), "bitmask": bitmasks, "shape": torch.tensor([[128], [64]])}
+    stored |= {f"{NAME}.{component}": part for component, part in parts.items()}
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    sparsity = {"format": "sparse-24-bitmask", "global_sparsity": 0.5}
+    config = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
+    (tmp_path / "config.json").write_text(json.dumps(config_of(tmp_path) | {"quantization_config": config}))
+    loaded = load(tmp_path)
+    assert compressed_names(loaded) == {f"{NAME}.weight"}
+    assert torch.equal(loaded.get_parameter(f"{NAME}.weight").to_dense(), weight)
+
+
 def test_other_checkpoints_go_their_way(directory):
     """Quantized ones of compressed-tensors still ask for that library, which is not here."""
     config = config_of(directory)

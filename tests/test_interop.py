@@ -28,7 +28,11 @@ TENSORS = {
     "empty.weight": torch.zeros(8, 24),
     "full.weight": torch.ones(8, 24),
 }
-VECTORS = {"layers.0.q_proj.bias": random_numbers(40, seed=3), "norm.weight": torch.ones(70)}
+VECTORS = {
+    "layers.0.q_proj.bias": random_numbers(40, seed=3),
+    "norm.weight": torch.ones(70),
+    "off.weight": torch.zeros(70),
+}
 
 
 def run_release(version, code):

@@ -85,7 +85,10 @@ class FileContent:
             if prefix not in self._prefixes:
                 raise ValueError(f"{prefix}: got a tensor named like a component of it, expected none")
         with replacing(path) as temporary:
-            save_file(_unshared(self._entries), temporary, self._header)
+            try:
+                save_file(_unshared(self._entries), temporary, self._header)
+            except KeyError as error:
+                raise TypeError(f"{path}: got dtype {error}, which safetensors files cannot hold") from error
 
     def _compressed(self, name: str, tensor: Tensor) -> BitmaskTensor | None:
         """What to store of a tensor, or None if it is to be stored dense."""

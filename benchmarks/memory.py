@@ -4,15 +4,20 @@ import ctypes
 import gc
 import mmap
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.timer import host_milliseconds
+
 _M_TRIM_THRESHOLD = -1  # from malloc.h
 _M_MMAP_THRESHOLD = -3
 _FRESH_BLOCK_NBYTES = 256 * 1024
 _STATM = Path("/proc/self/statm")
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def map_large_blocks_afresh() -> bool:
@@ -45,3 +50,19 @@ def resident_nbytes() -> int | None:
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
     return int(_STATM.read_text().split()[1]) * mmap.PAGESIZE if _STATM.exists() else None
+
+
+def peak_growth(work: Callable[[], object]) -> tuple[float, int | None]:
+    """Milliseconds of some work, and by how many bytes the process grew at most; None where nobody says."""
+    before = resident_nbytes()
+    try:
+        _CLEAR_REFS.write_text("5")  # begins to record the peak anew
+    except OSError:
+        before = None
+    milliseconds = host_milliseconds(work)
+    return milliseconds, None if before is None else _peak_nbytes() - before
+
+
+def _peak_nbytes() -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

@@ -8,6 +8,7 @@ import bitmask.handlers as _handlers  # noqa: F401  # fills in what BitmaskTenso
 import bitmask.portable as _portable
 from bitmask._C import available_isas, get_isa, set_isa
 from bitmask.bitmask_tensor import BitmaskTensor, DecompressWarning
+from bitmask.files import BitmaskConfig, load_compressed, load_rows, save_compressed, save_compressed_model
 from bitmask.linear import BitmaskLinear
 from bitmask.models import CompressionReport, compress_, compression_report, decompress_
 from bitmask.native import build_info
@@ -19,6 +20,7 @@ _portable.register()  # after the native libraries
 __version__ = version("bitmask")
 
 __all__ = [
+    "BitmaskConfig",
     "BitmaskLinear",
     "BitmaskTensor",
     "CompressionReport",
@@ -35,5 +37,9 @@ __all__ = [
     "decompress",
     "decompress_",
     "get_isa",
+    "load_compressed",
+    "load_rows",
+    "save_compressed",
+    "save_compressed_model",
     "set_isa",
 ]

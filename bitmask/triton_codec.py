@@ -21,8 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitmask import _C
-from bitmask.ops import FormatError, _check_dense, _check_into, bitmask_sizes, check_part_sizes, check_parts
+from bitmask.ops import (
+    FormatError,
+    _check_dense,
+    _check_into,
+    bitmask_sizes,
+    check_part_sizes,
+    check_parts,
+    validate as native_validate,
+)
 from bitmask.reference import rows_and_columns
 
 _TILE_ELEMENTS = 1024
@@ -277,8 +284,8 @@ def check_shape(shape: Sequence[int]) -> None:
 def refuse(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> NoReturn:
     """Raise what the CPU op says of parts that have proven faulty; it looks at the values' number alone."""
     unread = torch.empty(values.shape, dtype=values.dtype)
-    torch.ops.bitmask.validate(unread, bitmasks.cpu(), row_offsets.cpu(), shape)
-    raise ValueError(f"{_C.INVALID}bitmasks or row_offsets: changed while they were read")
+    native_validate(unread, bitmasks.cpu(), row_offsets.cpu(), shape)
+    raise FormatError("bitmasks or row_offsets: changed while they were read")
 
 
 class _Proven(NamedTuple):

@@ -13,7 +13,7 @@ KERNEL_FILES = sorted(path for wing in ("cpu", "cuda") for path in (CSRC / wing)
 VOCABULARY_FILES = sorted([*(CSRC / "cpu").glob("simd_*.h"), *(CSRC / "cpu" / "generic").glob("*.h")])
 ISA_FILES = sorted((CSRC / "cpu").glob("isa_*.cpp"))
 TORCH_FREE_FILES = [*KERNEL_FILES, CSRC / "layout.h", CSRC / "checks.h", CSRC / "module.cpp"]
-PYTHON_FILES = sorted((ROOT / "bitmask").glob("*.py"))
+PYTHON_FILES = sorted((ROOT / "bitmask").rglob("*.py"))
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 
@@ -106,9 +106,11 @@ def package_imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module == "bitmask":
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bitmask."):
-            found.add(node.module.split(".")[1])
+            found.add(node.module.removeprefix("bitmask."))
         elif isinstance(node, ast.Import):
-            found.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("bitmask."))
+            found.update(
+                alias.name.removeprefix("bitmask.") for alias in node.names if alias.name.startswith("bitmask.")
+            )
     return found
 
 
@@ -120,7 +122,13 @@ def outside_imports(path: Path) -> set[str]:
     return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"bitmask"}
 
 
-MODULES = {path.stem: path for path in PYTHON_FILES}
+def module_of(path: Path) -> str:
+    """The name below the package; that of a folder is its __init__.py."""
+    parts = path.relative_to(ROOT / "bitmask").with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in PYTHON_FILES}
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

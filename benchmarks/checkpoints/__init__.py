@@ -1,0 +1,1 @@
+"""Checkpoints on disk: saved, loaded cold and warm, and converted, dense against compressed."""

@@ -1,0 +1,210 @@
+"""Checkpoints compressed and decompressed as they lie on disk, one shard at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig, quantization_of
+from bitmask.files.contents import Contents, OpenFiles, read_contents
+from bitmask.files.load import read_dense
+from bitmask.files.save import FileContent, KeyStyle
+from bitmask.files.shards import CONFIG_FILE, INDEX_FILE, read_json, shard_files, write_json
+from bitmask.ops import FormatError
+from bitmask.prune import prune_by_magnitude
+
+Change = Callable[[str, Tensor], Tensor]
+
+# Weights in other formats, which would not be those that are converted.
+_OTHER_WEIGHTS = (".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
+
+
+def compress_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    min_sparsity: float = 0.0,
+    keep_negative_zero: bool = False,
+    prune: float = 0.0,
+    key_style: KeyStyle = "module",
+    config: BitmaskConfig | None = None,
+    show_progress: bool = False,
+) -> None:
+    """Compress a safetensors file, or a directory of shards with its other files, into a new file or directory.
+
+    Args:
+        source: a file or a directory.
+        target: what to write; a directory must be absent or empty, a file is replaced.
+        min_sparsity, keep_negative_zero, key_style: as for `save_compressed`.
+        config: what config.json is to say, but for the sparsity, which is counted.
+        prune: set this fraction of the smallest magnitudes of each weight of two or more dimensions to zero first.
+        show_progress: draw progress bars.
+
+    Raises:
+        FormatError: a source that contradicts itself, or is quantized: no loader expects bitmasks there.
+        FileExistsError: a target that would be mixed with other files.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from bitmask import save_compressed
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> save_compressed({"layer.weight": torch.eye(64)}, folder / "dense", "dense")
+    >>> compress_checkpoint(folder / "dense", folder / "small")
+    >>> (folder / "small").stat().st_size < (folder / "dense").stat().st_size / 8
+    True
+    """
+    if not 0 <= prune <= 1:
+        raise ValueError(f"prune: got {prune}, expected 0 to 1")
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        weight = tensor.ndim >= 2 and tensor.is_floating_point() and name.endswith("weight")
+        return prune_by_magnitude(tensor, prune) if prune > 0 and weight else tensor
+
+    def content(metadata: Mapping[str, str]) -> FileContent:
+        return FileContent(BITMASK_FORMAT, key_style, min_sparsity, keep_negative_zero, metadata)
+
+    _refuse_quantized(Path(source) / CONFIG_FILE)
+    _convert(Path(source), Path(target), content, change, config or BitmaskConfig(), show_progress)
+
+
+def decompress_checkpoint(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], *, show_progress: bool = False
+) -> None:
+    """The inverse of `compress_checkpoint`: ordinary safetensors of dense tensors, for everything that reads those.
+
+    Raises:
+        FormatError, FileExistsError: as for `compress_checkpoint`.
+    """
+
+    def content(metadata: Mapping[str, str]) -> FileContent:
+        return FileContent(DENSE_FORMAT, metadata=metadata)
+
+    _convert(
+        Path(source), Path(target), content, lambda name, tensor: tensor, BitmaskConfig(DENSE_FORMAT), show_progress
+    )
+
+
+def _refuse_quantized(config: Path) -> None:
+    quantization = read_json(config).get("quantization_config") if config.exists() else None
+    if isinstance(quantization, dict) and quantization_of(quantization):
+        raise FormatError(f"{config}: quantization_config: got quantization, expected none beside bitmasks")
+
+
+def _convert(
+    source: Path,
+    target: Path,
+    content: Callable[[Mapping[str, str]], FileContent],
+    change: Change,
+    config: BitmaskConfig,
+    progress: bool,
+) -> None:
+    shards = shard_files(source)
+    if not source.is_dir():
+        _convert_shards(shards, lambda path: target, content, change, progress)
+        return
+    if target.resolve().is_relative_to(source.resolve()) and target.resolve() != source.resolve():
+        raise FileExistsError(f"{target}: is inside of {source}, expected a directory outside")
+    with _filling(target):
+        written = _convert_shards(shards, lambda path: target / path.name, content, change, progress)
+        _write_index(source, target, {path.name: shard.sizes for path, shard in written.items()})
+        _copy_the_rest(source, target, shards)
+        zeros, elements = (sum(counts) for counts in zip(*(shard.counts for shard in written.values()), strict=True))
+        sparsity = zeros / elements if elements and config.format == BITMASK_FORMAT else 0.0
+        with OpenFiles("cpu") as files:
+            read_contents(files, shard_files(target))  # together the shards must make sense too
+        _write_config(source, target, replace(config, global_sparsity=sparsity))
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What is to be told of a shard."""
+
+    sizes: dict[str, int]
+    counts: tuple[int, int]
+
+
+def _convert_shards(
+    shards: Mapping[Path, Collection[str]],
+    target: Callable[[Path], Path],
+    content: Callable[[Mapping[str, str]], FileContent],
+    change: Change,
+    progress: bool,
+) -> dict[Path, _Written]:
+    """Only one shard is in memory at a time."""
+    written = {}
+    with OpenFiles("cpu") as files:
+        contents = read_contents(files, shards)
+        for path in shards:
+            shard = content(files.metadata(path))
+            for name in tqdm(_names_in(contents, path), desc=path.name, unit="tensor", disable=not progress):
+                shard.add(name, change(name, read_dense(files, contents, name)))
+            for alias, name in contents.aliases.items():
+                if _file_of(contents, name) == path:
+                    shard.add_alias(alias, name)
+            shard.write(target(path))
+            written[path] = _Written(shard.sizes, shard.counts)
+            files.close(path)
+    return written
+
+
+@contextmanager
+def _filling(target: Path) -> Iterator[None]:
+    """A directory that is empty before, and again after an error."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target}: is there already, expected an empty directory or none")
+    was_there = target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for entry in target.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if not was_there:
+            target.rmdir()
+        raise
+
+
+def _file_of(contents: Contents, name: str) -> Path:
+    """The file that a tensor is in; of a compressed one, whose components may be spread, where its values are."""
+    return contents.plain[name].file if name in contents.plain else contents.compressed[name]["compressed"].file
+
+
+def _names_in(contents: Contents, path: Path) -> list[str]:
+    return [name for name in contents.names() if _file_of(contents, name) == path]
+
+
+def _write_index(source: Path, target: Path, keys: dict[str, dict[str, int]]) -> None:
+    """An index of the new keys, where the source has one."""
+    if not (source / INDEX_FILE).exists():
+        return
+    metadata = read_json(source / INDEX_FILE).get("metadata")
+    total = sum(size for sizes in keys.values() for size in sizes.values())
+    weight_map = {key: name for name, sizes in keys.items() for key in sizes}
+    others = metadata if isinstance(metadata, dict) else {}
+    write_json(target / INDEX_FILE, {"metadata": {**others, "total_size": total}, "weight_map": weight_map})
+
+
+def _copy_the_rest(source: Path, target: Path, shards: Collection[Path]) -> None:
+    """Tokenizer and other files, but for weights and what is hidden, such as a repository's history of them."""
+    done = {INDEX_FILE, CONFIG_FILE, *(path.name for path in shards)}
+    for entry in sorted(source.iterdir()):
+        other_weights = entry.suffix in _OTHER_WEIGHTS and entry.is_file()
+        if entry.name in done or other_weights or entry.name.startswith(".") or entry.name.endswith(".bin.index.json"):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, target / entry.name)
+        else:
+            shutil.copy2(entry, target / entry.name)
+
+
+def _write_config(source: Path, target: Path, config: BitmaskConfig) -> None:
+    """The model's config.json with what it says of sparsity replaced."""
+    if (source / CONFIG_FILE).exists():
+        write_json(target / CONFIG_FILE, config.in_model_config(read_json(source / CONFIG_FILE)))

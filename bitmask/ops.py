@@ -61,7 +61,7 @@ def _check_strided(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: got a {type(tensor).__name__}, which wraps other tensors, expected a plain tensor")
 
 
-def _check_dense(dense: Tensor) -> None:
+def check_dense(dense: Tensor) -> None:
     if not isinstance(dense, Tensor):
         raise TypeError(f"dense: got {type(dense).__name__}, expected a torch.Tensor")
     _check_strided("dense", dense)
@@ -120,12 +120,12 @@ def compress(dense: Tensor, keep_negative_zero: bool = False) -> tuple[Tensor, T
     >>> values, bitmasks.tolist(), row_offsets.tolist()
     (tensor([1., 2., 5., 3.]), [[5], [3]], [0, 2])
     """
-    _check_dense(dense)
+    check_dense(dense)
     parts: tuple[Tensor, Tensor, Tensor] = _call(torch.ops.bitmask.compress, dense, keep_negative_zero)
     return parts
 
 
-def _check_into(dense: Tensor, keep_negative_zero: bool, values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
+def check_into(dense: Tensor, keep_negative_zero: bool, values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
     """Raise what `compress_into` promises, for all that can be seen without looking at memory."""
     check_parts(values, bitmasks, row_offsets)
     if values.dtype != dense.dtype:
@@ -165,8 +165,8 @@ def compress_into(
     >>> values, bitmasks.tolist(), row_offsets.tolist()
     (tensor([1., 2., 3., 0.]), [[5], [2]], [0, 2])
     """
-    _check_dense(dense)
-    _check_into(dense, keep_negative_zero, values, bitmasks, row_offsets)
+    check_dense(dense)
+    check_into(dense, keep_negative_zero, values, bitmasks, row_offsets)
     nnz: Tensor = _call(
         torch.ops.bitmask.compress_into, dense.detach(), keep_negative_zero, values, bitmasks, row_offsets
     )
@@ -218,7 +218,7 @@ def _linear_past_autograd(*args: Any) -> Any:
         return op(*args)
 
 
-def _check_linear(
+def check_linear(
     x: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, in_features: int, bias: Tensor | None
 ) -> None:
     """Raise what `linear` promises, for all that can be seen without looking at the contents of the parts."""
@@ -282,7 +282,7 @@ def linear(
             _linear_past_autograd, x, values, bitmasks, row_offsets, in_features, bias, invalid=FormatError
         )
     except (RuntimeError, TypeError, ValueError):
-        _check_linear(x, values, bitmasks, row_offsets, in_features, bias)
+        check_linear(x, values, bitmasks, row_offsets, in_features, bias)
         raise
     return y
 
@@ -305,7 +305,7 @@ def _fake_compress(dense: Tensor, keep_negative_zero: bool) -> tuple[Tensor, Ten
 def _fake_compress_into(
     dense: Tensor, keep_negative_zero: bool, values: Tensor, bitmasks: Tensor, row_offsets: Tensor
 ) -> Tensor:
-    _check_into(dense, keep_negative_zero, values, bitmasks, row_offsets)
+    check_into(dense, keep_negative_zero, values, bitmasks, row_offsets)
     return dense.new_empty([], dtype=torch.int64)
 
 
@@ -372,7 +372,7 @@ def _decompress_backward(ctx: Any, grad_dense: Tensor) -> tuple[Tensor, None, No
 def _fake_linear(
     x: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, in_features: int, bias: Tensor | None = None
 ) -> Tensor:
-    _check_linear(x, values, bitmasks, row_offsets, in_features, bias)
+    check_linear(x, values, bitmasks, row_offsets, in_features, bias)
     return x.new_empty([*x.shape[:-1], row_offsets.shape[0]])
 
 

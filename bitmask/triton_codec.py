@@ -23,11 +23,13 @@ from torch import Tensor
 
 from bitmask.ops import (
     FormatError,
-    _check_dense,
-    _check_into,
     bitmask_sizes,
+    check_dense,
+    check_into,
     check_part_sizes,
     check_parts,
+)
+from bitmask.ops import (
     validate as native_validate,
 )
 from bitmask.reference import rows_and_columns
@@ -236,7 +238,7 @@ def _pack(dense: Tensor, bitmasks: Tensor, starts: Tensor, values: Tensor, tilin
 
 def compress(dense: Tensor, keep_negative_zero: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The op of that name."""
-    _check_dense(dense)
+    check_dense(dense)
     source, tiling = contiguous("dense", dense), Tiling.of(dense.shape)
     bitmasks = torch.empty(bitmask_sizes(dense.shape), dtype=torch.uint8, device=dense.device)
     counts = _mark(source, keep_negative_zero, bitmasks, tiling)
@@ -250,9 +252,9 @@ def compress_into(
     dense: Tensor, keep_negative_zero: bool, values: Tensor, bitmasks: Tensor, row_offsets: Tensor
 ) -> Tensor:
     """The op of that name."""
-    _check_dense(dense)
+    check_dense(dense)
     source, tiling = contiguous("dense", dense), Tiling.of(dense.shape)
-    _check_into(dense, keep_negative_zero, values, bitmasks, row_offsets)
+    check_into(dense, keep_negative_zero, values, bitmasks, row_offsets)
     _check_memory(dense=source, values=values, bitmasks=bitmasks, row_offsets=row_offsets)
     counts = _mark(source, keep_negative_zero, bitmasks, tiling)
     starts = _starts(counts)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitmask.ops import LINEAR_DTYPES, _check_linear, check_parts
+from bitmask.ops import LINEAR_DTYPES, check_linear, check_parts
 from bitmask.triton_codec import bits_of, check_shape, contiguous, decompress, launch, places_of, refuse
 
 # Rows of x up to which a tile is multiplied as it is expanded: their sums fit into registers.
@@ -110,7 +110,7 @@ def linear(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The op of that name."""
-    _check_linear(x, values, bitmasks, row_offsets, in_features, bias)
+    check_linear(x, values, bitmasks, row_offsets, in_features, bias)
     sizes = [*x.shape[:-1], row_offsets.numel()]
     check_shape(sizes)
     m = x.shape[:-1].numel()

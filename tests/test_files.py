@@ -470,6 +470,54 @@ def test_mutations(path):
     assert refused > 1000
 
 
+def mutated_field(components, numbers):
+    """The components with one field changed: an element, a length, a dtype, a rank, or the component gone."""
+    component = numbers.choice(sorted(components))
+    part = components[component]
+    kind = numbers.randrange(6)
+    changed = part.clone()
+    if kind == 0:
+        flat = changed.view(-1).view(torch.uint8)
+        flat[numbers.randrange(len(flat))] ^= 1 << numbers.randrange(8)
+    elif kind == 1:
+        changed = part[: max(len(part) - 1 - numbers.randrange(3), 0)].clone()
+    elif kind == 2:
+        changed = torch.cat([part, part[: 1 + numbers.randrange(3)]])
+    elif kind == 3:
+        wrong = [dtype for dtype in (torch.int32, torch.uint8, torch.float64, torch.int64) if dtype != part.dtype]
+        changed = part.to(numbers.choice(wrong))
+    elif kind == 4:
+        changed = numbers.choice([part.reshape(-1, 1, 1), part.unsqueeze(0), part.reshape(-1)]).clone()
+    else:
+        return {name: each for name, each in components.items() if name != component}, component, kind
+    return {**components, component: changed}, component, kind
+
+
+def test_field_mutations(path):
+    """One field of a compressed tensor changed: an error, or the identical result, but for a value's own bits."""
+    dense = random_numbers(7, 32)
+    dense[:, -1] = 1.0  # else a shape of fewer columns would fit, too
+    values, bitmasks, row_offsets = bitmask.compress(dense)
+    shape = torch.tensor(dense.shape, dtype=torch.int64)
+    whole = {"compressed": values, "bitmask": bitmasks, "shape": shape, "row_offsets": row_offsets}
+    numbers = random.Random(0)
+    refused = 0
+    for _ in range(2000):
+        components, component, kind = mutated_field(whole, numbers)
+        save_file({f"w.weight.{name}": part for name, part in components.items()} | {"b": torch.ones(2)}, path)
+        try:
+            loaded = dict(load_compressed(path))
+        except FormatError:
+            refused += 1
+            continue
+        assert loaded.keys() == {"w.weight", "b"}
+        differing = int((loaded["w.weight"].to(dense.dtype) != dense).sum())
+        # Other bits or another dtype of the values contradict nothing.
+        allowed = {0: 1, 3: dense.numel()} if component == "compressed" else {}
+        assert differing <= allowed.get(kind, 0), (component, kind)
+    assert refused > 1000
+
+
 # ------------------------------------------------------------------------------------------ shards
 
 

@@ -81,6 +81,15 @@ def decompress_checkpoint(
 
     Raises:
         FormatError, FileExistsError: as for `compress_checkpoint`.
+
+    >>> import tempfile
+    >>> from bitmask import save_compressed
+    >>> from safetensors.torch import load_file
+    >>> with tempfile.TemporaryDirectory() as name:
+    ...     save_compressed({"layer.weight": torch.eye(64)}, f"{name}/small.safetensors")
+    ...     decompress_checkpoint(f"{name}/small.safetensors", f"{name}/dense.safetensors")
+    ...     torch.equal(load_file(f"{name}/dense.safetensors")["layer.weight"], torch.eye(64))
+    True
     """
 
     def content(metadata: Mapping[str, str]) -> FileContent:

@@ -37,6 +37,13 @@ def list_checkpoint(source: str | os.PathLike[str]) -> Iterator[StoredTensor]:
 
     Raises:
         FormatError: a source that contradicts itself as far as that tells.
+
+    >>> import tempfile
+    >>> from bitmask import save_compressed
+    >>> with tempfile.TemporaryDirectory() as name:
+    ...     save_compressed({"layer.weight": torch.eye(64)}, f"{name}/small.safetensors")
+    ...     [(each.name, each.sparsity, each.dense_nbytes) for each in list_checkpoint(f"{name}/small.safetensors")]
+    [('layer.weight', 0.984375, 16384)]
     """
     with OpenFiles("cpu") as files:
         contents = read_contents(files, shard_files(Path(source)))
@@ -57,6 +64,13 @@ def verify_checkpoint(
 
     Raises:
         FormatError: the first tensor that is not, or that only one of both has.
+
+    >>> import tempfile
+    >>> from bitmask import save_compressed
+    >>> with tempfile.TemporaryDirectory() as name:
+    ...     save_compressed({"layer.weight": torch.eye(64)}, f"{name}/small.safetensors")
+    ...     verify_checkpoint(f"{name}/small.safetensors")
+    1
     """
     with OpenFiles("cpu") as files:
         contents = read_contents(files, shard_files(Path(source)))

@@ -82,7 +82,7 @@ def decompress_checkpoint(
     Raises:
         FormatError, FileExistsError: as for `compress_checkpoint`.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> from bitmask import save_compressed
     >>> from safetensors.torch import load_file
     >>> with tempfile.TemporaryDirectory() as name:

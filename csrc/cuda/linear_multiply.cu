@@ -428,11 +428,14 @@ struct Multiply {
     float (&flat)[kFragments * kTiles][4] = reinterpret_cast<float (&)[kFragments * kTiles][4]>(sums);
 #pragma unroll
     for (int i = 0; i < kFragments * kTiles; ++i) own[i * kThreads] = make_float4(flat[i][0], flat[i][1], flat[i][2], flat[i][3]);
-    __threadfence();
     __syncthreads();
-    const bool comes_last = threadIdx.x == 0 && atomicAdd(p.arrived + first, 1u) == static_cast<uint32_t>(last - first);
+    bool comes_last = false;
+    if (threadIdx.x == 0) {  // for the block: the barriers tell it what the fences order
+      __threadfence();
+      comes_last = atomicAdd(p.arrived + first, 1u) == static_cast<uint32_t>(last - first);
+      __threadfence();
+    }
     if (__syncthreads_or(comes_last) == 0) return false;
-    __threadfence();
 #pragma unroll
     for (auto& four : flat) four[0] = four[1] = four[2] = four[3] = 0;
     for (int64_t block = first; block <= last; ++block) {

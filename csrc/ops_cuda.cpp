@@ -61,7 +61,7 @@ class Launch {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // or a later call would report it again
     std::string message = std::string("bitmask: ") + op_ + ": CUDA error: " + cudaGetErrorString(error);
-    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction || error == cudaErrorUnsupportedPtxVersion) {
       message += "; bitmask was built for " BITMASK_CUDA_ARCHITECTURES ", this GPU has compute capability " +
                  std::to_string(attribute(cudaDevAttrComputeCapabilityMajor)) + "." +
                  std::to_string(attribute(cudaDevAttrComputeCapabilityMinor)) + ": build bitmask with TORCH_CUDA_ARCH_LIST set to that";

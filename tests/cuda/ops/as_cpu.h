@@ -18,6 +18,7 @@ inline __attribute__((visibility("default"))) int bitmask_twin_waits = 0;  // ca
 #define CUDART_VERSION 13000
 constexpr auto cudaErrorUnsupportedPtxVersion = static_cast<cudaError_t>(222);
 constexpr auto cudaErrorNoKernelImageForDevice = static_cast<cudaError_t>(209);
+constexpr auto cudaErrorInvalidDeviceFunction = static_cast<cudaError_t>(98);
 
 inline cudaError_t cudaSetDevice(int) {
   const int error = bitmask_twin_error;

@@ -105,7 +105,7 @@ run_extension() {
   python=$(tool PYTHON python python3)
   rm -rf "$tree"
   mkdir -p "$tree"
-  cp -r setup.py pyproject.toml README.md csrc bitmask tests "$tree"
+  cp -r setup.py pyproject.toml README.md csrc bitmask benchmarks tests "$tree"
   rm -f "$tree"/bitmask/*.so
   (cd "$tree" && BITMASK_CUDA=0 BITMASK_SANITIZE=address,undefined "$python" setup.py -q build_ext --inplace) > "$BUILD/extension.txt" 2>&1 ||
     fail "the sanitized extension does not build; see $BUILD/extension.txt"

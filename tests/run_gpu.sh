@@ -57,7 +57,7 @@ run_smoke() {
 
 # The kernels of torch and cuBLAS would take most of the time. initcheck sees them all: it must know who wrote what ours read.
 OWN_KERNELS=(--kernel-name kns=bitmask)
-run_memcheck() { sanitize oob --library -- --tool memcheck; }
+run_memcheck() { sanitize oob --cublas -- --tool memcheck; }
 run_racecheck() { sanitize race -- --tool racecheck "${OWN_KERNELS[@]}"; }
 run_initcheck() { sanitize uninit -- --tool initcheck; }
 run_synccheck() { sanitize barrier -- --tool synccheck "${OWN_KERNELS[@]}"; }

@@ -61,7 +61,7 @@ class StandIn:
         work()
         return 1000
 
-    def blas(self, library):
+    def blas(self, name):
         assert library in self.blas_libraries
         return nullcontext()
 
@@ -283,14 +283,14 @@ def test_linear_notices_one_lost_column(monkeypatch, dtype):
 class Uneven(StandIn):
     """One of the libraries is twice as fast."""
 
-    def blas(self, library):
-        self.library = library
+    def blas(self, name):
+        self.chosen = name
         return nullcontext()
 
     def milliseconds(self, work):
-        self.library = None
+        self.chosen = None
         super().milliseconds(work)
-        return 1.0 if self.library == "other" else 2.0
+        return 1.0 if self.chosen == "other" else 2.0
 
 
 def test_dense_is_the_fastest_way():

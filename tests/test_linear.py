@@ -369,8 +369,8 @@ def test_opcheck(dtype, lead, gradient):
     parts = ops.compress(random_numbers(6, 20, dtype=dtype))
     x = random_numbers(*lead, 20, density=1.0, dtype=dtype).requires_grad_(gradient)
     bias = random_numbers(6, dtype=dtype).requires_grad_(gradient)
-    torch.library.opcheck(torch.ops.bitmask.linear.default, (x, *parts, 20, bias))
-    torch.library.opcheck(torch.ops.bitmask.linear.default, (x, *parts, 20))
+    library.opcheck(torch.ops.bitmask.linear.default, (x, *parts, 20, bias))
+    library.opcheck(torch.ops.bitmask.linear.default, (x, *parts, 20))
 
 
 @pytest.fixture

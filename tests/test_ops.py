@@ -342,9 +342,9 @@ def test_opcheck(name):
     parts = [part.detach() for part in ops.compress(dense)]
     if dense.requires_grad:
         parts[0].requires_grad_()
-    torch.library.opcheck(torch.ops.bitmask.compress.default, (dense, False))
-    torch.library.opcheck(torch.ops.bitmask.decompress.default, (*parts, list(dense.shape)))
-    torch.library.opcheck(torch.ops.bitmask.validate.default, (*parts, list(dense.shape)))
+    library.opcheck(torch.ops.bitmask.compress.default, (dense, False))
+    library.opcheck(torch.ops.bitmask.decompress.default, (*parts, list(dense.shape)))
+    library.opcheck(torch.ops.bitmask.validate.default, (*parts, list(dense.shape)))
 
 
 @pytest.fixture
@@ -479,7 +479,7 @@ def test_compress_into_counts_as_writing():
 def test_compress_into_opcheck():
     dense = random_numbers(4, 20)
     _, buffers = buffers_for(dense, 40)
-    torch.library.opcheck(torch.ops.bitmask.compress_into.default, (dense, False, *buffers))
+    library.opcheck(torch.ops.bitmask.compress_into.default, (dense, False, *buffers))
 
 
 def test_compress_into_takes_no_gradient():

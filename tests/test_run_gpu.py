@@ -53,7 +53,7 @@ def test_all_phases(run, tmp_path):
     for tool in TOOLS:
         assert f"--tool {tool}" in calls
     assert calls.count("small_shapes.py") == len(TOOLS)
-    assert calls.count("small_shapes.py --library") == 1
+    assert calls.count("small_shapes.py --cublas") == 1
     assert "python benchmark.py --device cuda --json" in calls
     logs = {path.name for path in (tmp_path / "out").iterdir()}
     assert logs == {f"{name}.log" for name in ("build", "tests", "smoke", "sanitizers", "benchmark")}

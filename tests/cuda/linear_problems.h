@@ -11,6 +11,13 @@
 #include "../native/linear_calls.h"
 #include "testing.h"
 
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#include <sanitizer/asan_interface.h>
+#define BITMASK_SANITIZED 1
+#endif
+#endif
+
 namespace bitmask::testing {
 
 // A weight, x and a bias.
@@ -89,31 +96,67 @@ inline void check_answers(const LinearProblem& problem, const Bytes& y, bool bia
   check(wrong == 0, "wrong");
 }
 
+// Bars the bytes before a buffer's data, in eights, where AddressSanitizer is watching: its red zone begins before them.
+class Barrier {
+ public:
+  Barrier(const uint8_t* data, int skew) : begin_(data - (data == nullptr ? 0 : skew)), bytes_(data == nullptr ? 0 : skew / 8 * 8) {
+#if BITMASK_SANITIZED
+    __asan_poison_memory_region(begin_, static_cast<size_t>(bytes_));
+#endif
+  }
+  ~Barrier() {
+#if BITMASK_SANITIZED
+    __asan_unpoison_memory_region(begin_, static_cast<size_t>(bytes_));
+#endif
+  }
+  Barrier(const Barrier&) = delete;
+  Barrier& operator=(const Barrier&) = delete;
+
+ private:
+  [[maybe_unused]] const uint8_t* begin_;
+  [[maybe_unused]] int bytes_;
+};
+
 struct Skews {
   int values, bitmasks, x, y;  // bytes off a cache line
 };
 constexpr Skews kAligned{0, 0, 0, 0};
 
-using Launcher = cudaError_t (*)(const cuda::LinearParams&, const cuda::Device&, void*, cudaStream_t);
+// A kernel under test.
+struct LinearKernel {
+  const char* name;
+  cudaError_t (*launch)(const cuda::LinearParams&, const cuda::Device&, void*, cudaStream_t);
+  int64_t (*workspace_bytes)(const cuda::LinearParams&, const cuda::Device&);
+};
 
 // y in memory of its own; checks that nothing was written outside.
-inline Bytes run_linear(Launcher launcher, const LinearProblem& problem, const cuda::Device& device, bool biased, const Skews& skews) {
+inline Bytes run_linear(const LinearKernel& kernel, const LinearProblem& problem, const cuda::Device& device, bool biased,
+                        const Skews& skews) {
   const Weight& weight = problem.weight;
   Buffer values(weight.values, skews.values), bitmasks(weight.bitmasks, skews.bitmasks), offsets(weight.rows * 8);
   if (weight.rows > 0) std::memcpy(offsets.data(), weight.row_offsets.data(), weight.row_offsets.size() * 8);
   Buffer x(pack(problem.format(), problem.x), skews.x), bias(pack(problem.format(), problem.bias), skews.x);
   Buffer y(problem.m * weight.rows * problem.format().width, skews.y);
+  const Barrier before_values(values.data(), skews.values), before_bitmasks(bitmasks.data(), skews.bitmasks), before_x(x.data(), skews.x);
   const BitmaskMatrix w{values.data(), bitmasks.data(), reinterpret_cast<const int64_t*>(offsets.data()),
                         weight.rows,   weight.cols,     problem.values()};
   const cuda::LinearParams params{w, x.data(), biased ? bias.data() : nullptr, y.data(), problem.m, problem.dtype};
-  Buffer workspace(cuda::plan_linear(params, device).workspace_bytes);
+  Buffer workspace(kernel.workspace_bytes(params, device));
   twin::properties.multiprocessors = device.multiprocessors;
   twin::properties.shared_bytes = device.shared_bytes;
-  const cudaError_t error = launcher(params, device, workspace.data(), nullptr);
+  const cudaError_t error = kernel.launch(params, device, workspace.data(), nullptr);
   twin::properties = {};
   check(error == cudaSuccess, "returns %d", static_cast<int>(error));
   check(y.canaries_intact() && workspace.canaries_intact(), "writes outside");
   return y.bytes();
+}
+
+inline void test_kernel(const LinearKernel& kernel, const LinearProblem& problem, const cuda::Device& device, bool biased,
+                        const Skews& skews = kAligned) {
+  place = std::string(kernel.name) + " " + problem.format().name + " m " + std::to_string(problem.m) + " [" +
+          std::to_string(problem.weight.rows) + ", " + std::to_string(problem.weight.cols) + "] values " +
+          std::to_string(problem.values()) + ", " + std::to_string(device.multiprocessors) + " processors, bias " + std::to_string(biased);
+  check_answers(problem, run_linear(kernel, problem, device, biased, skews), biased);
 }
 
 template <typename T, size_t kCount>

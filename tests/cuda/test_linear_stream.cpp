@@ -15,11 +15,10 @@ constexpr int64_t kRows[] = {1, 2, 3, 7, 8, 9, 16, 33};
 constexpr int64_t kColumns[] = {0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000, 1023, 1024, 1025, 2047, 2049, 4111};
 constexpr double kDensities[] = {0, 0.02, 0.2, 0.3, 0.5, 0.9, 1};  // looked for below a quarter
 
+constexpr LinearKernel kKernel{"linear_stream", cuda::linear_stream, [](const cuda::LinearParams&, const Device&) { return int64_t{0}; }};
+
 void test_problem(const LinearProblem& problem, const Device& device, bool biased, const Skews& skews = kAligned) {
-  place = std::string("linear_stream ") + problem.format().name + " m " + std::to_string(problem.m) + " [" +
-          std::to_string(problem.weight.rows) + ", " + std::to_string(problem.weight.cols) + "] values " +
-          std::to_string(problem.values()) + ", " + std::to_string(device.multiprocessors) + " processors, bias " + std::to_string(biased);
-  check_answers(problem, run_linear(cuda::linear_stream, problem, device, biased, skews), biased);
+  test_kernel(kKernel, problem, device, biased, skews);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- products
@@ -74,7 +73,7 @@ void test_determinism(cuda::LinearDtype dtype) {
     const LinearProblem problem = make_problem(dtype, 3, 11, 5000, density, kReals);
     Bytes first;
     for_each_seed(5, [&] {
-      const Bytes y = run_linear(cuda::linear_stream, problem, kDevices[1], true, kAligned);
+      const Bytes y = run_linear(kKernel, problem, kDevices[1], true, kAligned);
       if (first.empty()) first = y;
       check(y == first, "other bits than before");
     });

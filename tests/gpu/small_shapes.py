@@ -16,7 +16,7 @@ SHAPES = [(1, 1), (5, 13), (65, 131), (33, 1025), (130, 64), (3, 5001), (2, 0), 
 CODEC_DTYPES = [torch.int8, torch.bfloat16, torch.float32, torch.float64, torch.complex128]
 LINEAR_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 65, 128]
-LIBRARY_ROWS = [700]  # for which a weight is decompressed and multiplied by cuBLAS
+CUBLAS_ROWS = [700]  # for which a weight is decompressed and multiplied by cuBLAS
 HOSTILE = [-(2**63), -1, 2**31, 2**62]
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     """Run everything; an AssertionError names what differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", help="where to run (default: cuda)")
-    parser.add_argument("--library", action="store_true", help="also what is left to cuBLAS")
+    parser.add_argument("--cublas", action="store_true", help="also what is left to cuBLAS")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.manual_seed(0)
@@ -97,8 +97,8 @@ def main() -> None:
         for dtype in CODEC_DTYPES:
             run_codec(device, dtype, shape)
         for dtype in LINEAR_DTYPES:
-            run_linear(device, dtype, shape, ROWS + (LIBRARY_ROWS if arguments.library else []))
-        if arguments.library:
+            run_linear(device, dtype, shape, ROWS + (CUBLAS_ROWS if arguments.cublas else []))
+        if arguments.cublas:
             run_linear(device, torch.float64, shape, [1, 5])
     print("small shapes: ok")
 

@@ -231,6 +231,6 @@ def test_compiled_codec(device):
 def test_opcheck(device, m):
     dense, x = random_numbers(12, 20).to(device), random_numbers(m, 20, density=1.0).to(device)
     parts = ops.compress(dense)
-    torch.library.opcheck(torch.ops.bitmask.linear.default, (x.requires_grad_(), *parts, 20))
-    torch.library.opcheck(torch.ops.bitmask.compress.default, (dense, False))
-    torch.library.opcheck(torch.ops.bitmask.decompress.default, (*parts, [12, 20]))
+    library.opcheck(torch.ops.bitmask.linear.default, (x.requires_grad_(), *parts, 20))
+    library.opcheck(torch.ops.bitmask.compress.default, (dense, False))
+    library.opcheck(torch.ops.bitmask.decompress.default, (*parts, [12, 20]))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import ISAS, assert_bits_equal, mutations, parts_are_valid, random_numbers, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import bitmask

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import mutations, parts_are_valid, random_numbers
+from torch import library
 
 from bitmask import _C, ops, reference
 

@@ -24,6 +24,7 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import bitmask

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_bits_equal, assert_parts_equal, needs_gpu, random_dense, random_numbers
 from gpu_checks import assert_is_product
-from torch import nn
+from torch import library, nn
 
 from bitmask import BitmaskLinear, BitmaskTensor, compress_, compression_report, decompress_, ops
 

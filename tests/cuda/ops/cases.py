@@ -10,7 +10,7 @@ import bitmask
 from bitmask import FormatError, ops, reference
 
 LIBRARY = ctypes.CDLL("build/cuda/ops/libops.so")
-NO_KERNEL_IMAGE, OUT_OF_RESOURCES = 209, 701
+INVALID_DEVICE_FUNCTION, NO_KERNEL_IMAGE, OUT_OF_RESOURCES = 98, 209, 701
 
 
 def said(name: str) -> ctypes.c_int:
@@ -141,11 +141,12 @@ def test_weight_in_parts():
 
 def test_errors_of_the_gpu():
     dense = sparse(30, 70)
-    said("error").value = NO_KERNEL_IMAGE
-    with pytest.raises(
-        RuntimeError, match=r"compress: CUDA error: .*built for the twin.*capability.*TORCH_CUDA_ARCH_LIST"
-    ):
-        ops.compress(dense)
+    for unsupported in (NO_KERNEL_IMAGE, INVALID_DEVICE_FUNCTION):
+        said("error").value = unsupported
+        with pytest.raises(
+            RuntimeError, match=r"compress: CUDA error: .*built for the twin.*capability.*TORCH_CUDA_ARCH_LIST"
+        ):
+            ops.compress(dense)
     said("error").value = OUT_OF_RESOURCES
     with pytest.raises(RuntimeError, match=r"compress: CUDA error: cudaErrorLaunchOutOfResources$"):
         ops.compress(dense)

@@ -38,4 +38,18 @@ struct BitmaskMatrix {
   int64_t nnz;
 };
 
+// A block-sparse [rows, cols] weight, as kernels walk it: line by line, a line being the kept blocks of one block row or, transposed, of
+// one block column. Unlike a bitmask it is proven before a kernel sees it: indices are copies that nobody else writes to.
+struct BlockMatrix {
+  const void* values;  // [blocks][block_rows][block_cols]
+  int64_t rows;        // of W; the last block row may reach past them, with elements that count for nothing
+  int64_t cols;        // the same
+  int64_t block_rows;
+  int64_t block_cols;
+  const int64_t* line_starts;  // [lines + 1]: the first block of each line, as torch's crow_indices or ccol_indices
+  const int64_t* positions;    // [blocks]: the block column (transposed: block row) of each block, ascending in each line
+  const int64_t* lines;        // [blocks]: the line of each block
+  const int64_t* order;        // [blocks]: where each block lies in values; null where they lie in the order of the lines
+};
+
 }  // namespace bitmask

@@ -11,6 +11,10 @@ namespace {
 #include "generic/linear_stream.h"
 #include "generic/linear_multiply.h"
 #include "generic/linear_gradient.h"
+#include "generic/block_tiles.h"
+#include "generic/block_stream.h"
+#include "generic/block_multiply.h"
+#include "generic/block_sample.h"
 #include "generic/table.h"
 constexpr Kernels kTable =
     make_kernels<PortableLanes<Float32Element>, PortableLanes<Bfloat16Element>, PortableLanes<Float16Element>>("scalar");

@@ -57,6 +57,41 @@ struct LinearKernels {
                                  void* scratch);
 };
 
+// Products with a block-sparse W [rows, cols] for one dtype. What is multiplied with W is repacked first, once for all blocks that meet it;
+// how, only the kernels know. Bytes of packed memory are those of whole cache lines; it is aligned to one, and may be null if there are
+// none.
+struct BlockKernels {
+  // y = x W^T + bias, x [m, cols], y [m, rows], for few rows of x: bound by the bytes of W. Does the lines [begin, end), which are block
+  // rows, for m <= streaming_rows. `bias` [rows] may be null.
+  int64_t streaming_rows;
+  int64_t (*rows_bytes)(int64_t m, int64_t cols, int64_t block_cols);
+  void (*pack_rows)(const void* x, int64_t m, int64_t cols, int64_t block_cols, void* rows);
+  void (*stream)(const BlockMatrix& w, int64_t begin, int64_t end, const void* rows, int64_t m, const void* bias, void* y, void* scratch);
+
+  // The same for more rows of x, m <= most_rows; and y = g W, g [m, rows], y [m, cols], where lines are block columns. Rows are packed by
+  // tiles of tile_rows: those from row i on, i a multiple of tile_rows, begin tiles_bytes(i, cols) bytes after the first.
+  int64_t tile_rows;
+  int64_t most_rows;  // a multiple of tile_rows
+  int64_t (*tiles_bytes)(int64_t m, int64_t cols);
+  void (*pack_tiles)(const void* x, int64_t m, int64_t cols, void* tiles);
+  void (*multiply)(const BlockMatrix& w, int64_t begin, int64_t end, const void* tiles, int64_t m, const void* bias, void* y,
+                   void* scratch);
+  void (*multiply_transposed)(const BlockMatrix& w, int64_t begin, int64_t end, const void* tiles, int64_t m, void* y, void* scratch);
+
+  // The kept blocks [begin, end) of g^T x, g [m, rows], x [m, cols], m <= sampled_rows: adds to `earlier`, sums of earlier rows (null:
+  // none), and writes `sums` or, if that is null, rounded elements to `values`, zero where a block reaches past W. All three are
+  // [blocks][block_rows][block_cols] in the order of the lines, which are block rows. pack_columns packs the blocks [first, last) of
+  // columns of x or g, each as wide as the blocks of W are in that direction.
+  int64_t sampled_rows;
+  int64_t (*columns_bytes)(int64_t m, int64_t cols, int64_t block);
+  void (*pack_columns)(const void* x, int64_t m, int64_t cols, int64_t block, int64_t first, int64_t last, void* columns);
+  void (*sample)(const BlockMatrix& w, int64_t begin, int64_t end, const void* g_columns, const void* x_columns, int64_t m,
+                 const void* earlier, void* sums, void* values, void* scratch);
+
+  int64_t sum_bytes;      // of one unrounded element
+  int64_t scratch_bytes;  // of a call of stream, multiply, multiply_transposed or sample, aligned to a cache line
+};
+
 // Dtypes that have linear kernels, in the order of Kernels::linear.
 enum LinearDtype { kFloat32, kBfloat16, kFloat16, kFloat64, kLinearDtypes };
 
@@ -64,6 +99,7 @@ struct Kernels {
   const char* isa;
   CodecKernels codec[kWidths];  // indexed by log2 of the element width in bytes
   LinearKernels linear[kLinearDtypes];
+  BlockKernels block[kLinearDtypes];
 
   // Set bits in `bytes` bytes.
   int64_t (*count_bits)(const uint8_t* bits, int64_t bytes);

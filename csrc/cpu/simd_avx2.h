@@ -124,6 +124,8 @@ struct Float32Operands {
   static constexpr int kPanelRows = 6;
   static constexpr int kStreamedRows = 4;
   static constexpr int kStreamSums = 4;
+  static constexpr int kMicroRows = 4;
+  static constexpr int kMicroVectors = 3;
 
   static Lanes load(const uint8_t* src) { return _mm256_loadu_ps(reinterpret_cast<const float*>(src)); }
   static void store(Lanes lanes, uint8_t* dst) { _mm256_storeu_ps(reinterpret_cast<float*>(dst), lanes); }

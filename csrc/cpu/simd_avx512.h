@@ -98,6 +98,8 @@ struct Float32Sums {
   static constexpr int kPanelRows = 12;
   static constexpr int kStreamedRows = 8;
   static constexpr int kStreamSums = 16;
+  static constexpr int kMicroRows = 8;
+  static constexpr int kMicroVectors = 3;
 
   static Sums zero() { return _mm512_setzero_ps(); }
   static Sums add(Sums a, Sums b) { return _mm512_add_ps(a, b); }

@@ -8,6 +8,7 @@
 //   L::kPanelRows       rows of x whose sums fill the registers in multiply: kPanelRows * 2 accumulators and a few operands
 //   L::kStreamedRows    the most rows of x that stream takes
 //   L::kStreamSums      sums of products of rows of W and x that stream keeps side by side, to share what it loads of x
+//   L::kMicroRows, kMicroVectors   sums that fill the registers in the block-sparse products (block_tiles.h)
 //   L::Lanes, L::Sums   vectors of lanes and of sums
 //   L::expand(src, mask, lanes)    the group of 64 columns that `mask` spreads out of the packed elements at src -> src past those taken;
 //                                  may read 64 elements
@@ -34,6 +35,8 @@ struct PortableLanes {
   static constexpr int kPanelRows = 6;
   static constexpr int kStreamedRows = 4;
   static constexpr int kStreamSums = 4;
+  static constexpr int kMicroRows = 4;
+  static constexpr int kMicroVectors = 2;
   static constexpr int kVectors = kGroup / kLanes;
   typedef Sum Sums __attribute__((vector_size(16)));
   using Lanes = Sums;

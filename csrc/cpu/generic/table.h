@@ -26,6 +26,28 @@ constexpr LinearKernels linear_kernels() {
   return kernels;
 }
 
+template <class L>
+constexpr BlockKernels block_kernels() {
+  BlockKernels kernels{};
+  kernels.streaming_rows = kBlockStreamedRows;
+  kernels.rows_bytes = block_rows_bytes<L>;
+  kernels.pack_rows = block_pack_rows<L>;
+  kernels.stream = block_stream<L>;
+  kernels.tile_rows = kBlockTileRows<L>;
+  kernels.most_rows = kBlockMostRows<L>;
+  kernels.tiles_bytes = block_tiles_bytes<L>;
+  kernels.pack_tiles = block_pack_tiles<L>;
+  kernels.multiply = block_multiply<L>;
+  kernels.multiply_transposed = block_multiply_transposed<L>;
+  kernels.sampled_rows = kBlockSampledRows;
+  kernels.columns_bytes = block_columns_bytes<L>;
+  kernels.pack_columns = block_pack_columns<L>;
+  kernels.sample = block_sample<L>;
+  kernels.sum_bytes = sizeof(typename L::Sum);
+  kernels.scratch_bytes = kBlockScratchBytes<L>;
+  return kernels;
+}
+
 // F32, BF16, F16  how this instruction set multiplies each dtype (lanes.h says what such a type holds)
 // GradientBF16    the same for gradients: one column in each lane
 template <class F32, class BF16, class F16, class GradientBF16 = BF16>
@@ -34,6 +56,7 @@ constexpr Kernels make_kernels(const char* isa) {
       isa,
       {codec_kernels<1>(), codec_kernels<2>(), codec_kernels<4>(), codec_kernels<8>(), codec_kernels<16>()},
       {linear_kernels<F32>(), linear_kernels<BF16, GradientBF16>(), linear_kernels<F16>(), linear_kernels<PortableLanes<Float64Element>>()},
+      {block_kernels<F32>(), block_kernels<BF16>(), block_kernels<F16>(), block_kernels<PortableLanes<Float64Element>>()},
       count_bits,
       first_faulty_row};
 }

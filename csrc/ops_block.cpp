@@ -314,13 +314,16 @@ std::tuple<Tensor, Tensor, Tensor> bsr_transpose(const Tensor& crow_indices, con
   check_vector("col_indices", col_indices.sizes(), 0);
   const int64_t blocks = col_indices.size(0);
   const BlockIndex index = index_of(kByRow, crow_indices, crow_indices.size(0) - 1, col_indices, blocks, block_cols);
-  const auto copy = [](const std::vector<int64_t>& entries) {
-    const Tensor tensor = empty(std::vector<int64_t>{static_cast<int64_t>(entries.size())}, aoti_torch_dtype_int64());
-    std::copy(entries.begin(), entries.end(), static_cast<int64_t*>(tensor.mutable_data_ptr()));
-    return tensor;
-  };
+  const auto entries = [](int64_t count) { return empty(std::vector<int64_t>{count}, aoti_torch_dtype_int64()); };
+  const Tensor ccol_indices = entries(block_cols + 1), row_indices = entries(blocks), order = entries(blocks);
   const BlockIndex transposed = transpose(index, block_cols);
-  return {copy(transposed.line_starts), copy(transposed.positions), copy(transposed.order)};
+  const auto copy = [](const std::vector<int64_t>& from, const Tensor& to) {
+    std::copy(from.begin(), from.end(), static_cast<int64_t*>(to.mutable_data_ptr()));
+  };
+  copy(transposed.line_starts, ccol_indices);
+  copy(transposed.positions, row_indices);
+  copy(transposed.order, order);
+  return {ccol_indices, row_indices, order};
 }
 
 }  // namespace

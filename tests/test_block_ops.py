@@ -593,15 +593,11 @@ BY_COLUMN = [
 ]
 
 
-def bad_contents():
-    for change, message in BAD_ROWS:
-        for function in BY_ROW:
-            yield function, change, message
-    for change, message in BY_COLUMN:
-        yield bsr_linear_backward_input, change, message
+BAD_CONTENTS = [(function, change, message) for change, message in BAD_ROWS for function in BY_ROW]
+BAD_CONTENTS += [(bsr_linear_backward_input, change, message) for change, message in BY_COLUMN]
 
 
-@pytest.mark.parametrize(("function", "change", "message"), bad_contents())
+@pytest.mark.parametrize(("function", "change", "message"), BAD_CONTENTS)
 def test_contents_that_contradict_themselves(function, change, message):
     with pytest.raises(FormatError, match=message):
         function(**change(arguments()[function]))
@@ -630,8 +626,7 @@ def test_transposed_index_of_another_weight(name):
 LINEAR, TO_X, TO_VALUES = bsr_linear, bsr_linear_backward_input, bsr_linear_backward_values
 WIDE, COLUMNS, ROWS = torch.ones(2, 3, 4, 5), torch.zeros(4).long(), torch.zeros(4).long()
 BAD_ARGUMENTS = [
-    (LINEAR, with_argument(x=torch.ones(2, 72)), None, None),
-    (LINEAR, with_argument(x=torch.ones(2, 73)), FormatError, "ccol_indices: got size .*, expected .5."),
+    (LINEAR, with_argument(x=torch.ones(2, 73)), FormatError, r"ccol_indices: got size \[4\], expected \[5\]"),
     (LINEAR, with_argument(x=torch.ones(())), ValueError, r"x: got size \[\], expected \[..., in_features\]"),
     (
         LINEAR,
@@ -689,7 +684,7 @@ BAD_ARGUMENTS = [
     (LINEAR, with_argument(transposed=(ROWS, None, None)), ValueError, "got ccol_indices alone, expected all or none"),
     (LINEAR, with_argument(transposed=(ROWS.int(),) * 3), TypeError, "ccol_indices: got dtype torch.int32"),
     (LINEAR, with_argument(transposed=(ROWS,) * 3), FormatError, r"row_indices: got size \[4\], expected \[5\]"),
-    (TO_X, with_argument(grad=torch.ones(2, 65)), FormatError, None),
+    (TO_X, with_argument(grad=torch.ones(2, 48)), FormatError, r"row_indices\[.\]: got 3, expected .* less than 3"),
     (TO_X, with_argument(grad=torch.ones(())), ValueError, r"grad: got size \[\], expected \[..., out_features\]"),
     (
         TO_X,
@@ -760,9 +755,6 @@ BAD_ARGUMENTS = [
 @pytest.mark.parametrize(("function", "change", "error", "message"), BAD_ARGUMENTS)
 def test_bad_arguments(function, change, error, message):
     args = change(arguments()[function])
-    if error is None:
-        function(**args)
-        return
     with pytest.raises(error, match=message):
         function(**args)
 
@@ -772,7 +764,7 @@ def test_kernels_are_for_cpus():
         with FakeTensorMode():
             there = {name: move(arg) for name, arg in args.items()}
             with pytest.raises(
-                NotImplementedError, match="got device cuda:0, expected cpu: .* no block-sparse kernels"
+                NotImplementedError, match="got device cuda:0, expected cpu: bitmask has no block-sparse kernels"
             ):
                 function(**there)
 
@@ -786,10 +778,7 @@ def move(arg):
 
 def test_native_ops_by_themselves_refuse_the_same():
     """Whoever goes past the functions of this package gets an exception as well, whatever its kind."""
-    bad = [case for case in BAD_ARGUMENTS if case[2] is not None] + [
-        (*case[:2], None, case[2]) for case in bad_contents()
-    ]
-    for function, change, *_ in bad:
+    for function, change, *_ in [*BAD_ARGUMENTS, *BAD_CONTENTS]:
         args = change(arguments()[function])
         transposed = args.pop("transposed", None)
         if isinstance(transposed, tuple) and len(transposed) == 3:
@@ -814,7 +803,7 @@ def test_sizes_at_which_nothing_may_be_allocated():
     none = torch.zeros(0, dtype=torch.int64)
     huge, values = 1 << 60, torch.ones(0, 1 << 28, 1)
     starts = torch.zeros(1, dtype=torch.int64).expand((1 << 32) + 1)
-    with pytest.raises(RuntimeError, match="cannot copy crow_indices of size|cannot allocate"):
+    with pytest.raises(RuntimeError, match=r"cannot copy crow_indices of size"):
         bsr_linear(torch.ones(0, 3), values[:, :1], starts.expand((1 << 32) + 1), none, 1 << 32)
     assert bsr_linear(torch.empty(0, huge), torch.ones(0, 4, 1), torch.zeros(3).long(), none, 8).shape == (0, 8)
     transposed = ops_block.TransposedIndex(torch.zeros(3).long(), none, none)
@@ -861,7 +850,7 @@ def mutate(blocks, randint):
 def test_changed_indices_are_refused_or_multiply_as_the_reference_does(isa, block_shape, m):
     generator = torch.Generator().manual_seed(m)
     whole = random_blocks(5 * block_shape[0], 4 * block_shape[1], block_shape).with_padding(0.0)
-    refused, tries = 0, 150
+    refused, tries = 0, 60
     for _ in range(tries):
         blocks = mutate(whole, lambda limit: int(torch.randint(limit, (), generator=generator)))
         n, k = blocks.shape
@@ -877,10 +866,9 @@ def test_changed_indices_are_refused_or_multiply_as_the_reference_does(isa, bloc
         if len(blocks.col_indices) == len(blocks.values):
             with pytest.raises(FormatError):
                 bsr_linear_backward_values(grad, x, *blocks.index, block_shape)
+            # The transposed weight, with the same mistake.
+            transposed = ops_block.TransposedIndex(*blocks.index, torch.arange(len(blocks.values)))
             with pytest.raises(FormatError):
-                # The index of the transposed weight, with the same mistake.
-                order = torch.arange(len(blocks.values))
-                transposed = ops_block.TransposedIndex(*blocks.index, order)
                 bsr_linear_backward_input(x, blocks.values.transpose(1, 2), transposed, n)
     assert 0 < refused < tries
 

@@ -13,6 +13,11 @@ struct Bfloat16PairLanes : Float32Sums {
 
   static Lanes load(const uint8_t* src) { return _mm512_loadu_si512(src); }
   static void store(Lanes lanes, uint8_t* dst) { _mm512_storeu_si512(dst, lanes); }
+  static Lanes load_rows(const uint8_t* src, int64_t stride) {
+    const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)));
+    const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + stride)));
+    return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+  }
   static Lanes broadcast(const uint8_t* src) { return _mm512_set1_epi32(load_as<int32_t>(src)); }
   static Sums multiply_add(Lanes a, Lanes b, Sums sums) {
 #if defined(__clang__)  // clang 16 crashes on the type that the intrinsic takes

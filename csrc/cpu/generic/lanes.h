@@ -13,6 +13,7 @@
 //   L::expand(src, mask, lanes)    the group of 64 columns that `mask` spreads out of the packed elements at src -> src past those taken;
 //                                  may read 64 elements
 //   L::load, store, broadcast      lanes in memory
+//   L::load_rows(src, stride)      kLanes elements of each of kDepth rows, `stride` bytes apart, a lane holding one of each row
 //   L::multiply_add(a, b, sums)    sums + a * b, lane by lane
 //   L::zero, add, reduce, load_sums, store_sums
 //   L::round(sums, dst)            kLanes elements, rounded to nearest, ties to even
@@ -50,6 +51,11 @@ struct PortableLanes {
 
   static Lanes load(const uint8_t* src) { return load_as<Lanes>(src); }
   static void store(Lanes lanes, uint8_t* dst) { store_as(lanes, dst); }
+  static Lanes load_rows(const uint8_t* src, int64_t) {
+    Lanes lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = Element::widen(src + i * Element::kWidth);
+    return lanes;
+  }
   static Lanes broadcast(const uint8_t* src) {
     Lanes lanes;
     for (int i = 0; i < kLanes; ++i) lanes[i] = load_as<Sum>(src);

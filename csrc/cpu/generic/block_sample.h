@@ -1,153 +1,230 @@
 // The kept blocks of g^T x, the gradient of a block-sparse W: bound by arithmetic. Rows of g and x are what is summed over, so they are the
 // lanes, kDepth rows in each.
 //
-//   columns  [strips][lanes][columns of the strip]    g and x, packed alike: a block of columns is cut into strips, the last of which may
-//                                                     be narrower
-//   tile     a strip of g x a strip of x, some lanes at a time: they stay in the first cache while every row of sums meets them
+//   columns  [strips][lanes][columns of the strip]    g and x alike: a block of columns is cut into strips, the last perhaps narrower
+//   tile     what a strip of g and one of x make of a block: kSampledLanes lanes of both stay in the first cache, while rows of sums that
+//            the registers hold go over them
 //
-// Vectors and rows of sums may reach past a narrow strip. What they read there are lanes of what is packed behind it; the sums are dropped.
+// Vectors and rows of sums may reach past a strip. What they read there are lanes of what is packed behind it, and their sums are dropped.
+
+constexpr int kSampledVectors = 2;      // of a strip
+constexpr int64_t kSampledLanes = 128;  // multiplied at a time
+
+// Rows whose packed lanes a call takes. More would give sums fewer detours through memory, but packed columns more of it.
+template <class L>
+constexpr int64_t kBlockSampledRows = 1024 * L::kDepth;
 
 template <class L>
-constexpr int kSampledVectors = 2;  // of sums, beside each other
+constexpr int64_t kStripColumns = kSampledVectors * L::kLanes;
 
 template <class L>
-constexpr int64_t kStripColumns = kSampledVectors<L> * L::kLanes;
-
-constexpr int64_t kSampledLanes = 128;      // that are multiplied at a time
-constexpr int64_t kBlockSampledRows = 512;  // packed at a time
+constexpr int64_t kStripColumnsBytes = kStripColumns<L> * kLaneBytes<L>;
 
 template <class L>
-int64_t sampled_lanes(int64_t m) {
+constexpr int64_t lanes_of_rows(int64_t m) {
   return (m + L::kDepth - 1) / L::kDepth;
 }
 
+constexpr int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+
+// ---- Packed columns
+
 template <class L>
 int64_t block_columns_bytes(int64_t m, int64_t cols, int64_t block) {
-  const int64_t packed = sampled_lanes<L>(m) * ((cols + block - 1) / block) * block;
-  return packed == 0 ? 0 : whole_cache_lines((packed + kStripColumns<L>)*kLaneBytes<L>);
+  const int64_t packed = lanes_of_rows<L>(m) * ((cols + block - 1) / block) * block;
+  return packed == 0 ? 0 : whole_cache_lines(packed * kLaneBytes<L> + kStripColumnsBytes<L>);
 }
 
-// Lanes [begin, end) of `columns` <= kLanes columns of x, of which `present` are inside it, `step` bytes apart.
+// The lanes [begin, end) of `columns` <= kLanes columns of a strip, whose lanes are `step` bytes. Of the `row_bytes` of a row of x,
+// `inside` are at or right of the first column; columns that are not there are zeros.
 template <class L>
-void pack_strip(const uint8_t* x, int64_t m, int64_t row_bytes, int64_t present, int64_t columns, int64_t begin, int64_t end, uint8_t* dst,
+void pack_lanes(const uint8_t* x, int64_t m, int64_t row_bytes, int64_t inside, int64_t columns, int64_t begin, int64_t end, uint8_t* dst,
                 int64_t step) {
-  constexpr int64_t kEdge = L::kLanes * L::Element::kWidth;
+  constexpr int64_t kBytes = L::kLanes * L::Element::kWidth;
   for (int64_t lane = begin; lane < end; ++lane) {
     const int64_t row = lane * L::kDepth;
-    if (present == L::kLanes && row + L::kDepth <= m) {
-      L::store(L::load_rows(x + row * row_bytes, row_bytes), dst + lane * step);
+    const uint8_t* const src = x + row * row_bytes;
+    typename L::Lanes lanes;
+    if (inside >= kBytes && row + L::kDepth <= m) {
+      lanes = L::load_rows(src, row_bytes);
     } else {
-      uint8_t edge[L::kDepth * kEdge] = {}, lanes[L::kLanes * kLaneBytes<L>];
-      for (int64_t i = 0; i < L::kDepth && row + i < m; ++i) {
-        copy_bytes(edge + i * kEdge, x + (row + i) * row_bytes, present * L::Element::kWidth);
-      }
-      L::store(L::load_rows(edge, kEdge), lanes);
-      copy_bytes(dst + lane * step, lanes, columns * kLaneBytes<L>);
+      uint8_t edge[L::kDepth * kBytes] = {};
+      for (int64_t i = 0; i < L::kDepth && row + i < m; ++i) copy_bytes(edge + i * kBytes, src + i * row_bytes, at_most(inside, kBytes));
+      lanes = L::load_rows(edge, kBytes);
+    }
+    if (columns == L::kLanes) {
+      L::store(lanes, dst + lane * step);
+    } else {
+      uint8_t bytes[L::kLanes * kLaneBytes<L>];
+      L::store(lanes, bytes);
+      copy_bytes(dst + lane * step, bytes, columns * kLaneBytes<L>);
     }
   }
 }
 
 template <class L>
 void block_pack_columns(const void* x, int64_t m, int64_t cols, int64_t block, int64_t first, int64_t last, void* columns) {
-  constexpr int64_t kLanesAtOnce = 16;  // whole rows would be as many streams of writes as there are strips
-  const int64_t lanes = sampled_lanes<L>(m), row_bytes = cols * L::Element::kWidth, end = (cols + block - 1) / block * block;
+  constexpr int64_t kLanesAtOnce = 16;  // every strip is a place that is written to: a lane at a time would be too little for each
+  const int64_t lanes = lanes_of_rows<L>(m), row_bytes = cols * L::Element::kWidth;
+  uint8_t* const packed = static_cast<uint8_t*>(columns);
   for (int64_t lane = 0; lane < lanes; lane += kLanesAtOnce) {
-    const int64_t last_lane = lanes - lane < kLanesAtOnce ? lanes : lane + kLanesAtOnce;
     for (int64_t start = first * block; start < last * block; start += block) {
       for (int64_t strip = 0; strip < block; strip += kStripColumns<L>) {
-        const int64_t width = block - strip < kStripColumns<L> ? block - strip : kStripColumns<L>;
-        uint8_t* const dst = static_cast<uint8_t*>(columns) + (start + strip) * lanes * kLaneBytes<L>;
+        const int64_t width = at_most(block - strip, kStripColumns<L>), step = width * kLaneBytes<L>;
         for (int64_t i = 0; i < width; i += L::kLanes) {
-          const int64_t wide = width - i < L::kLanes ? width - i : L::kLanes, col = start + strip + i;
-          const int64_t present = cols - col < 0 ? 0 : cols - col < wide ? cols - col : wide;
-          pack_strip<L>(static_cast<const uint8_t*>(x) + (present == 0 ? 0 : col * L::Element::kWidth), m, row_bytes, present, wide, lane,
-                        last_lane, dst + i * kLaneBytes<L>, width * kLaneBytes<L>);
+          const int64_t left = at_most(start + strip + i, cols) * L::Element::kWidth;
+          pack_lanes<L>(static_cast<const uint8_t*>(x) + left, m, row_bytes, row_bytes - left, at_most(width - i, L::kLanes), lane,
+                        at_most(lane + kLanesAtOnce, lanes), packed + (start + strip) * lanes * kLaneBytes<L> + i * kLaneBytes<L>, step);
         }
       }
     }
   }
-  if (last * block == end && lanes > 0) {
-    __builtin_memset(static_cast<uint8_t*>(columns) + end * lanes * kLaneBytes<L>, 0, kStripColumns<L> * kLaneBytes<L>);
-  }
+  if (lanes > 0 && last * block >= cols) __builtin_memset(packed + last * block * lanes * kLaneBytes<L>, 0, kStripColumnsBytes<L>);
 }
 
-// The sums of one tile, [rows][kStripColumns].
+// ---- Tiles of blocks
+
+// A strip, or some lanes of it.
+struct Strip {
+  const uint8_t* lanes;
+  int64_t columns;
+};
+
+// The sums of a tile: a row for each column of g.
 template <class L>
 using TileSums = typename L::Sum[kStripColumns<L>][kStripColumns<L>];
 
+// sums [R rows][V vectors], which are zero before the first lanes, += g [lanes][R columns] x [lanes][V vectors].
 template <class L, int R, int V>
-void sample_rows(const uint8_t* g, int64_t g_lane, const uint8_t* x, int64_t x_lane, int64_t lanes, typename L::Sum* tile) {
-  typename L::Sums sums[R][V];
-  uint8_t* const bytes = reinterpret_cast<uint8_t*>(tile);
-  constexpr int64_t kRow = kStripColumns<L> * kLaneBytes<L>, kVector = L::kLanes * kLaneBytes<L>;
+void sample_rows(const uint8_t* g, int64_t g_lane, const uint8_t* x, int64_t x_lane, int64_t lanes, bool first, Ahead ahead,
+                 uint8_t* tile) {
+  constexpr int64_t kVector = L::kLanes * kLaneBytes<L>;
+  typename L::Sums sums[R][V];  // in registers: every loop over it is unrolled
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) sums[r][v] = L::load_sums(bytes + r * kRow + v * kVector);
+    for (int v = 0; v < V; ++v) sums[r][v] = first ? L::zero() : L::load_sums(tile + r * kStripColumnsBytes<L> + v * kVector);
   }
-  multiply_lanes<L, R, V>(g, kLaneBytes<L>, g_lane, x, x_lane, lanes, sums);
+  multiply_lanes<L, R, V>(g, kLaneBytes<L>, g_lane, x, x_lane, lanes, sums, ahead);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) L::store_sums(sums[r][v], bytes + r * kRow + v * kVector);
+    for (int v = 0; v < V; ++v) L::store_sums(sums[r][v], tile + r * kStripColumnsBytes<L> + v * kVector);
   }
 }
 
-template <class L, int V>
-void sample_strips(const uint8_t* g, int64_t rows, const uint8_t* x, int64_t cols, int64_t m_lanes, TileSums<L>& tile) {
-  constexpr int R = L::kMicroRows;
-  for (int64_t lane = 0; lane < m_lanes; lane += kSampledLanes) {
-    const int64_t lanes = m_lanes - lane < kSampledLanes ? m_lanes - lane : kSampledLanes;
-    for (int64_t row = 0; row < rows; row += R) {
-      const int64_t left = rows - row;
+// The same for every column of g, R of them at a time, as long as there are so many. Each time asks for its part of the
+// next strip of x, which comes from far away.
+template <class L, int R, int V>
+void sample_strips(Strip g, Strip x, int64_t lanes, Strip next, TileSums<L>& tile) {
+  static_assert(R / 4 > 0 && (kStripColumns<L> % R == 0 || kStripColumns<L> == R / 2), "rows of sums fit into the tile");
+  const int64_t g_lane = g.columns * kLaneBytes<L>, x_lane = x.columns * kLaneBytes<L>;
+  const int64_t part = next.columns * kLaneBytes<L> / ((g.columns + R - 1) / R);  // of a lane of the next strip
+  for (int64_t lane = 0; lane < lanes; lane += kSampledLanes) {
+    const int64_t count = at_most(lanes - lane, kSampledLanes);
+    const uint8_t* const after = next.lanes + lane * next.columns * kLaneBytes<L>;
+    for (int64_t row = 0; row < g.columns; row += R) {
+      const int64_t left = g.columns - row;
       const auto run = left > R / 2 ? sample_rows<L, R, V> : left > R / 4 ? sample_rows<L, R / 2, V> : sample_rows<L, R / 4, V>;
-      run(g + (lane * rows + row) * kLaneBytes<L>, rows * kLaneBytes<L>, x + lane * cols * kLaneBytes<L>, cols * kLaneBytes<L>, lanes,
-          tile[row]);
+      run(g.lanes + lane * g_lane + row * kLaneBytes<L>, g_lane, x.lanes + lane * x_lane, x_lane, count, lane == 0,
+          {after + row / R * part * count, part}, reinterpret_cast<uint8_t*>(tile[row]));
     }
   }
+  if (lanes == 0) __builtin_memset(tile, 0, sizeof(tile));
+}
+
+// For strips of x narrower than a vector: x is broadcast and g is loaded, which gives the tile transposed.
+template <class L>
+void sample_narrow(Strip g, Strip x, int64_t lanes, Strip next, TileSums<L>& tile) {
+  TileSums<L> transposed;
+  sample_strips<L, L::kMicroRows, kSampledVectors>(x, g, lanes, next, transposed);
+  for (int64_t row = 0; row < g.columns; ++row) {
+    for (int64_t col = 0; col < x.columns; ++col) tile[row][col] = transposed[col][row];
+  }
+}
+
+template <class L>
+void sample_tile(Strip g, Strip x, int64_t lanes, Strip next, TileSums<L>& tile) {
+  if (x.columns > L::kLanes) {
+    sample_strips<L, L::kMicroRows, kSampledVectors>(g, x, lanes, next, tile);
+  } else if (x.columns < L::kLanes && x.columns < g.columns) {
+    sample_narrow<L>(g, x, lanes, next, tile);
+  } else {
+    sample_strips<L, kSampledVectors * L::kMicroRows, 1>(g, x, lanes, next, tile);
+  }
+}
+
+// Where a tile lies: in which block of W, in the order of the lines, and below and right of which element of it.
+template <class L>
+struct SampledTile {
+  int64_t block, top, left;
+
+  SampledTile after(const BlockMatrix& w) const {
+    if (left + kStripColumns<L> < w.block_cols) return {block, top, left + kStripColumns<L>};
+    if (top + kStripColumns<L> < w.block_rows) return {block, top + kStripColumns<L>, 0};
+    return {block + 1, 0, 0};
+  }
+  int64_t row(const BlockMatrix& w) const { return w.lines[block] * w.block_rows + top; }
+  int64_t col(const BlockMatrix& w) const { return w.positions[block] * w.block_cols + left; }
+  int64_t rows(const BlockMatrix& w) const { return at_most(w.block_rows - top, kStripColumns<L>); }
+  int64_t cols(const BlockMatrix& w) const { return at_most(w.block_cols - left, kStripColumns<L>); }
+  // Of row i, in [blocks][block_rows][block_cols].
+  int64_t place(const BlockMatrix& w, int64_t i) const { return (block * w.block_rows + top + i) * w.block_cols + left; }
+
+  Strip g_strip(const BlockMatrix& w, const void* columns, int64_t lanes) const {
+    return {static_cast<const uint8_t*>(columns) + row(w) * lanes * kLaneBytes<L>, rows(w)};
+  }
+  Strip x_strip(const BlockMatrix& w, const void* columns, int64_t lanes) const {
+    return {static_cast<const uint8_t*>(columns) + col(w) * lanes * kLaneBytes<L>, cols(w)};
+  }
+};
+
+template <class L>
+void round_row(const typename L::Sum* sums, int64_t cols, uint8_t* dst) {
+  constexpr int64_t kBytes = L::kLanes * L::Element::kWidth;
+  for (int64_t col = 0; col < cols; col += L::kLanes, dst += kBytes) {
+    uint8_t rounded[kBytes];
+    const bool whole = cols - col >= L::kLanes;
+    L::round(L::load_sums(reinterpret_cast<const uint8_t*>(sums + col)), whole ? dst : rounded);
+    if (!whole) copy_bytes(dst, rounded, (cols - col) * L::Element::kWidth);
+  }
+}
+
+template <class Sum>
+void add_row(const uint8_t* earlier, int64_t cols, Sum* sums) {
+  for (int64_t col = 0; col < cols; ++col) sums[col] += load_as<Sum>(earlier + col * static_cast<int64_t>(sizeof(Sum)));
+}
+
+inline void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(row) + i);
 }
 
 template <class L>
 void block_sample(const BlockMatrix& w, int64_t begin, int64_t end, const void* g_columns, const void* x_columns, int64_t m,
                   const void* earlier, void* sums, void* values, void*) {
-  using Sum = typename L::Sum;
-  constexpr int64_t kStrip = kStripColumns<L>, kWidth = L::Element::kWidth, kSum = sizeof(Sum);
-  const int64_t lanes = sampled_lanes<L>(m);
-  alignas(64) TileSums<L> tile;
-  for (int64_t at = begin; at < end; ++at) {
-    const int64_t first_row = w.lines[at] * w.block_rows, first_col = w.positions[at] * w.block_cols;
-    for (int64_t top = 0; top < w.block_rows; top += kStrip) {
-      const int64_t rows = w.block_rows - top < kStrip ? w.block_rows - top : kStrip;
-      for (int64_t left = 0; left < w.block_cols; left += kStrip) {
-        const int64_t cols = w.block_cols - left < kStrip ? w.block_cols - left : kStrip;
-        const int64_t place = (at * w.block_rows + top) * w.block_cols + left;
-        __builtin_memset(tile, 0, sizeof(tile));
-        for (int64_t i = 0; earlier != nullptr && i < rows; ++i) {
-          copy_bytes(tile[i], static_cast<const uint8_t*>(earlier) + (place + i * w.block_cols) * kSum, cols * kSum);
-        }
-        const uint8_t* const g = static_cast<const uint8_t*>(g_columns) + (first_row + top) * lanes * kLaneBytes<L>;
-        const uint8_t* const x = static_cast<const uint8_t*>(x_columns) + (first_col + left) * lanes * kLaneBytes<L>;
-        if (cols <= L::kLanes) {
-          sample_strips<L, 1>(g, rows, x, cols, lanes, tile);
-        } else {
-          sample_strips<L, 2>(g, rows, x, cols, lanes, tile);
-        }
-        for (int64_t i = 0; i < rows; ++i) {
-          const bool inside = first_row + top + i < w.rows;
-          const int64_t kept = !inside ? 0 : w.cols - first_col - left < cols ? w.cols - first_col - left : cols;
-          for (int64_t j = kept > 0 ? kept : 0; j < cols; ++j) tile[i][j] = 0;
-          if (sums != nullptr) {
-            copy_bytes(static_cast<uint8_t*>(sums) + (place + i * w.block_cols) * kSum, tile[i], cols * kSum);
-          } else {
-            uint8_t* const dst = static_cast<uint8_t*>(values) + (place + i * w.block_cols) * kWidth;
-            for (int64_t j = 0; j < cols; j += L::kLanes) {
-              uint8_t rounded[L::kLanes * kWidth];
-              const bool whole = cols - j >= L::kLanes;
-              L::round(L::load_sums(reinterpret_cast<const uint8_t*>(tile[i] + j)), whole ? dst + j * kWidth : rounded);
-              if (!whole) copy_bytes(dst + j * kWidth, rounded, (cols - j) * kWidth);
-            }
-          }
-        }
+  constexpr int64_t kWidth = L::Element::kWidth, kSum = sizeof(typename L::Sum);
+  const int64_t lanes = lanes_of_rows<L>(m);
+  uint8_t* const dst = static_cast<uint8_t*>(sums != nullptr ? sums : values);
+  const int64_t dst_width = sums != nullptr ? kSum : kWidth;
+  for (SampledTile<L> at{begin, 0, 0}, next; at.block < end; at = next) {
+    next = at.after(w);
+    const int64_t rows = at.rows(w), cols = at.cols(w);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (earlier != nullptr) prefetch_row(static_cast<const uint8_t*>(earlier) + at.place(w, i) * kSum, cols * kSum);
+      prefetch_row(dst + at.place(w, i) * dst_width, cols * dst_width);
+    }
+    alignas(64) TileSums<L> tile;
+    sample_tile<L>(at.g_strip(w, g_columns, lanes), at.x_strip(w, x_columns, lanes), lanes,
+                   (next.block < end ? next : at).x_strip(w, x_columns, lanes), tile);
+    const int64_t rows_inside = w.rows - at.row(w), cols_inside = w.cols - at.col(w);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (earlier != nullptr) add_row(static_cast<const uint8_t*>(earlier) + at.place(w, i) * kSum, cols, tile[i]);
+      for (int64_t j = i >= rows_inside || cols_inside < 0 ? 0 : cols_inside; j < cols; ++j) tile[i][j] = 0;
+      uint8_t* const row = dst + at.place(w, i) * dst_width;
+      if (sums != nullptr) {
+        copy_bytes(row, tile[i], cols * kSum);
+      } else {
+        round_row<L>(tile[i], cols, row);
       }
     }
   }

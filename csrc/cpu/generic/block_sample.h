@@ -18,12 +18,7 @@ template <class L>
 constexpr int64_t kStripColumns = kSampledVectors * L::kLanes;
 
 template <class L>
-constexpr int64_t kStripColumnsBytes = kStripColumns<L> * kLaneBytes<L>;
-
-template <class L>
-constexpr int64_t lanes_of_rows(int64_t m) {
-  return (m + L::kDepth - 1) / L::kDepth;
-}
+constexpr int64_t kStripBytes = kSampledVectors * kVectorBytes<L>;  // of a lane
 
 constexpr int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
@@ -31,8 +26,18 @@ constexpr int64_t at_most(int64_t value, int64_t limit) { return value < limit ?
 
 template <class L>
 int64_t block_columns_bytes(int64_t m, int64_t cols, int64_t block) {
-  const int64_t packed = lanes_of_rows<L>(m) * ((cols + block - 1) / block) * block;
-  return packed == 0 ? 0 : whole_cache_lines(packed * kLaneBytes<L> + kStripColumnsBytes<L>);
+  const int64_t packed = lanes_of<L>(m) * ((cols + block - 1) / block) * block;
+  return packed == 0 ? 0 : whole_cache_lines(packed * kLaneBytes<L> + kStripBytes<L>);
+}
+
+// kLanes elements of each of kDepth rows.
+template <class L>
+inline typename L::Lanes load_lanes(const uint8_t* row, int64_t row_bytes) {
+  if constexpr (L::kDepth == 1) {
+    return L::widen(row);
+  } else {
+    return L::pair(row, row + row_bytes);
+  }
 }
 
 // The lanes [begin, end) of `columns` <= kLanes columns of a strip, whose lanes are `step` bytes. Of the `row_bytes` of a row of x,
@@ -46,16 +51,16 @@ void pack_lanes(const uint8_t* x, int64_t m, int64_t row_bytes, int64_t inside, 
     const uint8_t* const src = x + row * row_bytes;
     typename L::Lanes lanes;
     if (inside >= kBytes && row + L::kDepth <= m) {
-      lanes = L::load_rows(src, row_bytes);
+      lanes = load_lanes<L>(src, row_bytes);
     } else {
       uint8_t edge[L::kDepth * kBytes] = {};
       for (int64_t i = 0; i < L::kDepth && row + i < m; ++i) copy_bytes(edge + i * kBytes, src + i * row_bytes, at_most(inside, kBytes));
-      lanes = L::load_rows(edge, kBytes);
+      lanes = load_lanes<L>(edge, kBytes);
     }
     if (columns == L::kLanes) {
       L::store(lanes, dst + lane * step);
     } else {
-      uint8_t bytes[L::kLanes * kLaneBytes<L>];
+      uint8_t bytes[kVectorBytes<L>];
       L::store(lanes, bytes);
       copy_bytes(dst + lane * step, bytes, columns * kLaneBytes<L>);
     }
@@ -65,7 +70,7 @@ void pack_lanes(const uint8_t* x, int64_t m, int64_t row_bytes, int64_t inside, 
 template <class L>
 void block_pack_columns(const void* x, int64_t m, int64_t cols, int64_t block, int64_t first, int64_t last, void* columns) {
   constexpr int64_t kLanesAtOnce = 16;  // every strip is a place that is written to: a lane at a time would be too little for each
-  const int64_t lanes = lanes_of_rows<L>(m), row_bytes = cols * L::Element::kWidth;
+  const int64_t lanes = lanes_of<L>(m), row_bytes = cols * L::Element::kWidth;
   uint8_t* const packed = static_cast<uint8_t*>(columns);
   for (int64_t lane = 0; lane < lanes; lane += kLanesAtOnce) {
     for (int64_t start = first * block; start < last * block; start += block) {
@@ -79,13 +84,13 @@ void block_pack_columns(const void* x, int64_t m, int64_t cols, int64_t block, i
       }
     }
   }
-  if (lanes > 0 && last * block >= cols) __builtin_memset(packed + last * block * lanes * kLaneBytes<L>, 0, kStripColumnsBytes<L>);
+  if (lanes > 0 && last * block >= cols) __builtin_memset(packed + last * block * lanes * kLaneBytes<L>, 0, kStripBytes<L>);
 }
 
 // ---- Tiles of blocks
 
 // A strip, or some lanes of it.
-struct Strip {
+struct PackedStrip {
   const uint8_t* lanes;
   int64_t columns;
 };
@@ -98,25 +103,24 @@ using TileSums = typename L::Sum[kStripColumns<L>][kStripColumns<L>];
 template <class L, int R, int V>
 void sample_rows(const uint8_t* g, int64_t g_lane, const uint8_t* x, int64_t x_lane, int64_t lanes, bool first, Ahead ahead,
                  uint8_t* tile) {
-  constexpr int64_t kVector = L::kLanes * kLaneBytes<L>;
   typename L::Sums sums[R][V];  // in registers: every loop over it is unrolled
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) sums[r][v] = first ? L::zero() : L::load_sums(tile + r * kStripColumnsBytes<L> + v * kVector);
+    for (int v = 0; v < V; ++v) sums[r][v] = first ? L::zero() : L::load_sums(tile + r * kStripBytes<L> + v * kVectorBytes<L>);
   }
   multiply_lanes<L, R, V>(g, kLaneBytes<L>, g_lane, x, x_lane, lanes, sums, ahead);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) L::store_sums(sums[r][v], tile + r * kStripColumnsBytes<L> + v * kVector);
+    for (int v = 0; v < V; ++v) L::store_sums(sums[r][v], tile + r * kStripBytes<L> + v * kVectorBytes<L>);
   }
 }
 
 // The same for every column of g, R of them at a time, as long as there are so many. Each time asks for its part of the
 // next strip of x, which comes from far away.
 template <class L, int R, int V>
-void sample_strips(Strip g, Strip x, int64_t lanes, Strip next, TileSums<L>& tile) {
+void sample_strips(PackedStrip g, PackedStrip x, int64_t lanes, PackedStrip next, TileSums<L>& tile) {
   static_assert(R / 4 > 0 && (kStripColumns<L> % R == 0 || kStripColumns<L> == R / 2), "rows of sums fit into the tile");
   const int64_t g_lane = g.columns * kLaneBytes<L>, x_lane = x.columns * kLaneBytes<L>;
   const int64_t part = next.columns * kLaneBytes<L> / ((g.columns + R - 1) / R);  // of a lane of the next strip
@@ -135,7 +139,7 @@ void sample_strips(Strip g, Strip x, int64_t lanes, Strip next, TileSums<L>& til
 
 // For strips of x narrower than a vector: x is broadcast and g is loaded, which gives the tile transposed.
 template <class L>
-void sample_narrow(Strip g, Strip x, int64_t lanes, Strip next, TileSums<L>& tile) {
+void sample_narrow(PackedStrip g, PackedStrip x, int64_t lanes, PackedStrip next, TileSums<L>& tile) {
   TileSums<L> transposed;
   sample_strips<L, L::kMicroRows, kSampledVectors>(x, g, lanes, next, transposed);
   for (int64_t row = 0; row < g.columns; ++row) {
@@ -144,7 +148,7 @@ void sample_narrow(Strip g, Strip x, int64_t lanes, Strip next, TileSums<L>& til
 }
 
 template <class L>
-void sample_tile(Strip g, Strip x, int64_t lanes, Strip next, TileSums<L>& tile) {
+void sample_tile(PackedStrip g, PackedStrip x, int64_t lanes, PackedStrip next, TileSums<L>& tile) {
   if (x.columns > L::kLanes) {
     sample_strips<L, L::kMicroRows, kSampledVectors>(g, x, lanes, next, tile);
   } else if (x.columns < L::kLanes && x.columns < g.columns) {
@@ -171,10 +175,10 @@ struct SampledTile {
   // Of row i, in [blocks][block_rows][block_cols].
   int64_t place(const BlockMatrix& w, int64_t i) const { return (block * w.block_rows + top + i) * w.block_cols + left; }
 
-  Strip g_strip(const BlockMatrix& w, const void* columns, int64_t lanes) const {
+  PackedStrip g_strip(const BlockMatrix& w, const void* columns, int64_t lanes) const {
     return {static_cast<const uint8_t*>(columns) + row(w) * lanes * kLaneBytes<L>, rows(w)};
   }
-  Strip x_strip(const BlockMatrix& w, const void* columns, int64_t lanes) const {
+  PackedStrip x_strip(const BlockMatrix& w, const void* columns, int64_t lanes) const {
     return {static_cast<const uint8_t*>(columns) + col(w) * lanes * kLaneBytes<L>, cols(w)};
   }
 };
@@ -203,7 +207,7 @@ template <class L>
 void block_sample(const BlockMatrix& w, int64_t begin, int64_t end, const void* g_columns, const void* x_columns, int64_t m,
                   const void* earlier, void* sums, void* values, void*) {
   constexpr int64_t kWidth = L::Element::kWidth, kSum = sizeof(typename L::Sum);
-  const int64_t lanes = lanes_of_rows<L>(m);
+  const int64_t lanes = lanes_of<L>(m);
   uint8_t* const dst = static_cast<uint8_t*>(sums != nullptr ? sums : values);
   const int64_t dst_width = sums != nullptr ? kSum : kWidth;
   for (SampledTile<L> at{begin, 0, 0}, next; at.block < end; at = next) {

@@ -4,6 +4,9 @@
 //   cache     what of it is done at a time, so that operands stay in the second cache: sized where it is done
 //   registers L::kMicroRows x L::kMicroVectors vectors of sums: rows are broadcast, vectors are loaded
 
+template <class L>
+constexpr int64_t kVectorBytes = L::kLanes * kLaneBytes<L>;
+
 constexpr int64_t whole_cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // What is asked of memory while lanes are multiplied: nothing, or a line of the next operands for each lane.

@@ -84,7 +84,7 @@ void block_pack_columns(const void* x, int64_t m, int64_t cols, int64_t block, i
       }
     }
   }
-  if (lanes > 0 && last * block >= cols) __builtin_memset(packed + last * block * lanes * kLaneBytes<L>, 0, kStripBytes<L>);
+  if (first < last && lanes > 0 && last * block >= cols) __builtin_memset(packed + last * block * lanes * kLaneBytes<L>, 0, kStripBytes<L>);
 }
 
 // ---- Tiles of blocks

@@ -255,14 +255,14 @@ struct Start {
   int64_t row_step, vector_step;
 };
 
-// The index-th piece of a chunk. The first strip fetches what it meets of x into the cache for those after it: the next piece's, if it
-// lies where the hardware does not expect it.
+// The index-th piece of a chunk. The first strip asks for what the next piece meets of x, if that lies where the hardware does not expect
+// it; a tile of one vector is small enough to stay in the cache.
 template <class L, int R, int V>
 inline void multiply_piece(const Chunk& chunk, int64_t index, int64_t row, const uint8_t* tile, typename L::Sums (&sums)[R][V]) {
   constexpr int64_t kStep = V * kVectorBytes<L>;
   const Piece& piece = chunk.pieces[index];
   const int64_t next = index + 1 < chunk.count ? chunk.pieces[index + 1].x_lane : piece.x_lane + piece.lanes;
-  const bool jumps = row == 0 && next != piece.x_lane + piece.lanes;
+  const bool jumps = V > 1 && row == 0 && next != piece.x_lane + piece.lanes;
   for (int64_t i = 0; i < R * chunk.prefetched; i += 64) __builtin_prefetch(piece.upcoming + row * chunk.prefetched + i);
   const int64_t lanes = jumps ? kPrefetchLanes : piece.lanes;
   for (int64_t lane = 0; lane < piece.lanes; lane += lanes) {

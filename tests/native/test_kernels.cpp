@@ -446,6 +446,7 @@ int main(int argc, char** argv) {
     test_isas();
     test_linear(brief);
     test_linear_gradient(brief);
+    test_block(brief);
   }
   std::printf("%" PRId64 " passed, %" PRId64 " failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

@@ -168,7 +168,7 @@ void test_call(BlockSubject& subject, Problem& problem, BlockWay way, int64_t m)
   const int64_t begin = all ? 0 : random_below(lines + 1), end = all ? lines : begin + random_below(lines - begin + 1);
   const bool biased = way < kBlockTransposed && random_below(2) == 0;
   const Order order = way == kBlockTransposed && random_below(2) == 0 ? kShuffled : kOfLines;
-  const int chunks = way == kBlockSample ? 1 + static_cast<int>(random_below(std::min<int64_t>(m, 4))) : 0;
+  const int chunks = way == kBlockSample ? 1 + static_cast<int>(random_below(std::clamp<int64_t>(m, 1, 4))) : 0;
   const BlockCall call{way, m, begin, end, biased, order, chunks, kSkews[random_below(3)]};
   way == kBlockSample ? test_sample(subject, problem, call) : test_product(subject, problem, call);
 }
@@ -181,7 +181,7 @@ int64_t most_rows(const BlockKernels& kernels, BlockWay way) {
 
 // Numbers of rows at which kernels may change what they do.
 std::vector<int64_t> every_m(const BlockKernels& kernels, BlockWay way) {
-  if (way == kBlockSample) return {1, 2, 3, 16, 31, 49, 100};
+  if (way == kBlockSample) return {0, 1, 2, 3, 16, 31, 49, 100};
   std::vector<int64_t> ms{1, 2, 15, 16, 17, 47, 48, 49, 100, kernels.tile_rows - 1, kernels.tile_rows, kernels.tile_rows + 1};
   for (int64_t m = 3; m <= kernels.streaming_rows; ++m) ms.push_back(m);
   return ms;
@@ -211,7 +211,8 @@ void test_problem(const BlockSubjects& subjects, Problem problem, const std::str
             what;
     for (const BlockWay way : kBlockWays) {
       for (const int64_t m : ms(subject->kernels, way)) {
-        if (0 < m && m <= std::min(problem.m, most_rows(subject->kernels, way))) test_call(*subject, problem, way, m);
+        if (m >= (way == kBlockSample ? 0 : 1) && m <= std::min(problem.m, most_rows(subject->kernels, way)))
+          test_call(*subject, problem, way, m);
       }
     }
   }

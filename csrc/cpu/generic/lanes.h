@@ -13,6 +13,7 @@
 //   L::expand(src, mask, lanes)    the group of 64 columns that `mask` spreads out of the packed elements at src -> src past those taken;
 //                                  may read 64 elements
 //   L::widen(src)                  kLanes * kDepth elements, as lanes
+//   L::pair(even, odd)             where kDepth is 2: kLanes elements of two rows, a lane holding one of each
 //   L::load, store, broadcast      lanes in memory
 //   L::multiply_add(a, b, sums)    sums + a * b, lane by lane
 //   L::zero, add, reduce, load_sums, store_sums

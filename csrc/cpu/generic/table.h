@@ -39,7 +39,7 @@ constexpr BlockKernels block_kernels() {
   kernels.pack_tiles = block_pack_tiles<L>;
   kernels.multiply = block_multiply<L>;
   kernels.multiply_transposed = block_multiply_transposed<L>;
-  kernels.sampled_rows = kBlockSampledRows;
+  kernels.sampled_rows = kBlockSampledRows<L>;
   kernels.columns_bytes = block_columns_bytes<L>;
   kernels.pack_columns = block_pack_columns<L>;
   kernels.sample = block_sample<L>;

@@ -1,48 +1,11 @@
 // What the tests of the linear kernels share: compressed weights, and calls of a kernel in memory that is watched.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <memory>
-
-#include "../../csrc/cpu/kernels.h"
-#include "formats.h"
-#include "testing.h"
+#include "products.h"
 
 namespace bitmask::testing {
 
-using cpu::Kernels;
 using cpu::LinearKernels;
-
-// ---------------------------------------------------------------------------------------------------------------- numbers
-
-inline std::vector<double> decode(const Format& format, const std::vector<uint64_t>& bits) {
-  std::vector<double> values;
-  for (const uint64_t element : bits) values.push_back(format.decode(element));
-  return values;
-}
-
-// What the elements are.
-enum Numbers {
-  kIntegers,  // small ones: sums are exact
-  kTiny,      // weights and bias are small multiples of the smallest subnormal
-  kSpecials,  // integers, here and there infinity or NaN
-  kReals,     // with every bit of the mantissa
-};
-constexpr const char* kNumberNames[] = {"integers", "tiny", "specials", "reals"};
-
-inline uint64_t random_element(const Format& format, Numbers numbers, int64_t bound, bool x) {
-  if (numbers == kSpecials && random_below(x ? 150 : 600) == 0) {
-    return random_below(2) == 0 ? format.encode(NAN) : format.encode(INFINITY) | (random_below(2) == 0 ? format.sign() : 0);
-  }
-  if (numbers == kReals) return format.encode(std::ldexp(static_cast<double>(random_word() >> 11), -52) - 1);
-  const double integer = static_cast<double>(random_below(2 * bound + 1) - bound);
-  return format.encode(numbers == kTiny && !x ? std::ldexp(integer, format.least - format.mantissa) : integer);
-}
-
-inline std::string name_of(double density, Numbers numbers) {
-  return "density " + std::to_string(density).substr(0, 4) + ", " + kNumberNames[numbers];
-}
 
 // ---------------------------------------------------------------------------------------------------------------- weights
 
@@ -71,41 +34,10 @@ inline Weight compress(const Format& format, int64_t rows, int64_t cols, const s
   return weight;
 }
 
-inline Bytes pack(const Format& format, const std::vector<uint64_t>& bits) {
-  Bytes bytes(bits.size() * static_cast<size_t>(format.width));
-  for (size_t i = 0; i < bits.size(); ++i) format.store(bits[i], bytes.data() + i * static_cast<size_t>(format.width));
-  return bytes;
-}
-
 // ---------------------------------------------------------------------------------------------------------------- calls
 
-// The kernels under test.
-struct Subject {
-  const char* isa;
-  const LinearKernels& kernels;
-  Format format;
-  bool flushes;  // takes subnormals for zero
-  Buffer scratch;
-
-  Subject(const Kernels& table, int dtype)
-      : isa(table.isa),
-        kernels(table.linear[dtype]),
-        format(kFormats[dtype]),
-        flushes(dtype == cpu::kBfloat16 && std::strstr(table.isa, "bf16") != nullptr),
-        scratch(kernels.scratch_bytes) {}
-};
-
-using Subjects = std::vector<std::unique_ptr<Subject>>;
-
-// Those of every table that this machine can run.
-inline Subjects runnable_subjects() {
-  Subjects subjects;
-  for (int i = 0; i < cpu::isa_count(); ++i) {
-    cpu::force_isa(cpu::isa_name(i));
-    for (int dtype = 0; dtype < cpu::kLinearDtypes; ++dtype) subjects.push_back(std::make_unique<Subject>(cpu::kernels(), dtype));
-  }
-  return subjects;
-}
+using Subject = SubjectOf<LinearKernels>;
+using Subjects = SubjectsOf<LinearKernels>;
 
 enum Way { kStream, kMultiply };
 constexpr Way kWays[] = {kStream, kMultiply};
@@ -170,13 +102,7 @@ inline bool run(Subject& subject, const Weight& weight, const Bytes& x, const By
     got = run_piece(subject, stored.matrix, call, x.data() + i * weight.cols * width, m, call.biased ? offsets.data() : nullptr,
                     y.data() + i * y_row);
   }
-  bool outside = !y.canaries_intact();
-  for (int64_t i = 0; i < call.m; ++i) {
-    const uint8_t* const row = y.data() + i * y_row;
-    for (int64_t at = 0; at < y_row; ++at) {
-      if ((at < call.begin * width || at >= call.end * width) && row[at] != Buffer::kCanaryByte) outside = true;
-    }
-  }
+  const bool outside = written_outside(y, y_row, call.begin * width, call.end * width);
   check(!outside, "%s: m %" PRId64 ", rows %" PRId64 " to %" PRId64 ": writes outside", kWayNames[call.way], call.m, call.begin, call.end);
   check(got == expected, "%s: m %" PRId64 ", rows %" PRId64 " to %" PRId64 ": returns %" PRId64 " instead of %" PRId64, kWayNames[call.way],
         call.m, call.begin, call.end, got, expected);
@@ -186,10 +112,6 @@ inline bool run(Subject& subject, const Weight& weight, const Bytes& x, const By
 inline void set_place(const Subject& subject, const Weight& weight, const std::string& what) {
   place = std::string(subject.isa) + " linear " + subject.format.name + " [" + std::to_string(weight.rows) + ", " +
           std::to_string(weight.cols) + "] " + what;
-}
-
-inline void poison_scratch(Subject& subject) {
-  std::memset(subject.scratch.data(), 0xff, static_cast<size_t>(subject.kernels.scratch_bytes));
 }
 
 // Faulty rows are found, and nothing is read or written outside, whatever the parts say (test_linear_faults.cpp).

@@ -20,7 +20,7 @@ BUILD=build/native
 WARNINGS=(-std=c++17 -Wall -Wextra -Werror)
 SANITIZERS=(-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all)
 TESTS='tests/native/test_*.cpp'
-FUZZ_TARGETS=(decompress linear)
+FUZZ_TARGETS=(decompress linear block)
 
 fail() {
   echo "run.sh: $*" >&2
@@ -90,7 +90,7 @@ run_planted() {
   local isa error
   build_sanitized
   for isa in $("$BUILD/sanitize" --list); do
-    for error in expand stream multiply gradient; do
+    for error in expand stream multiply gradient block_stream block_multiply block_transposed block_sample; do
       local report=$BUILD/planted.$isa.$error.txt
       if BITMASK_ISA=$isa "$BUILD/sanitize" --plant "$error" > "$report" 2>&1; then fail "$isa: the error planted in $error went unnoticed"; fi
       grep -q "reading past a buffer with $isa in $error\$" "$report" || fail "$isa: was not run; see $report"
@@ -114,7 +114,8 @@ run_extension() {
   sanitized() { (cd "$tree" && PYTHONPATH=. LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 "$python" "$@"); }
   # Large products are left to the native tests, which are faster under the sanitizers.
   local left_out="not compile and not opcheck and not larger_sizes and not many_rows"
-  sanitized -m pytest -q -p no:cacheprovider -k "$left_out" tests/test_ops.py tests/test_linear.py tests/test_linear_gradient.py
+  sanitized -m pytest -q -p no:cacheprovider -k "$left_out" tests/test_ops.py tests/test_linear.py tests/test_linear_gradient.py \
+    tests/test_block_ops.py
   local report=$BUILD/extension.planted.txt
   if sanitized tests/native/planted_extension.py > "$report" 2>&1; then fail "extension: the planted error went unnoticed"; fi
   grep -q 'ERROR: AddressSanitizer: heap-buffer-overflow' "$report" || fail "extension: failed otherwise than planned; see $report"

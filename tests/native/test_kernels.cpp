@@ -4,11 +4,11 @@
 //   test_kernels --list              prints the names of those ISAs
 //   test_kernels --dispatch          tests the choice of the table only, with BITMASK_ISA as it is
 //   test_kernels --plant ERROR       has the kernels in use read past a buffer, which AddressSanitizer must report: expand, stream,
-//   multiply, gradient
+//   multiply, gradient, block_stream, block_multiply, block_transposed, block_sample
 //
-// The codec is tested here, linear in test_linear.cpp and test_linear_gradient.cpp. Buffers are exactly as large as the kernels were
-// promised. AddressSanitizer watches their ends; builds without it put canary bytes around them instead. Prints each failed check and "N
-// passed, M failed".
+// The codec is tested here, linear in test_linear.cpp and test_linear_gradient.cpp, block-sparse products in test_block.cpp. Buffers are
+// exactly as large as the kernels were promised. AddressSanitizer watches their ends; builds without it put canary bytes around them
+// instead. Prints each failed check and "N passed, M failed".
 #include <cinttypes>
 #include <cstdint>
 #include <cstdio>
@@ -407,6 +407,24 @@ void test_isas() {
   }
 }
 
+// Has the kernels for a block-sparse weight, which is one block, read a byte past its values, or half of what should be packed.
+void read_past_a_block(const cpu::BlockKernels& block, const char* error) {
+  constexpr int64_t kSide = 16;
+  const int64_t line_starts[] = {0, 1}, first[] = {0};
+  const int64_t rows_bytes = block.rows_bytes(1, kSide, kSide), tiles_bytes = block.tiles_bytes(kSide, kSide),
+                columns_bytes = block.columns_bytes(kSide, kSide, kSide);
+  Buffer values(kSide * kSide * 4 - 1), y(kSide * kSide * 4), scratch(block.scratch_bytes);
+  Buffer rows(Bytes(static_cast<size_t>(rows_bytes), 0)), tiles(Bytes(static_cast<size_t>(tiles_bytes), 0)),
+      g_columns(Bytes(static_cast<size_t>(columns_bytes), 0)), x_columns(Bytes(static_cast<size_t>(columns_bytes / 2), 0));
+  const BlockMatrix lying{values.data(), kSide, kSide, kSide, kSide, line_starts, first, first, nullptr};
+  if (std::strcmp(error, "block_stream") == 0) block.stream(lying, 0, 1, rows.data(), 1, nullptr, y.data(), scratch.data());
+  if (std::strcmp(error, "block_multiply") == 0) block.multiply(lying, 0, 1, tiles.data(), kSide, nullptr, y.data(), scratch.data());
+  if (std::strcmp(error, "block_transposed") == 0) block.multiply_transposed(lying, 0, 1, tiles.data(), kSide, y.data(), scratch.data());
+  if (std::strcmp(error, "block_sample") == 0) {
+    block.sample(lying, 0, 1, g_columns.data(), x_columns.data(), kSide, nullptr, nullptr, y.data(), scratch.data());
+  }
+}
+
 // Has the kernels in use read a byte past the values: a build under AddressSanitizer must not survive this.
 void read_past_a_buffer(const char* error) {
   const Kernels& kernels = cpu::kernels();
@@ -425,6 +443,7 @@ void read_past_a_buffer(const char* error) {
   if (std::strcmp(error, "gradient") == 0) {
     linear.multiply_transposed(lying, 0, 64, gradient_panel.data(), 1, dense.data(), readers.data(), gradient_scratch.data());
   }
+  read_past_a_block(kernels.block[cpu::kFloat32], error);
 }
 
 }  // namespace
@@ -446,6 +465,7 @@ int main(int argc, char** argv) {
     test_isas();
     test_linear(brief);
     test_linear_gradient(brief);
+    test_block(brief);
   }
   std::printf("%" PRId64 " passed, %" PRId64 " failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

@@ -67,28 +67,20 @@ void test_call(Subject& subject, const Problem& problem, const Call& call) {
   const int64_t rows = problem.weight.rows;
   Buffer y(call.m * rows * format.width, call.skew);
   if (!run(subject, problem.weight, problem.x, problem.bias, call, call.end, y)) return;
-  int64_t wrong = 0, first = 0;
+  Mismatches wrong;
   for (int64_t i = 0; i < call.m; ++i) {
     for (int64_t row = call.begin; row < call.end; ++row) {
-      const size_t at = static_cast<size_t>(i * rows + row);
-      const double exact = (call.biased ? problem.y_biased : problem.y)[at],
-                   slack = (subject.flushes ? problem.flushed : problem.slack)[at];
-      const double got = format.decode(format.load(y.data() + static_cast<int64_t>(at) * format.width));
-      const double expected = slack == 0 ? format.decode(format.encode(exact)) : exact;
-      if (std::isnan(expected) ? std::isnan(got) : got == expected || std::fabs(got - expected) <= slack) continue;
-      if (wrong++ == 0) first = static_cast<int64_t>(at);
+      const int64_t at = i * rows + row;
+      const size_t index = static_cast<size_t>(at);
+      wrong.compare(format, y.data() + at * format.width, (call.biased ? problem.y_biased : problem.y)[index],
+                    (subject.flushes ? problem.flushed : problem.slack)[index], i, row);
     }
   }
-  if (wrong == 0) {
-    check(true, "%s", "");
-    return;
-  }
-  const size_t at = static_cast<size_t>(first);
-  check(false,
+  check(wrong.count == 0,
         "%s: m %" PRId64 ", rows %" PRId64 " to %" PRId64 ", bias %d, skew %d: %" PRId64 " wrong, first [%" PRId64 ", %" PRId64
         "]: %g instead of %g",
-        kWayNames[call.way], call.m, call.begin, call.end, call.biased, call.skew, wrong, first / rows, first % rows,
-        format.decode(format.load(y.data() + first * format.width)), (call.biased ? problem.y_biased : problem.y)[at]);
+        kWayNames[call.way], call.m, call.begin, call.end, call.biased, call.skew, wrong.count, wrong.row, wrong.col, wrong.got,
+        wrong.expected);
 }
 
 // Both ways, for each number of rows of x in `ms`; all rows of the weight and some of them by turns.
@@ -266,7 +258,7 @@ void test_rounding(const Subjects& subjects, const Format& format, bool brief) {
 }  // namespace
 
 void bitmask::testing::test_linear(bool brief) {
-  const Subjects subjects = runnable_subjects();
+  const Subjects subjects = runnable_subjects(&Kernels::linear);
   int64_t most_m = 0;
   for (const auto& subject : subjects) {
     most_m = std::max({most_m, 2 * subject->kernels.panel_rows + 1, subject->kernels.streaming_rows + 1});

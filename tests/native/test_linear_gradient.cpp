@@ -41,13 +41,8 @@ bool run(const Subject& subject, Buffer& scratch, const Weight& weight, const By
   std::memset(scratch.data(), 0xff, static_cast<size_t>(kernels.gradient_scratch_bytes));
   const int64_t got =
       kernels.multiply_transposed(stored.matrix, call.begin, call.end, packed.data(), call.m, y.data(), readers.data(), scratch.data());
-  bool outside = !y.canaries_intact() || !readers.canaries_intact() || !scratch.canaries_intact() || packed.bytes() != lanes;
-  for (int64_t i = 0; i < call.m; ++i) {
-    const uint8_t* const row = y.data() + i * y_row;
-    for (int64_t at = 0; at < y_row; ++at) {
-      if ((at < call.begin * width || at >= call.end * width) && row[at] != Buffer::kCanaryByte) outside = true;
-    }
-  }
+  const bool outside = written_outside(y, y_row, call.begin * width, call.end * width) || !readers.canaries_intact() ||
+                       !scratch.canaries_intact() || packed.bytes() != lanes;
   check(!outside, "m %" PRId64 ", columns %" PRId64 " to %" PRId64 ": writes outside", call.m, call.begin, call.end);
   check(got == expected, "m %" PRId64 ", columns %" PRId64 " to %" PRId64 ": returns %" PRId64 " instead of %" PRId64, call.m, call.begin,
         call.end, got, expected);
@@ -107,25 +102,17 @@ void test_call(const Subject& subject, Buffer& scratch, const Gradient& gradient
   const int64_t cols = gradient.weight.cols;
   Buffer y(call.m * cols * format.width, call.skew);
   if (!run(subject, scratch, gradient.weight, gradient.g, call, gradient.weight.rows, y)) return;
-  int64_t wrong = 0, first = 0;
+  Mismatches wrong;
   for (int64_t i = 0; i < call.m; ++i) {
     for (int64_t col = call.begin; col < call.end; ++col) {
       const int64_t at = i * cols + col;
-      const double exact = gradient.y[static_cast<size_t>(at)], slack = gradient.slack[static_cast<size_t>(at)];
-      const double got = format.decode(format.load(y.data() + at * format.width));
-      const double expected = slack == 0 ? format.decode(format.encode(exact)) : exact;
-      if (std::isnan(expected) ? std::isnan(got) : got == expected || std::fabs(got - expected) <= slack) continue;
-      if (wrong++ == 0) first = at;
+      const size_t index = static_cast<size_t>(at);
+      wrong.compare(format, y.data() + at * format.width, gradient.y[index], gradient.slack[index], i, col);
     }
   }
-  if (wrong == 0) {
-    check(true, "%s", "");
-    return;
-  }
-  check(false,
+  check(wrong.count == 0,
         "m %" PRId64 ", columns %" PRId64 " to %" PRId64 ", skew %d: %" PRId64 " wrong, first [%" PRId64 ", %" PRId64 "]: %g instead of %g",
-        call.m, call.begin, call.end, call.skew, wrong, first / cols, first % cols,
-        format.decode(format.load(y.data() + first * format.width)), gradient.y[static_cast<size_t>(first)]);
+        call.m, call.begin, call.end, call.skew, wrong.count, wrong.row, wrong.col, wrong.got, wrong.expected);
 }
 
 // For each number of rows of g in `ms`, all columns and some of them by turns.
@@ -257,7 +244,7 @@ void test_gradient_faults(const Subject& subject, bool brief) {
 }  // namespace
 
 void bitmask::testing::test_linear_gradient(bool brief) {
-  const Subjects subjects = runnable_subjects();
+  const Subjects subjects = runnable_subjects(&Kernels::linear);
   for (const Format& format : kFormats) test_gradients(subjects, format, brief);
   for (const auto& subject : subjects) test_gradient_faults(*subject, brief);
 }

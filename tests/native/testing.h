@@ -124,4 +124,7 @@ void test_linear(bool brief);
 // The same for the gradient of x (test_linear_gradient.cpp).
 void test_linear_gradient(bool brief);
 
+// The same for the block-sparse kernels (test_block.cpp).
+void test_block(bool brief);
+
 }  // namespace bitmask::testing

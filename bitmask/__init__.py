@@ -11,11 +11,12 @@ from bitmask.bitmask_tensor import BitmaskTensor, DecompressWarning
 from bitmask.block_patcher import BlockSparseModelPatcher, prune_blocks
 from bitmask.block_patterns import block_norms, largest_blocks
 from bitmask.block_sparse import BlockSparseLinear
+from bitmask.calls import FormatError
 from bitmask.files import BitmaskConfig, load_compressed, load_rows, save_compressed, save_compressed_model
 from bitmask.linear import BitmaskLinear
 from bitmask.models import CompressionReport, compress_, compression_report, decompress_
 from bitmask.native import build_info
-from bitmask.ops import FormatError, compress, compress_into, decompress
+from bitmask.ops import compress, compress_into, decompress
 from bitmask.reference import NaiveBitmaskTensor
 
 _portable.register()  # after the native libraries

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitmask import ops, ops_block
-from bitmask.ops import FormatError
+from bitmask import ops_block
+from bitmask.calls import LINEAR_DTYPES, FormatError
 
 # What a layer consists of, beside its bias.
 PARTS = ("values", "crow_indices", "col_indices", "shape")
@@ -75,7 +75,7 @@ def inputs_of(index: Index, in_features: int, width: int) -> Tensor:
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
     """Raise TypeError unless there are kernels for weights of this dtype."""
-    if dtype not in ops.LINEAR_DTYPES:
+    if dtype not in LINEAR_DTYPES:
         raise TypeError(f"{name}: got dtype {dtype}, expected float32, bfloat16, float16 or float64")
 
 

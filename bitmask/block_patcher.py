@@ -88,23 +88,23 @@ def prune_blocks(
     0.25
     """
     block_patterns.check_density(density)
-    height_width = block_layout.check_block_shape(block_shape)
+    sizes = block_layout.check_block_shape(block_shape)
     if scope not in ("layer", "model"):
         raise ValueError(f"scope: got {scope!r}, expected 'layer' or 'model'")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: got {filter_fn!r}, expected a function of name and module")
     if isinstance(module, nn.Linear):
-        return BlockSparseLinear.from_dense(module, density, height_width)
+        return BlockSparseLinear.from_dense(module, density, sizes)
     layers = {
         name: layer
         for name, layer, reason in _linear_layers(module)
         if isinstance(layer, nn.Linear) and not reason and (filter_fn is None or filter_fn(name, layer))
     }
-    if scope == "layer":
-        options: dict[str, dict[str, Any]] = {name: {"density": density} for name in layers}
-    else:
-        options = {name: {"pattern": pattern} for name, pattern in _strongest(layers, density, height_width).items()}
-    _replace(module, {layer: {"block_shape": height_width, **options[name]} for name, layer in layers.items()})
+    options: dict[str, dict[str, Any]] = {name: {"density": density, "block_shape": sizes} for name in layers}
+    if scope == "model":
+        for name, pattern in _strongest(layers, density, sizes).items():
+            options[name]["pattern"] = pattern
+    _replace(module, options)
     return module
 
 
@@ -224,8 +224,7 @@ class BlockSparseModelPatcher:
             self._check_fit(row)
         if refused := [f"{row.name}: {row.reason}" for row in report.rows if row.regex is not None and row.reason]:
             warnings.warn(f"layers that match but stay dense: {'; '.join(refused)}", stacklevel=2)
-        layers = {row.name: model.get_submodule(row.name) for row in matched}
-        _replace(model, {layers[row.name]: self._patterns[row.regex or ""] for row in matched})
+        _replace(model, {row.name: self._patterns[row.regex or ""] for row in matched})
         return PatchReport([_with_density(row, model) for row in report.rows])
 
     def _check_fit(self, row: PatchRow) -> None:
@@ -267,15 +266,16 @@ def _shape_of(layer: Any) -> tuple[int, int]:
     return rows, cols
 
 
-def _replace(model: nn.Module, options: Mapping[nn.Module, Mapping[str, Any]]) -> None:
-    """Put the block-sparse twin of each of these layers in all its places."""
+def _replace(model: nn.Module, options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put the block-sparse twins of the layers with these names in all places that the layers have in the model."""
+    layers = {model.get_submodule(name): name for name in options}
     twins: dict[nn.Module, BlockSparseLinear] = {}
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if child in options:
+        for slot, child in list(parent._modules.items()):
+            if isinstance(child, nn.Linear) and child in layers:
                 if child not in twins:
-                    twins[child] = BlockSparseLinear.from_dense(child, **options[child])
-                setattr(parent, name, twins[child])
+                    twins[child] = BlockSparseLinear.from_dense(child, **options[layers[child]])
+                setattr(parent, slot, twins[child])
 
 
 def _with_density(row: PatchRow, model: nn.Module) -> PatchRow:

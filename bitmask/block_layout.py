@@ -55,7 +55,7 @@ def index_of(pattern: Tensor) -> Index:
     pattern = pattern.cpu()
     crow_indices = torch.zeros(len(pattern) + 1, dtype=torch.int64, device="cpu")
     crow_indices[1:] = pattern.sum(1).cumsum(0)
-    return crow_indices, pattern.nonzero()[:, 1].contiguous()
+    return crow_indices, pattern.nonzero()[:, 1].clone(memory_format=torch.contiguous_format)
 
 
 def rows_of(index: Index) -> Tensor:

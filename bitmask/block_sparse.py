@@ -221,6 +221,7 @@ class BlockSparseLinear(nn.Module):
     @classmethod
     def _of_untrusted_parts(cls, parts: Mapping[str, Any], bias: Any, prefix: str = "") -> BlockSparseLinear:
         shape = block_layout.check_parts(parts, prefix)
+        block_layout.prove_index(parts, prefix)
         values = parts["values"]
         if bias is not None:
             block_layout.check_bias(bias, values, shape[0], prefix)
@@ -237,6 +238,8 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; gradients reach `x`, `values` and `bias`."""
+        if x.is_nested:
+            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()], layout=x.layout)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: got size {list(x.shape)}, expected [..., {self.in_features}] (in_features)")
         transposed = TransposedIndex(*(getattr(self, name) for name in _TRANSPOSED))
@@ -395,6 +398,7 @@ class BlockSparseLinear(nn.Module):
                 "BlockSparseLinear.from_state_dict makes a layer of any sizes"
             )
             return
+        block_layout.prove_index(parts, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -20,9 +20,8 @@ def seed():
     torch.manual_seed(0)
 
 
-def encoder(dropout=0.0):
-    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=dropout, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+def encoder():
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True), 2)
 
 
 def patcher_of(**patterns):
@@ -105,6 +104,18 @@ def test_torch_transformer_encoder(training):
             got, expected = (each(x, src_key_padding_mask=mask) for each in (model, twin))
             torch.testing.assert_close(got[~mask], expected[~mask], rtol=1e-4, atol=1e-5)
     assert len(calls) == 12
+
+
+@pytest.mark.parametrize("patched", [0, 1])
+def test_encoder_of_which_one_layer_is_replaced(patched):
+    """If the first one is dense, torch hands nested tensors to all of them."""
+    model = encoder().eval()
+    patcher_of(**{rf"layers\.{patched}\.linear.": {"density": 0.5}}).patch_model(model)
+    mask, x = torch.zeros(2, 7, dtype=torch.bool), torch.randn(2, 7, 64)
+    mask[1, 4:] = True
+    with torch.no_grad():
+        got, expected = (each(x, src_key_padding_mask=mask) for each in (model, dense_twin(model)))
+    torch.testing.assert_close(got[~mask], expected[~mask], rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_through_an_encoder():

@@ -20,7 +20,7 @@ from bitmask.block_layout import block_sizes
 from bitmask.block_patterns import spread_blocks
 from bitmask.calls import LINEAR_DTYPES
 
-pytestmark = pytest.mark.filterwarnings("error", "ignore:Sparse", "ignore:Initializing zero-element")
+pytestmark = pytest.mark.filterwarnings("error", "ignore:Sparse", "ignore:Initializing", "ignore:.*nested")
 
 # in_features, out_features, block_shape: whole blocks, cut ones at both edges, blocks larger than the weight.
 SHAPES = [(64, 96, (32, 32)), (70, 50, (16, 32)), (33, 65, (8, 4)), (35, 7, (32, 32)), (9, 4, (1, 1)), (40, 1, (3, 7))]
@@ -142,6 +142,20 @@ def test_what_lies_past_the_edges_counts_for_nothing():
     assert not layer.values.grad.isnan().any()
     assert not layer.values.grad[1::2, :, 1:].any()
     assert not layer.values.grad[-2:, 1:].any()
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors(layout):
+    layer, parts = make(), [torch.randn(3, 70), torch.randn(5, 70)]
+    y = layer(torch.nested.nested_tensor(parts, layout=layout))
+    assert y.layout == layout
+    for got, part in zip(y.unbind(), parts, strict=True):
+        torch.testing.assert_close(got, layer(part))
+    y.to_padded_tensor(0.0).sum().backward()
+    gradient = layer.values.grad.clone()
+    layer.zero_grad()
+    layer(torch.cat(parts)).sum().backward()
+    torch.testing.assert_close(layer.values.grad, gradient)
 
 
 def test_no_blocks_at_all():
@@ -562,7 +576,6 @@ CORRUPT = {
         FormatError,
         r"crow_indices: got size \[5\], expected \[2",
     ),
-    "narrow shape": (lambda s: s["shape"].__setitem__(1, 64), FormatError, r"col_indices\[\d\]: got 2"),
     "size of crow": (lambda s: s.update(crow_indices=s["crow_indices"][:-1]), FormatError, "crow_indices: got size"),
     "size of col": (lambda s: s.update(col_indices=s["col_indices"][:-1]), FormatError, r"col_indices: got size \[5\]"),
     "crow of 2 dims": (lambda s: s.update(crow_indices=s["crow_indices"][None]), FormatError, "crow_indices: got size"),
@@ -594,7 +607,24 @@ def test_corrupt_state_dict_is_refused_and_changes_nothing(name, assign):
         BlockSparseLinear.from_state_dict(state, "0.")
 
 
-@settings(max_examples=150, deadline=None)
+def test_a_shape_too_narrow_for_the_blocks():
+    state = make(density=1.0).state_dict()
+    state["shape"][1] = 64
+    with pytest.raises(FormatError, match=r"^col_indices\[2\]: got 2, expected at least 0 and less than 2"):
+        BlockSparseLinear.from_state_dict(state)
+
+
+def test_a_shape_larger_than_memory():
+    """Refused for another size before anything is reserved for it; on its own, for the memory."""
+    state = make().state_dict()
+    state["shape"] = torch.tensor([50, 2**62])
+    with pytest.raises(RuntimeError, match=f"values: got 6 blocks of 16 x 32 in a weight of 50 x {2**62}"):
+        make().load_state_dict(state)
+    with pytest.raises(RuntimeError, match="cannot allocate"):
+        BlockSparseLinear.from_state_dict(state)
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     part=st.sampled_from(["crow_indices", "col_indices", "shape"]),
     at=st.integers(0, 5),
@@ -767,6 +797,14 @@ def test_autocast(autocast):
     torch.testing.assert_close(y.float(), layer(x), rtol=2e-2, atol=2e-2)
     y.float().sum().backward()
     assert layer.values.grad.dtype == torch.float32
+
+
+def test_export():
+    layer, x = make(), torch.randn(5, 70)
+    rows = torch.export.Dim("rows", min=2)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: rows},)).module()
+    assert torch.equal(exported(x), layer(x))
+    torch.testing.assert_close(exported(x[:3]), layer(x[:3]))
 
 
 def test_inference_mode_and_functional_call():

@@ -228,7 +228,7 @@ def test_reports():
 def test_a_model_that_is_one_layer():
     report = BlockSparseModelPatcher().get_patchable_layers(nn.Linear(64, 64))
     assert report.rows[0].reason == "it is the model: BlockSparseLinear.from_dense"
-    with pytest.raises(ValueError, match="BlockSparseLinear.from_dense"):
+    with pytest.raises(ValueError, match=r"BlockSparseLinear\.from_dense"):
         patcher_of(**{"": {}}).patch_model(nn.Linear(64, 64))
 
 
@@ -276,7 +276,7 @@ def test_nothing_is_replaced_if_anything_is_wrong():
             patcher_of(**patterns).patch_model(model)
         assert replaced(model) == []
     for use in (patcher_of(a={}).patch_model, BlockSparseModelPatcher().get_patchable_layers):
-        with pytest.raises(TypeError, match="model: got list, expected an nn.Module"):
+        with pytest.raises(TypeError, match=r"model: got list, expected an nn.Module"):
             use([nn.Linear(2, 2)])
 
 

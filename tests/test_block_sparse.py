@@ -687,6 +687,27 @@ def test_from_state_dict_copies():
     assert again.bias.requires_grad
 
 
+def test_the_worked_example_of_the_format():
+    """FORMAT.md, byte by byte."""
+    parts = {
+        "values": ("0000803f 00000040 00004040 00008040 0000a040 00000000 00000000 00000000", torch.float32, (2, 2, 2)),
+        "crow_indices": ("0000000000000000 0100000000000000 0200000000000000", torch.int64, (3,)),
+        "col_indices": ("0000000000000000 0200000000000000", torch.int64, (2,)),
+        "shape": ("0300000000000000 0500000000000000", torch.int64, (2,)),
+    }
+    state = {
+        name: torch.frombuffer(bytearray.fromhex(octets), dtype=dtype).view(size)
+        for name, (octets, dtype, size) in parts.items()
+    }
+    layer = BlockSparseLinear.from_state_dict(state)
+    dense = torch.tensor([[1.0, 2, 0, 0, 0], [3, 4, 0, 0, 0], [0, 0, 0, 0, 5]])
+    assert torch.equal(layer.to_dense().weight, dense)
+    written = BlockSparseLinear.from_dense(linear_of(dense), block_shape=(2, 2), pattern=layer.pattern).state_dict()
+    assert written.keys() == state.keys()
+    for name, part in state.items():
+        assert_bits_equal(written[name], part)
+
+
 def test_safetensors(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     model = nn.Sequential(make(), nn.ReLU(), make(50, 20, block_shape=(32, 32), bias=False))

@@ -124,7 +124,9 @@ def check_product(got, blocks, x, bias=None):
 def operands(blocks, m, seed=0):
     """x [m, in_features], a gradient [m, out_features] and a bias."""
     sizes = ((m, blocks.shape[1]), (m, blocks.shape[0]), (blocks.shape[0],))
-    return [random_numbers(*size, density=1.0, seed=seed + i, dtype=blocks.values.dtype) for i, size in enumerate(sizes)]
+    return [
+        random_numbers(*size, density=1.0, seed=seed + i, dtype=blocks.values.dtype) for i, size in enumerate(sizes)
+    ]
 
 
 def products(blocks, x, grad, bias=None):

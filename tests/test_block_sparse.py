@@ -467,6 +467,15 @@ def test_weight_is_a_dense_copy_through_which_gradients_flow():
     assert "BackwardForward" not in repr(layer.weight)
 
 
+def test_looking_at_weight_makes_no_copy(monkeypatch):
+    layer = make()
+    monkeypatch.setattr(BlockSparseLinear, "_dense", lambda self: pytest.fail("a copy was made"))
+    weight = layer.weight
+    assert (weight.shape, weight.ndim, weight.dtype, weight.device.type) == ((50, 70), 2, torch.float32, "cpu")
+    assert weight.requires_grad
+    assert torch.overrides.has_torch_function((weight,))
+
+
 def test_weight_past_torch_function():
     class Twice(torch.autograd.Function):
         @staticmethod

@@ -87,6 +87,8 @@ def prune_blocks(
     1.0
     0.25
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: got {type(module).__name__}, expected an nn.Module")
     block_patterns.check_density(density)
     sizes = block_layout.check_block_shape(block_shape)
     if scope not in ("layer", "model"):

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map_only
 
 from bitmask import block_layout, block_patterns, ops_block
 from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.block_layout import PARTS, Index
 from bitmask.calls import FormatError
+from bitmask.dense_copy import DenseCopy
 from bitmask.ops_block import TransposedIndex
 
 _TRANSPOSED = TransposedIndex._fields
@@ -264,7 +264,7 @@ class BlockSparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight as a dense copy, made when something is done with it; differentiable, but not to be written to."""
-        return self._dense() if torch.compiler.is_compiling() else _DenseCopy(self)
+        return self._dense() if torch.compiler.is_compiling() else DenseCopy(self._dense, self._shape, self.values)
 
     def _dense(self) -> Tensor:
         return block_layout.dense_of(self.values, (self.crow_indices, self.col_indices), self._shape)
@@ -403,47 +403,6 @@ class BlockSparseLinear(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._set_index(*self._index)
-
-
-class _DenseCopy(Tensor):
-    """What `weight` gives: a dense copy of the weight that is made whenever something is done with it.
-
-    Code that only looks at weights stays cheap so. Being no plain tensor, it also keeps nn.TransformerEncoderLayer
-    from its fused inference, which would multiply by the dense copy.
-    """
-
-    _layer: BlockSparseLinear
-
-    def __new__(cls, layer: BlockSparseLinear) -> _DenseCopy:
-        values = layer.values
-        copy: _DenseCopy = Tensor._make_wrapper_subclass(
-            cls,
-            (layer.out_features, layer.in_features),
-            dtype=values.dtype,
-            device=values.device,
-            requires_grad=values.requires_grad,
-        )
-        copy._layer = layer
-        return copy
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if func not in _LOOKS:
-                args, kwargs = tree_map_only(cls, lambda copy: copy._layer._dense(), (args, kwargs or {}))
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """For what comes past `__torch_function__`, as custom autograd functions do."""
-        args, kwargs = tree_map_only(cls, lambda copy: copy._layer._dense(), (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-# What can be said of a weight without its elements.
-_LOOKS = [getattr(Tensor, name).__get__ for name in ("device", "dtype", "ndim", "requires_grad", "shape")]
 
 
 def _size(name: str, size: int) -> int:

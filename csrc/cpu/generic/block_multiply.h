@@ -15,9 +15,6 @@ constexpr int64_t kBandRows = 64;      // rows of y whose sums are kept, and rou
 constexpr int64_t kChunkLanes = 512;   // of W that are multiplied with a tile at a time
 constexpr int64_t kChunkPieces = 128;  // the same, for small blocks
 
-template <class L>
-constexpr int64_t kVectorBytes = L::kLanes * kLaneBytes<L>;
-
 struct Piece {
   const uint8_t* at;  // its first lane of the first row
   int64_t x_lane;     // which it meets

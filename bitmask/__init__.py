@@ -8,6 +8,9 @@ import bitmask.handlers as _handlers  # noqa: F401  # fills in what BitmaskTenso
 import bitmask.portable as _portable
 from bitmask._C import available_isas, get_isa, set_isa
 from bitmask.bitmask_tensor import BitmaskTensor, DecompressWarning
+from bitmask.block_patcher import BlockSparseModelPatcher, prune_blocks
+from bitmask.block_patterns import block_norms, largest_blocks
+from bitmask.block_sparse import BlockSparseLinear
 from bitmask.calls import FormatError
 from bitmask.files import BitmaskConfig, load_compressed, load_rows, save_compressed, save_compressed_model
 from bitmask.linear import BitmaskLinear
@@ -24,12 +27,15 @@ __all__ = [
     "BitmaskConfig",
     "BitmaskLinear",
     "BitmaskTensor",
+    "BlockSparseLinear",
+    "BlockSparseModelPatcher",
     "CompressionReport",
     "DecompressWarning",
     "FormatError",
     "NaiveBitmaskTensor",
     "__version__",
     "available_isas",
+    "block_norms",
     "build_info",
     "compress",
     "compress_",
@@ -38,8 +44,10 @@ __all__ = [
     "decompress",
     "decompress_",
     "get_isa",
+    "largest_blocks",
     "load_compressed",
     "load_rows",
+    "prune_blocks",
     "save_compressed",
     "save_compressed_model",
     "set_isa",

@@ -26,7 +26,7 @@ _NOT_YET = "not compressed yet, or compress_ was told not to"
 
 
 @dataclass(frozen=True)
-class _Weight:
+class LinearWeight:
     """One weight of linear layers, and every place in the model that holds it."""
 
     layers: dict[str, nn.Linear]
@@ -138,7 +138,7 @@ def compress_(
         raise TypeError(f"min_sparsity: got {min_sparsity!r}, expected a number from 0 to 1")
     if min_sparsity is not None and not 0 <= min_sparsity <= 1:
         raise ValueError(f"min_sparsity: got {min_sparsity}, expected 0 to 1")
-    for weight in tqdm(_linear_weights(model), desc="Compressing", unit="weight", disable=not progress):
+    for weight in tqdm(linear_weights(model), desc="Compressing", unit="weight", disable=not progress):
         row = _row(weight)
         if row.reason != _NOT_YET:
             continue
@@ -161,7 +161,7 @@ def decompress_(model: nn.Module, progress: bool = True) -> nn.Module:
     >>> torch.equal(after, before), after.requires_grad
     (True, True)
     """
-    for weight in tqdm(_linear_weights(model), desc="Decompressing", unit="weight", disable=not progress):
+    for weight in tqdm(linear_weights(model), desc="Decompressing", unit="weight", disable=not progress):
         bound = any(isinstance(layer, BitmaskLinear) for layer in weight.layers.values())
         if isinstance(weight.tensor, BitmaskTensor) and not bound:
             trainable = any([layer.__dict__.pop(_TRAINABLE, False) for layer in weight.layers.values()])
@@ -171,19 +171,19 @@ def decompress_(model: nn.Module, progress: bool = True) -> nn.Module:
 
 def compression_report(model: nn.Module) -> CompressionReport:
     """What `compress_` did, or would do, for each weight of the linear layers of a model."""
-    return CompressionReport([_row(weight) for weight in _linear_weights(model)])
+    return CompressionReport([_row(weight) for weight in linear_weights(model)])
 
 
-def _linear_weights(model: nn.Module) -> list[_Weight]:
+def linear_weights(model: nn.Module) -> list[LinearWeight]:
     """Each distinct weight of the model's linear layers, once, with all that holds it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
-    weights: dict[int, _Weight] = {}
+    weights: dict[int, LinearWeight] = {}
     for name, module in model.named_modules():
         tensor = getattr(module, "weight", None) if isinstance(module, nn.Linear) else None
         if isinstance(module, nn.Linear) and isinstance(tensor, Tensor):
             computed = module._parameters.get("weight") is None
-            weights.setdefault(id(module if computed else tensor), _Weight({}, [])).layers[name] = module
+            weights.setdefault(id(module if computed else tensor), LinearWeight({}, [])).layers[name] = module
     for name, module in model.named_modules():
         for slot, tensor in (*module._parameters.items(), *module._buffers.items()):
             if id(tensor) in weights and not (isinstance(module, nn.Linear) and slot == "weight"):
@@ -191,7 +191,7 @@ def _linear_weights(model: nn.Module) -> list[_Weight]:
     return [weight for weight in weights.values() if not is_lazy(weight.tensor)]
 
 
-def _reason_against(weight: _Weight) -> str:
+def reason_against(weight: LinearWeight) -> str:
     """Why a dense weight cannot be compressed, whatever its size; empty if nothing speaks against it."""
     tensor = weight.tensor
     if weight.elsewhere:
@@ -225,20 +225,20 @@ def _measure(tensor: Tensor) -> tuple[float, int]:
     return sparsity, nnz * tensor.itemsize + math.prod(ops.bitmask_sizes(tensor.shape)) + 8 * len(tensor)
 
 
-def _compress(weight: _Weight) -> None:
+def _compress(weight: LinearWeight) -> None:
     for layer in weight.layers.values():
         layer.__dict__[_TRAINABLE] = weight.tensor.requires_grad
     _replace(weight, frozen_parameter(BitmaskTensor.from_dense(weight.tensor)))
 
 
-def _replace(weight: _Weight, parameter: nn.Parameter) -> None:
+def _replace(weight: LinearWeight, parameter: nn.Parameter) -> None:
     for layer in weight.layers.values():
         layer.weight = parameter
     for _, module, slot in weight.elsewhere:
         setattr(module, slot, parameter)
 
 
-def _row(weight: _Weight) -> CompressionRow:
+def _row(weight: LinearWeight) -> CompressionRow:
     tensor = weight.tensor
     compressed = isinstance(tensor, BitmaskTensor)
     sparsity, nbytes = math.nan, tensor.nbytes
@@ -248,7 +248,7 @@ def _row(weight: _Weight) -> CompressionRow:
         sparsity, nbytes = _measure(tensor)
     reason = ""
     if not compressed:
-        reason = _reason_against(weight) or (_NOT_YET if nbytes < tensor.nbytes else "it would not shrink")
+        reason = reason_against(weight) or (_NOT_YET if nbytes < tensor.nbytes else "it would not shrink")
     return CompressionRow(
         tuple(weight.layers), tuple(tensor.shape), tensor.dtype, sparsity, tensor.nbytes, nbytes, compressed, reason
     )

@@ -1,0 +1,149 @@
+"""The block-sparse layout (FORMAT.md): sizes, parts, what proves them, and the way from and to dense.
+
+A weight [out_features, in_features] is cut into a grid of blocks, of which some are kept; those at its lower and right
+edges may reach past it.
+
+    values        [blocks, rows and columns of a block]: the kept blocks, block row by block row
+    crow_indices  [block rows + 1]: the first block of each block row
+    col_indices   [blocks]: the block column of each block, ascending in each block row
+    shape         [2]: out_features, in_features
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitmask import ops_block
+from bitmask.calls import LINEAR_DTYPES, FormatError
+
+# What a layer consists of, beside its bias.
+PARTS = ("values", "crow_indices", "col_indices", "shape")
+
+# crow_indices and col_indices.
+Index = tuple[Tensor, Tensor]
+
+
+def check_block_shape(block_shape: Sequence[int]) -> tuple[int, int]:
+    """Two positive integers as a tuple; raises TypeError or ValueError."""
+    try:
+        height, width = (operator.index(size) for size in block_shape)
+    except (TypeError, ValueError):
+        raise TypeError(f"block_shape: got {block_shape!r}, expected two integers") from None
+    if height < 1 or width < 1:
+        raise ValueError(f"block_shape: got {block_shape!r}, expected sizes of at least 1")
+    return height, width
+
+
+def grid_of(shape: Sequence[int], block_shape: tuple[int, int]) -> tuple[int, int]:
+    """Block rows and block columns of a matrix; those at the edges may reach past it."""
+    return -(-shape[0] // block_shape[0]), -(-shape[1] // block_shape[1])
+
+
+def block_sizes(size: int, block: int) -> Tensor:
+    """How many rows (columns) of the matrix each block row (block column) really has: int64."""
+    return (size - torch.arange(0, size, block, device="cpu")).clamp(max=block)
+
+
+def index_of(pattern: Tensor) -> Index:
+    """crow_indices and col_indices of a pattern, on the CPU."""
+    pattern = pattern.cpu()
+    crow_indices = torch.zeros(len(pattern) + 1, dtype=torch.int64, device="cpu")
+    crow_indices[1:] = pattern.sum(1).cumsum(0)
+    return crow_indices, pattern.nonzero()[:, 1].contiguous()
+
+
+def rows_of(index: Index) -> Tensor:
+    """The block row of each block."""
+    crow_indices, col_indices = index
+    rows = torch.arange(len(crow_indices) - 1, device=crow_indices.device)
+    return rows.repeat_interleave(crow_indices.diff(), output_size=len(col_indices))
+
+
+def inputs_of(index: Index, in_features: int, width: int) -> Tensor:
+    """How many inputs the outputs of each block row have: int64 [block rows], on the CPU."""
+    crow_indices, col_indices = (tensor.cpu() for tensor in index)
+    widths = block_sizes(in_features, width)[col_indices]
+    inputs = torch.zeros(len(crow_indices) - 1, dtype=torch.int64, device="cpu")
+    return inputs.index_add(0, rows_of((crow_indices, col_indices)), widths)
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise TypeError unless there are kernels for weights of this dtype."""
+    if dtype not in LINEAR_DTYPES:
+        raise TypeError(f"{name}: got dtype {dtype}, expected float32, bfloat16, float16 or float64")
+
+
+def check_parts(parts: Mapping[str, Any], prefix: str) -> tuple[int, int]:
+    """Raise TypeError or FormatError unless the parts are those of a weight; returns its shape.
+
+    `prefix` stands before the names in messages.
+    """
+    for name, part in parts.items():
+        if not isinstance(part, Tensor):
+            raise TypeError(f"{prefix}{name}: got {type(part).__name__}, expected a torch.Tensor")
+        if name == "values":
+            check_dtype(prefix + name, part.dtype)
+        elif part.dtype != torch.int64:
+            raise TypeError(f"{prefix}{name}: got dtype {part.dtype}, expected torch.int64")
+        elif part.is_meta:
+            raise FormatError(f"{prefix}{name}: got a meta tensor, expected one with data")
+    values, crow_indices, col_indices, shape = (parts[name] for name in PARTS)
+    _check_size(prefix, "shape", shape, (2,), "out_features, in_features")
+    if bool((shape < 0).any()):
+        raise FormatError(f"{prefix}shape: got {shape.tolist()}, expected no negative size")
+    if values.ndim != 3 or 0 in values.shape[1:]:
+        raise FormatError(f"{prefix}values: got size {list(values.shape)}, expected [blocks, rows, columns] of blocks")
+    out_features, in_features = shape.tolist()
+    rows, cols = grid_of((out_features, in_features), (values.shape[1], values.shape[2]))
+    _check_size(prefix, "crow_indices", crow_indices, (rows + 1,), "one per block row and one")
+    _check_size(prefix, "col_indices", col_indices, (len(values),), "one per block of values")
+    try:
+        ops_block.bsr_transpose(crow_indices.cpu(), col_indices.cpu(), cols)
+    except FormatError as error:
+        raise FormatError(f"{prefix}{error}") from None
+    return out_features, in_features
+
+
+def _check_size(prefix: str, name: str, part: Tensor, size: tuple[int, ...], meaning: str) -> None:
+    if tuple(part.shape) != size:
+        raise FormatError(f"{prefix}{name}: got size {list(part.shape)}, expected {list(size)} ({meaning})")
+
+
+def check_bias(bias: Any, values: Tensor, out_features: int, prefix: str) -> None:
+    """Raise TypeError, ValueError or FormatError unless the bias goes with a weight of these values."""
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{prefix}bias: got {type(bias).__name__}, expected a torch.Tensor")
+    if bias.dtype != values.dtype:
+        raise TypeError(f"{prefix}bias: got dtype {bias.dtype}, expected {values.dtype}, the dtype of values")
+    if bias.device != values.device:
+        raise ValueError(f"{prefix}bias: got device {bias.device}, expected {values.device}, the device of values")
+    _check_size(prefix, "bias", bias, (out_features,), "out_features")
+
+
+def take_blocks(dense: Tensor, index: Index, block_shape: tuple[int, int]) -> Tensor:
+    """The values of a matrix: a copy of these blocks, with zeros past its edges."""
+    (rows, cols), (height, width) = grid_of(dense.shape, block_shape), block_shape
+    padded = F.pad(dense, (0, cols * width - dense.shape[1], 0, rows * height - dense.shape[0]))
+    return padded.view(rows, height, cols, width)[rows_of(index), :, index[1]]
+
+
+def dense_of(values: Tensor, index: Index, shape: tuple[int, int]) -> Tensor:
+    """The matrix of these values, differentiable."""
+    _, height, width = values.shape
+    rows, cols = grid_of(shape, (height, width))
+    blocks = values.new_zeros(rows, cols, height, width).index_put((rows_of(index), index[1]), values)
+    return blocks.transpose(1, 2).reshape(rows * height, cols * width)[: shape[0], : shape[1]]
+
+
+def zero_past_edges(values: Tensor, index: Index, shape: tuple[int, int]) -> None:
+    """Set to zero what of the values lies past a matrix of `shape`."""
+    for dim, (place, size) in enumerate(zip((rows_of(index), index[1]), shape, strict=True), start=1):
+        line, rest = divmod(size, values.shape[dim])
+        past = torch.arange(rest, values.shape[dim], device=values.device)
+        values[place == line] = values[place == line].index_fill_(dim, past, 0)

@@ -1,0 +1,498 @@
+"""BlockSparseLinear: `nn.Linear` with a trainable weight of which only some blocks exist, forward and backward."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
+
+from bitmask import block_layout, block_patterns, ops_block
+from bitmask.bitmask_tensor import BitmaskTensor
+from bitmask.block_layout import PARTS, Index
+from bitmask.calls import FormatError
+from bitmask.ops_block import TransposedIndex
+
+_TRANSPOSED = TransposedIndex._fields
+
+_Layer = TypeVar("_Layer", "BlockSparseLinear", nn.Linear)
+
+
+class BlockSparseLinear(nn.Module):
+    """`nn.Linear` whose weight is zero but for some blocks, which are stored, multiplied and trained alone.
+
+    Parameters are `values` [blocks, rows and columns of a block] and `bias`, ordinary ones for optimizers and wrappers;
+    buffers are `crow_indices` and `col_indices` (as in torch's BSR layout) and `shape` (out_features, in_features).
+    Blocks at the lower and right edges may reach past the weight: their elements there are zero and stay it.
+
+    Numbers are drawn as by `nn.Linear`, from the inputs that each output really has; outputs without a block get a bias
+    of zero. Loading a `state_dict` takes over its pattern, if it has as many blocks; `from_state_dict` always does.
+
+    Args:
+        in_features, out_features: columns and rows of the weight.
+        bias: whether there is a bias.
+        density: share of the blocks that are kept, above 0 and at most 1, without `pattern`: spread evenly over block
+            rows and block columns by torch's generator of random numbers.
+        block_shape: rows and columns of a block; multiples of 16 are fast.
+        pattern: the blocks that are kept: bool [ceil(out_features / rows), ceil(in_features / columns)].
+        device, dtype: of the parameters; dtype is float32, bfloat16, float16 or float64.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or out of range.
+
+    >>> layer = BlockSparseLinear(64, 128, density=0.25)
+    >>> layer
+    BlockSparseLinear(in_features=64, out_features=128, bias=True, block_shape=(32, 32), blocks=2, density=0.2500,
+    dtype=torch.float32)
+    >>> layer(torch.ones(3, 64)).shape
+    torch.Size([3, 128])
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    crow_indices: Tensor
+    col_indices: Tensor
+    shape: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        density: float = 0.5,
+        block_shape: Sequence[int] = (32, 32),
+        pattern: Tensor | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        shape = (_size("out_features", out_features), _size("in_features", in_features))
+        block_shape = block_layout.check_block_shape(block_shape)
+        block_layout.check_dtype("dtype", dtype or torch.get_default_dtype())
+        grid = block_layout.grid_of(shape, block_shape)
+        if pattern is None:
+            pattern = block_patterns.spread_blocks(grid, block_patterns.count_blocks(density, grid[0] * grid[1]))
+        else:
+            block_patterns.check_pattern(pattern, grid)
+        index = block_layout.index_of(pattern)
+        values = torch.empty(len(index[1]), *block_shape, device=device, dtype=dtype)
+        self._assemble(shape, values, torch.empty(shape[0], device=device, dtype=dtype) if bias else None, index)
+        self.reset_parameters()
+
+    def _assemble(self, shape: tuple[int, int], values: Tensor, bias: Tensor | None, index: Index) -> None:
+        self.out_features, self.in_features = shape
+        self.block_shape = (values.shape[1], values.shape[2])
+        self.values = nn.Parameter(values)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        for name in (*PARTS[1:], *_TRANSPOSED):
+            self.register_buffer(name, None, persistent=name in PARTS)
+        self._set_index(*index)
+
+    def _set_index(self, crow_indices: Tensor, col_indices: Tensor) -> None:
+        """Take over a pattern, which is proven thereby; on device meta its numbers are kept aside."""
+        index = (crow_indices.cpu(), col_indices.cpu())
+        transposed = ops_block.bsr_transpose(*index, self._grid[1])
+        device = self.values.device
+        self.crow_indices, self.col_indices = crow_indices.to(device), col_indices.to(device)
+        self.shape = torch.tensor([self.out_features, self.in_features], device=device)
+        for name, tensor in zip(_TRANSPOSED, transposed, strict=True):
+            setattr(self, name, tensor.to(device))
+        self._index_of_meta = index if self.values.is_meta else None
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        return block_layout.grid_of(self._shape, self.block_shape)
+
+    @property
+    def _index(self) -> Index:
+        """crow_indices and col_indices with their numbers, on device meta too."""
+        known = self._index_of_meta if self.crow_indices.is_meta else None
+        return known or (self.crow_indices, self.col_indices)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new numbers as `nn.Linear` does, each output by the number of inputs that it has; the pattern stays."""
+        inputs = block_layout.inputs_of(self._index, self.in_features, self.block_shape[1])
+        bounds = torch.where(inputs > 0, inputs.double().rsqrt(), 0.0).to(self.values)
+        self.values.uniform_(-1, 1)
+        if not self.values.is_meta:
+            self.values.mul_(bounds[block_layout.rows_of(self._index)][:, None, None])
+            block_layout.zero_past_edges(self.values, self._index, self._shape)
+        if self.bias is not None:
+            self.bias.uniform_(-1, 1).mul_(bounds.repeat_interleave(self.block_shape[0])[: self.out_features])
+
+    @classmethod
+    def from_dense(
+        cls,
+        linear: nn.Linear,
+        density: float = 0.5,
+        block_shape: Sequence[int] = (32, 32),
+        pattern: Tensor | None = None,
+    ) -> BlockSparseLinear:
+        """The blocks of an `nn.Linear` that have the largest Frobenius norms, or those of a pattern, values untouched.
+
+        Shares nothing with the layer; what takes a gradient there does here. Hooks stay behind.
+
+        Args:
+            linear: of dtype float32, bfloat16, float16 or float64.
+            density: share of the blocks to keep, without `pattern`.
+            block_shape: rows and columns of a block.
+            pattern: the blocks to keep: bool [ceil(out_features / rows), ceil(in_features / columns)].
+
+        Raises:
+            TypeError: not an `nn.Linear` with a dense weight, or an argument of the wrong kind.
+            ValueError: an argument out of range, or a layer on device meta without a pattern.
+
+        >>> dense = nn.Linear(4, 2, bias=False)
+        >>> _ = dense.weight.data.copy_(torch.tensor([[1.0, 2.0, 0.1, 0.2], [0.3, 0.1, 3.0, 4.0]]))
+        >>> layer = BlockSparseLinear.from_dense(dense, density=0.5, block_shape=(1, 2))
+        >>> layer.pattern
+        tensor([[ True, False],
+                [False,  True]])
+        >>> layer(torch.ones(4)).detach()
+        tensor([3., 7.])
+        """
+        weight = _dense_weight(linear)
+        block_shape = block_layout.check_block_shape(block_shape)
+        if pattern is None:
+            if weight.is_meta:
+                raise ValueError("linear: got a layer on device meta, expected one with data, or a pattern")
+            pattern = block_patterns.largest_blocks(block_patterns.block_norms(weight, block_shape), density)
+        else:
+            block_patterns.check_pattern(pattern, block_layout.grid_of(weight.shape, block_shape))
+        index = block_layout.index_of(pattern)
+        values = block_layout.take_blocks(weight.detach(), index, block_shape)
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        layer = cls._of_parts((weight.shape[0], weight.shape[1]), values, bias, index)
+        return _with_flags(layer, linear, weight.requires_grad)
+
+    @classmethod
+    def from_bsr(cls, weight: Tensor, bias: Tensor | None = None) -> BlockSparseLinear:
+        """A layer with copies of a weight in torch's BSR layout [out_features, in_features] and of a bias.
+
+        Raises:
+            TypeError: not a BSR tensor of dtype float32, bfloat16, float16 or float64, or a bias of another dtype.
+            ValueError: a batch of matrices, or a bias of another size or device.
+            FormatError: indices that contradict each other or the shape.
+
+        >>> BlockSparseLinear.from_bsr(torch.eye(4).to_sparse_bsr((2, 2)))(torch.arange(4.0)).tolist()
+        [0.0, 1.0, 2.0, 3.0]
+        """
+        if not isinstance(weight, Tensor) or weight.layout is not torch.sparse_bsr:
+            kind = weight.layout if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(f"weight: got {kind}, expected a tensor of layout torch.sparse_bsr")
+        if weight.ndim != 2:
+            raise ValueError(f"weight: got size {list(weight.shape)}, expected a matrix")
+        index = (weight.crow_indices().long(), weight.col_indices().long())
+        parts = dict(zip(PARTS, (weight.values(), *index, torch.tensor(weight.shape)), strict=True))
+        return cls._of_untrusted_parts(parts, bias)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Any], prefix: str = "") -> BlockSparseLinear:
+        """The layer that `state_dict` describes, with copies of its tensors (FORMAT.md has what they are).
+
+        Args:
+            state_dict: of a BlockSparseLinear, or of a model that has one, of any pattern.
+            prefix: what stands before the names of the layer's tensors, its dot included.
+
+        Raises:
+            FormatError: tensors that are missing, or contradict each other.
+            TypeError: a tensor of the wrong kind or dtype.
+
+        >>> layer = BlockSparseLinear(64, 128, density=0.25)
+        >>> model = nn.Sequential(layer, nn.ReLU())
+        >>> torch.equal(BlockSparseLinear.from_state_dict(model.state_dict(), "0.").values, layer.values)
+        True
+        """
+        missing = [prefix + name for name in PARTS if prefix + name not in state_dict]
+        if missing:
+            raise FormatError(f"{missing[0]}: not in the state_dict, expected {', '.join(PARTS)} and perhaps bias")
+        parts = {name: state_dict[prefix + name] for name in PARTS}
+        return cls._of_untrusted_parts(parts, state_dict.get(f"{prefix}bias"), prefix)
+
+    @classmethod
+    def _of_untrusted_parts(cls, parts: Mapping[str, Any], bias: Any, prefix: str = "") -> BlockSparseLinear:
+        shape = block_layout.check_parts(parts, prefix)
+        values = parts["values"]
+        if bias is not None:
+            block_layout.check_bias(bias, values, shape[0], prefix)
+            bias = bias.detach().clone()
+        index = (parts["crow_indices"].clone(), parts["col_indices"].clone())
+        return cls._of_parts(shape, values.detach().clone(memory_format=torch.contiguous_format), bias, index)
+
+    @classmethod
+    def _of_parts(cls, shape: tuple[int, int], values: Tensor, bias: Tensor | None, index: Index) -> BlockSparseLinear:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._assemble(shape, values, bias, index)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]; gradients reach `x`, `values` and `bias`."""
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x: got size {list(x.shape)}, expected [..., {self.in_features}] (in_features)")
+        transposed = TransposedIndex(*(getattr(self, name) for name in _TRANSPOSED))
+        return ops_block.bsr_linear(
+            x, self.values, self.crow_indices, self.col_indices, self.out_features, self.bias, transposed
+        )
+
+    @property
+    def density(self) -> float:
+        """Share of the weight's elements that lie in a block."""
+        inputs = block_layout.inputs_of(self._index, self.in_features, self.block_shape[1])
+        outputs = block_layout.block_sizes(self.out_features, self.block_shape[0])
+        return int(inputs @ outputs) / max(self.out_features * self.in_features, 1)
+
+    @property
+    def pattern(self) -> Tensor:
+        """Which blocks exist: bool [block rows, block columns]."""
+        pattern = torch.zeros(self._grid, dtype=torch.bool, device=self._index[1].device)
+        pattern[block_layout.rows_of(self._index), self._index[1]] = True
+        return pattern
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as a dense copy, made when something is done with it; differentiable, but not to be written to."""
+        return self._dense() if torch.compiler.is_compiling() else _DenseCopy(self)
+
+    def _dense(self) -> Tensor:
+        return block_layout.dense_of(self.values, (self.crow_indices, self.col_indices), self._shape)
+
+    def to_dense(self) -> nn.Linear:
+        """The dense twin of this layer, of which it shares nothing; hooks stay behind."""
+        layer = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.values.dtype
+        )
+        layer.weight = nn.Parameter(self._dense().detach().clone(memory_format=torch.contiguous_format))
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().clone())
+        return _with_flags(layer, self, self.values.requires_grad)
+
+    def to_bsr(self) -> Tensor:
+        """A copy of the weight in torch's BSR layout.
+
+        Raises:
+            ValueError: a weight that is no multiple of the blocks, which that layout does not know.
+        """
+        if any(size % block for size, block in zip(self._shape, self.block_shape, strict=True)):
+            raise ValueError(f"block_shape: got {self.block_shape}, expected sizes that divide {self._shape}")
+        values = self.values.detach().clone()
+        return torch.sparse_bsr_tensor(self.crow_indices.clone(), self.col_indices.clone(), values, size=self._shape)
+
+    @torch.no_grad()
+    def update_pattern_(
+        self,
+        pattern: Tensor | None = None,
+        *,
+        scores: Tensor | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> BlockSparseLinear:
+        """Drop and grow blocks in place: those that stay keep their values, new ones start at zero.
+
+        `values` stays the same Parameter, so that optimizers go on; with another number of blocks, wrappers that
+        remember sizes (DistributedDataParallel, FullyShardedDataParallel) have to be made anew. The gradient and
+        the optimizer's state move with the blocks, zero for new ones. With SET [1], blocks are dropped by
+        `block_norms` and grown at random, with RigL [2] grown by the gradient of the dense weight.
+
+        [1] Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018,
+        arXiv:1707.04780. [2] Evci et al., Rigging the lottery: making all tickets winners, 2020, arXiv:1911.11134.
+
+        Args:
+            pattern: bool [block rows, block columns].
+            scores: of a real floating-point dtype, of the same size, instead of a pattern: as many blocks as now, those
+                with the largest scores.
+            optimizer: whose state for `values` is to move along.
+
+        Returns:
+            This layer.
+
+        Raises:
+            TypeError, ValueError: not exactly one of `pattern` and `scores`, either of them of the wrong kind, dtype or
+                size, or an optimizer that does not have this layer's `values`.
+
+        >>> layer = BlockSparseLinear(64, 64, pattern=torch.tensor([[True, False], [False, True]]))
+        >>> kept = layer.values[1]
+        >>> layer.update_pattern_(torch.tensor([[False, True], [False, True]])).pattern
+        tensor([[False,  True],
+                [False,  True]])
+        >>> torch.equal(layer.values[1], kept), bool(layer.values[0].any())
+        (True, False)
+        """
+        if (pattern is None) == (scores is None):
+            raise TypeError("pattern, scores: expected exactly one of them")
+        if scores is not None:
+            block_patterns.check_matrix("scores", scores)
+            if tuple(scores.shape) != self._grid:
+                raise ValueError(f"scores: got size {list(scores.shape)}, expected {list(self._grid)} (blocks)")
+            pattern = block_patterns.largest(scores, len(self.values))
+        assert pattern is not None
+        block_patterns.check_pattern(pattern, self._grid)
+        if self.values.is_meta:
+            raise ValueError("values: on device meta, expected a layer with data")
+        state = {} if optimizer is None else _state_of(optimizer, self.values)
+        places = torch.full(self._grid, -1, device="cpu")
+        places[self.pattern.cpu()] = torch.arange(len(self.values), device="cpu")
+        sources = places[pattern.cpu()].to(self.values.device)
+
+        def moved(blocks: Tensor) -> Tensor:
+            result = blocks.new_zeros(len(sources), *blocks.shape[1:])
+            result[sources >= 0] = blocks[sources[sources >= 0]]
+            return result
+
+        for name, tensor in state.items():
+            if isinstance(tensor, Tensor) and tensor.ndim == 3 and len(tensor) == len(self.values):
+                state[name] = moved(tensor)
+        values, grad = moved(self.values), self.values.grad
+        self.values.grad = None
+        _replace_data(self.values, values)
+        self.values.grad = None if grad is None else moved(grad)
+        self._set_index(*block_layout.index_of(pattern))
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes, blocks, density and dtype."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"block_shape={self.block_shape}, blocks={len(self.values)}, density={self.density:.4f}, "
+            f"dtype={self.values.dtype}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
+        """Indices keep their numbers where others lose theirs: on device meta, and in what `to_empty` reserves."""
+        index, before = self._index, self.crow_indices
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.crow_indices is not before:
+            self._set_index(*index)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Check everything first: what contradicts itself raises, what has other sizes is reported by torch."""
+        own = (self.values, *self._index, torch.tensor([self.out_features, self.in_features], device="cpu"))
+        parts = {name: state_dict.get(prefix + name, tensor) for name, tensor in zip(PARTS, own, strict=True)}
+        shape = block_layout.check_parts(parts, prefix)
+        got = (*parts["values"].shape, *shape)
+        expected = (*self.values.shape, self.out_features, self.in_features)
+        if got != expected:
+            error_msgs.append(
+                f"{prefix}values: got {_describe(*got)}, expected {_describe(*expected)}; "
+                "BlockSparseLinear.from_state_dict makes a layer of any sizes"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._set_index(*self._index)
+
+
+class _DenseCopy(Tensor):
+    """What `weight` gives: a dense copy of the weight that is made whenever something is done with it.
+
+    Code that only looks at weights stays cheap so. Being no plain tensor, it also keeps nn.TransformerEncoderLayer
+    from its fused inference, which would multiply by the dense copy.
+    """
+
+    _layer: BlockSparseLinear
+
+    def __new__(cls, layer: BlockSparseLinear) -> _DenseCopy:
+        values = layer.values
+        copy: _DenseCopy = Tensor._make_wrapper_subclass(
+            cls,
+            (layer.out_features, layer.in_features),
+            dtype=values.dtype,
+            device=values.device,
+            requires_grad=values.requires_grad,
+        )
+        copy._layer = layer
+        return copy
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func not in _LOOKS:
+                args, kwargs = tree_map_only(cls, lambda copy: copy._layer._dense(), (args, kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """For what comes past `__torch_function__`, as custom autograd functions do."""
+        args, kwargs = tree_map_only(cls, lambda copy: copy._layer._dense(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+# What can be said of a weight without its elements.
+_LOOKS = [getattr(Tensor, name).__get__ for name in ("device", "dtype", "ndim", "requires_grad", "shape")]
+
+
+def _size(name: str, size: int) -> int:
+    try:
+        size = operator.index(size)
+    except TypeError:
+        raise TypeError(f"{name}: got {size!r}, expected an integer") from None
+    if size < 0:
+        raise ValueError(f"{name}: got {size}, expected at least 0")
+    return size
+
+
+def _describe(blocks: int, rows: int, cols: int, out_features: int, in_features: int) -> str:
+    return f"{blocks} blocks of {rows} x {cols} in a weight of {out_features} x {in_features}"
+
+
+def _dense_weight(linear: nn.Linear) -> Tensor:
+    """The weight of a layer; raises TypeError unless there is a dense one."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear: got {type(linear).__name__}, expected an nn.Linear")
+    weight = linear.weight
+    if isinstance(weight, BitmaskTensor):
+        raise TypeError(f"linear: got a {type(linear).__name__} whose weight is compressed, expected a dense one")
+    if is_lazy(weight):
+        raise TypeError("linear: got a lazy layer, expected one whose weight has a size")
+    block_layout.check_dtype("linear.weight", weight.dtype)
+    return weight
+
+
+def _with_flags(target: _Layer, source: BlockSparseLinear | nn.Linear, trainable: bool) -> _Layer:
+    """The target, training and taking gradients where the source does."""
+    weight = target.values if isinstance(target, BlockSparseLinear) else target.weight
+    weight.requires_grad_(trainable)
+    if target.bias is not None and source.bias is not None:
+        target.bias.requires_grad_(source.bias.requires_grad)
+    return target.train(source.training)
+
+
+def _state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """What the optimizer remembers of a parameter."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    if not any(held is parameter for group in optimizer.param_groups for held in group["params"]):
+        raise ValueError("optimizer: got one without this layer's values, expected the one that trains them")
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    return state
+
+
+def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter other data, perhaps of another size.
+
+    Where a graph of an earlier step is alive, autograd keeps a node for the gradient, which knows the old size and
+    would refuse gradients of the new one; a change of dtype makes autograd drop it.
+    """
+    parameter.data = data.to(torch.float32 if data.dtype == torch.float64 else torch.float64)
+    parameter.data = data

@@ -11,6 +11,7 @@ struct Bfloat16PairLanes : Float32Sums {
     return src + __builtin_popcountll(mask) * 2;
   }
 
+  static Lanes widen(const uint8_t* src) { return load(src); }
   static Lanes load(const uint8_t* src) { return _mm512_loadu_si512(src); }
   static void store(Lanes lanes, uint8_t* dst) { _mm512_storeu_si512(dst, lanes); }
   static Lanes broadcast(const uint8_t* src) { return _mm512_set1_epi32(load_as<int32_t>(src)); }

@@ -29,7 +29,7 @@ constexpr LinearKernels linear_kernels() {
 template <class L>
 constexpr BlockKernels block_kernels() {
   BlockKernels kernels{};
-  kernels.streaming_rows = kBlockStreamedRows;
+  kernels.streaming_rows = L::kStreamedRows;
   kernels.rows_bytes = block_rows_bytes<L>;
   kernels.pack_rows = block_pack_rows<L>;
   kernels.stream = block_stream<L>;
@@ -44,7 +44,7 @@ constexpr BlockKernels block_kernels() {
   kernels.pack_columns = block_pack_columns<L>;
   kernels.sample = block_sample<L>;
   kernels.sum_bytes = sizeof(typename L::Sum);
-  kernels.scratch_bytes = kBlockScratchBytes<L>;
+  kernels.scratch_bytes = kBlockScratchBytes<L> > kBlockStreamScratchBytes<L> ? kBlockScratchBytes<L> : kBlockStreamScratchBytes<L>;
   return kernels;
 }
 

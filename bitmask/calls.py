@@ -46,12 +46,22 @@ def differentiates_forward() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _past_autograd(op: Any, *args: Any) -> Any:
-    if (
-        torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
-        or differentiates_forward()
+def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:
+    """Raise where forward mode asks for a derivative: torch would take it for zero."""
+    unpack: Any = forward_ad.unpack_dual
+    if forward_ad._current_level >= 0 and any(
+        isinstance(arg, Tensor) and unpack(arg).tangent is not None for arg in args
     ):
+        raise NotImplementedError(f"{op}: has no forward-mode derivative, only gradients")
+
+
+def _past_autograd(op: Any, *args: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return op(*args)
+    if differentiates_forward():
+        _refuse_tangents(op, args)
+        return op(*args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)

@@ -7,6 +7,7 @@ PyTorch's BSR layout. Blocks at the edges may reach past the weight, with elemen
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ def bsr_transpose(crow_indices: Tensor, col_indices: Tensor, block_cols: int) ->
             *call(torch.ops.bitmask.bsr_transpose, crow_indices, col_indices, block_cols, invalid=FormatError)
         )
     except (RuntimeError, TypeError, ValueError):
-        _check_tensors({}, {"crow_indices": crow_indices, "col_indices": col_indices})
+        _check_transpose(crow_indices, col_indices, block_cols)
         raise
 
 
@@ -92,8 +93,7 @@ def bsr_linear(
     >>> bsr_linear(torch.tensor([1.0, 10.0, 7.0, 7.0]), values, torch.tensor([0, 0, 1]), torch.tensor([0]), 4)
     tensor([ 0.,  0., 21., 43.])
     """
-    parts = (None, None, None) if transposed is None else transposed
-    args = (x, values, crow_indices, col_indices, out_features, bias, *parts)
+    args = (x, values, crow_indices, col_indices, out_features, bias, *_parts_of(transposed))
     try:
         y: Tensor = call_past_autograd(torch.ops.bitmask.bsr_linear.default, *args, invalid=FormatError)
     except (RuntimeError, TypeError, ValueError):
@@ -110,7 +110,7 @@ def bsr_linear_backward_input(grad: Tensor, values: Tensor, transposed: Transpos
     >>> bsr_linear_backward_input(torch.tensor([7.0, 7.0, 1.0, 10.0]), values, transposed, 4)
     tensor([31., 42.,  0.,  0.])
     """
-    args = (grad, values, *transposed, in_features)
+    args = (grad, values, *_parts_of(transposed), in_features)
     try:
         y: Tensor = call_past_autograd(torch.ops.bitmask.bsr_linear_backward_input.default, *args, invalid=FormatError)
     except (RuntimeError, TypeError, ValueError):
@@ -140,43 +140,79 @@ def bsr_linear_backward_values(
     return values
 
 
+def _parts_of(transposed: TransposedIndex | None) -> tuple[Any, Any, Any]:
+    if transposed is None:
+        return None, None, None
+    if not isinstance(transposed, tuple) or len(transposed) != 3:
+        raise TypeError(f"transposed: got {type(transposed).__name__}, expected the TransposedIndex of bsr_transpose")
+    return transposed
+
+
+# What is wrong with a call, for all that can be seen without looking at the contents of an index. Fake kernels ask
+# first, the functions above only when the native op has refused: so small products stay fast.
+
+
 def _check_tensors(floating: dict[str, Any], indices: dict[str, Any]) -> None:
-    """Raise TypeError or ValueError unless these are plain tensors of the right dtypes on one device."""
-    tensors = {name: tensor for name, tensor in {**floating, **indices}.items() if tensor is not None}
-    first_name, first = next(iter(tensors.items()))
+    """Raise unless these are plain tensors of the right dtypes on one device that has kernels."""
+    tensors = floating | indices
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
         check_strided(name, tensor)
+    first_name, first = next(iter(tensors.items()))
+    autocast = torch.is_autocast_enabled(first.device.type)  # gives them one dtype
+    for name, tensor in tensors.items():
         if name in indices and tensor.dtype != torch.int64:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected torch.int64")
         if name in floating and tensor.dtype not in LINEAR_DTYPES:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
-        if name in floating and tensor.dtype != first.dtype:
+        if name in floating and tensor.dtype != first.dtype and not autocast:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {first.dtype}, the dtype of {first_name}")
         if tensor.device != first.device:
             raise ValueError(f"{name}: got device {tensor.device}, expected {first.device}, the device of {first_name}")
     if first.device.type not in ("cpu", "meta"):
         raise NotImplementedError(
-            f"{first_name}: got device {first.device}, expected cpu: block-sparse kernels are for CPUs"
+            f"{first_name}: got device {first.device}, expected cpu: bitmask has no block-sparse kernels for others yet"
         )
 
 
-def _across(size: int, block: int) -> int:
+def _check_count(name: str, count: int) -> None:
+    if not isinstance(count, int | torch.SymInt):
+        try:
+            operator.index(count)
+        except TypeError:
+            raise TypeError(f"{name}: got {count!r}, expected an integer") from None
+    if not 0 <= count < 2**63 - 1:
+        raise ValueError(f"{name}: got {count}, expected 0 or more, and less than 2^63 - 1")
+
+
+def _check_last_size(name: str, tensor: Tensor, feature: str) -> None:
+    if tensor.ndim == 0:
+        raise ValueError(f"{name}: got size [], expected [..., {feature}]")
+
+
+def _check_values(values: Tensor) -> None:
+    if values.ndim != 3 or min(values.shape[1:]) < 1:
+        raise FormatError(f"values: got size {list(values.shape)}, expected [blocks, block rows, block columns]")
+
+
+def _check_sizes(vectors: dict[str, Tensor], expected: int, of_what: str) -> None:
+    for name, vector in vectors.items():
+        if vector.ndim != 1 or vector.shape[0] != expected:
+            raise FormatError(f"{name}: got size {list(vector.shape)}, expected [{expected}] ({of_what})")
+
+
+def _blocks_across(size: int, block: int) -> int:
     return (size + block - 1) // block
 
 
-def _check_values(sizes: Sequence[int]) -> None:
-    if len(sizes) != 3 or sizes[1] < 1 or sizes[2] < 1:
-        raise ValueError(f"values: got size {list(sizes)}, expected [blocks, block rows, block columns]")
-
-
-def _check_index(starts_name: str, starts: Tensor, lines: int, positions: dict[str, Tensor], blocks: int) -> None:
-    if starts.ndim != 1 or starts.shape[0] != lines + 1:
-        raise FormatError(f"{starts_name}: got size {list(starts.shape)}, expected [{lines} + 1]")
-    for name, part in positions.items():
-        if part.ndim != 1 or part.shape[0] != blocks:
-            raise FormatError(f"{name}: got size {list(part.shape)}, expected [{blocks}] (one per block)")
+def _check_transpose(crow_indices: Tensor, col_indices: Tensor, block_cols: int) -> None:
+    _check_tensors({}, {"crow_indices": crow_indices, "col_indices": col_indices})
+    _check_count("block_cols", block_cols)
+    if crow_indices.ndim != 1 or crow_indices.shape[0] < 1:
+        raise FormatError(f"crow_indices: got size {list(crow_indices.shape)}, expected [block rows + 1]")
+    if col_indices.ndim != 1:
+        raise FormatError(f"col_indices: got size {list(col_indices.shape)}, expected [blocks]")
 
 
 def _check_linear(
@@ -190,55 +226,66 @@ def _check_linear(
     row_indices: Tensor | None,
     order: Tensor | None,
 ) -> None:
-    """Raise what `bsr_linear` promises, for all that can be seen without looking at the contents of the index."""
-    transposed = {"ccol_indices": ccol_indices, "row_indices": row_indices, "order": order}
+    parts = {"ccol_indices": ccol_indices, "row_indices": row_indices, "order": order}
+    transposed = {name: part for name, part in parts.items() if part is not None}
     _check_tensors(
-        {"values": values, "x": x, "bias": bias},
-        {"crow_indices": crow_indices, "col_indices": col_indices, **transposed},
+        {"values": values, "x": x} | ({} if bias is None else {"bias": bias}),
+        {"crow_indices": crow_indices, "col_indices": col_indices} | transposed,
     )
-    _check_values(values.shape)
-    if x.ndim == 0:
-        raise ValueError("x: got size [], expected [..., in_features]")
+    _check_count("out_features", out_features)
+    _check_values(values)
+    _check_last_size("x", x, "in_features")
     blocks, block_rows, block_cols = values.shape
-    _check_index("crow_indices", crow_indices, _across(out_features, block_rows), {"col_indices": col_indices}, blocks)
+    lines = _blocks_across(out_features, block_rows)
+    _check_sizes({"crow_indices": crow_indices}, lines + 1, "one per block row, and the end")
+    _check_sizes({"col_indices": col_indices}, blocks, "one per block")
     if bias is not None and (bias.ndim != 1 or bias.shape[0] != out_features):
         raise ValueError(f"bias: got size {list(bias.shape)}, expected [{out_features}] (out_features)")
-    if ccol_indices is None or row_indices is None or order is None:
-        if any(part is not None for part in transposed.values()):
-            raise ValueError("ccol_indices, row_indices, order: got some of them, expected all three or none")
-        return
-    lines = _across(x.shape[-1], block_cols)
-    _check_index("ccol_indices", ccol_indices, lines, {"row_indices": row_indices, "order": order}, blocks)
+    if len(transposed) == 3:
+        _check_transposed(**transposed, lines=_blocks_across(x.shape[-1], block_cols), blocks=blocks)
+    elif transposed:
+        raise ValueError(f"ccol_indices, row_indices, order: got {', '.join(transposed)} alone, expected all or none")
+
+
+def _check_transposed(ccol_indices: Tensor, row_indices: Tensor, order: Tensor, lines: int, blocks: int) -> None:
+    _check_sizes({"ccol_indices": ccol_indices}, lines + 1, "one per block column, and the end")
+    _check_sizes({"row_indices": row_indices, "order": order}, blocks, "one per block")
 
 
 def _check_backward_input(
     grad: Tensor, values: Tensor, ccol_indices: Tensor, row_indices: Tensor, order: Tensor, in_features: int
 ) -> None:
-    positions = {"row_indices": row_indices, "order": order}
-    _check_tensors({"values": values, "grad": grad}, {"ccol_indices": ccol_indices, **positions})
-    _check_values(values.shape)
-    if grad.ndim == 0:
-        raise ValueError("grad: got size [], expected [..., out_features]")
-    blocks, _, block_cols = values.shape
-    _check_index("ccol_indices", ccol_indices, _across(in_features, block_cols), positions, blocks)
+    transposed = {"ccol_indices": ccol_indices, "row_indices": row_indices, "order": order}
+    _check_tensors({"values": values, "grad": grad}, transposed)
+    _check_count("in_features", in_features)
+    _check_values(values)
+    _check_last_size("grad", grad, "out_features")
+    lines = _blocks_across(in_features, values.shape[2])
+    _check_transposed(ccol_indices, row_indices, order, lines, values.shape[0])
 
 
 def _check_backward_values(
     grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block_shape: Sequence[int]
 ) -> None:
     _check_tensors({"grad": grad, "x": x}, {"crow_indices": crow_indices, "col_indices": col_indices})
-    if grad.ndim == 0 or x.ndim == 0 or grad.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"x: got size {list(x.shape)}, expected the leading dimensions of grad {list(grad.shape)} and in_features"
-        )
-    if len(block_shape) != 2 or min(block_shape) < 1:
-        raise ValueError(f"block_shape: got {list(block_shape)}, expected two sizes of at least 1")
-    lines = _across(grad.shape[-1], block_shape[0])
-    _check_index("crow_indices", crow_indices, lines, {"col_indices": col_indices}, col_indices.shape[0])
+    _check_last_size("grad", grad, "out_features")
+    _check_last_size("x", x, "in_features")
+    if grad.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"x: got size {list(x.shape)}, expected {[*grad.shape[:-1], 'in_features']} as that of grad")
+    if not isinstance(block_shape, Sequence) or len(block_shape) != 2:
+        raise TypeError(f"block_shape: got {block_shape!r}, expected two integers: block rows and block columns")
+    for side in block_shape:
+        _check_count("block_shape", side)
+    if min(block_shape) < 1:
+        raise ValueError(f"block_shape: got {list(block_shape)}, expected block rows and block columns of at least 1")
+    lines = _blocks_across(grad.shape[-1], block_shape[0])
+    _check_sizes({"crow_indices": crow_indices}, lines + 1, "one per block row, and the end")
+    if col_indices.ndim != 1:
+        raise FormatError(f"col_indices: got size {list(col_indices.shape)}, expected [blocks]")
 
 
 def _fake_transpose(crow_indices: Tensor, col_indices: Tensor, block_cols: int) -> tuple[Tensor, Tensor, Tensor]:
-    _check_tensors({}, {"crow_indices": crow_indices, "col_indices": col_indices})
+    _check_transpose(crow_indices, col_indices, block_cols)
     return (
         col_indices.new_empty([block_cols + 1]),
         col_indices.new_empty(col_indices.shape),
@@ -294,7 +341,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_values = None
     if needs_x:
         if transposed[0] is None:
-            transposed = bsr_transpose(crow_indices, col_indices, _across(ctx.in_features, ctx.block_shape[1]))
+            transposed = bsr_transpose(crow_indices, col_indices, _blocks_across(ctx.in_features, ctx.block_shape[1]))
         grad_x = bsr_linear_backward_input(grad, values, TransposedIndex(*transposed), ctx.in_features)
     if needs_values:
         grad_values = bsr_linear_backward_values(grad, x, crow_indices, col_indices, ctx.block_shape)
@@ -313,7 +360,7 @@ def _backward_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 def _backward_input_backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
     grad, values, *transposed = ctx.saved_tensors
     ccol_indices, row_indices, _ = transposed
-    block_rows = _across(ctx.out_features, ctx.block_shape[0])
+    block_rows = _blocks_across(ctx.out_features, ctx.block_shape[0])
     crow_indices, col_indices, _ = bsr_transpose(ccol_indices, row_indices, block_rows)
     grad_grad = grad_values = None
     if ctx.needs_input_grad[0]:
@@ -338,7 +385,7 @@ def _backward_values_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | N
     if ctx.needs_input_grad[0]:
         grad_grad = bsr_linear(x, grad_values, crow_indices, col_indices, ctx.out_features)
     if ctx.needs_input_grad[1]:
-        transposed = bsr_transpose(crow_indices, col_indices, _across(ctx.in_features, ctx.block_cols))
+        transposed = bsr_transpose(crow_indices, col_indices, _blocks_across(ctx.in_features, ctx.block_cols))
         grad_x = bsr_linear_backward_input(grad, grad_values, transposed, ctx.in_features)
     return grad_grad, grad_x, None, None, None
 

@@ -2,6 +2,7 @@
 // Throws std::invalid_argument; messages say what, where, got, expected.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <utility>
@@ -34,14 +35,24 @@ struct BlockIndex {
 // Block rows or block columns that cover `size` rows or columns.
 inline int64_t blocks_across(int64_t size, int64_t block) { return size / block + (size % block != 0); }
 
-// Fails unless `values` has the sizes [blocks, block rows, block columns].
+// Fails on sizes of a weight that cannot be. One more than the size still is an int64.
+inline void check_feature_count(const char* name, int64_t count) {
+  if (count < 0 || count == INT64_MAX) fail(name, ": got ", count, ", expected 0 or more, and less than 2^63 - 1");
+}
+
+// Fails unless a block of such sides can be.
+template <typename Sizes>
+void check_block_shape(const char* name, const Sizes& sizes, int64_t rows, int64_t cols) {
+  if (std::min(rows, cols) < 1 || std::max(rows, cols) > kMostBlockSide) {
+    fail(name, ": got ", to_text(sizes), ", expected block rows and block columns of 1 to ", kMostBlockSide);
+  }
+}
+
+// Fails unless these are the sizes [blocks, block rows, block columns].
 template <typename Sizes>
 void check_block_values(const Sizes& sizes) {
-  const auto is_side = [&](size_t i) { return 1 <= sizes[i] && sizes[i] <= kMostBlockSide; };
-  if (sizes.size() != 3 || !is_side(1) || !is_side(2)) {
-    fail("values: got size ", to_text(sizes), ", expected [blocks, block rows, block columns], the last two 1 to ", kMostBlockSide);
-  }
-  geometry(sizes);
+  if (sizes.size() != 3) fail("values: got size ", to_text(sizes), ", expected [blocks, block rows, block columns]");
+  check_block_shape("values", sizes, sizes[1], sizes[2]);
 }
 
 // Fails unless these are the sizes of a vector of at least so many entries.
@@ -131,19 +142,6 @@ inline void add_order(BlockIndex& index, const int64_t* order) {
       fail("order[", here, "]: got ", block, ", expected less than order[", before, "] = ", block - 1, ": blocks lie row by row");
     }
   }
-}
-
-// What kernels walk: the index, which must outlive it, and the blocks of W [rows, cols].
-inline BlockMatrix block_matrix(const BlockIndex& index, const void* values, const Geometry& g, int64_t block_rows, int64_t block_cols) {
-  return {values,
-          g.rows,
-          g.cols,
-          block_rows,
-          block_cols,
-          index.line_starts.data(),
-          index.positions.data(),
-          index.lines.data(),
-          index.order.empty() ? nullptr : index.order.data()};
 }
 
 }  // namespace bitmask

@@ -24,7 +24,7 @@ def have_matplotlib() -> bool:
 
 
 def crossing(points: Iterable[tuple[float, float]]) -> float | None:
-    """The x at which a speedup falls below 1, on logarithmic axes between two points (x, speedup); None if it does not."""
+    """Where speedups fall below 1, between two points (x, speedup) on logarithmic axes; None if they do not."""
     for (x, speedup), (next_x, next_speedup) in pairwise(sorted(points)):
         if speedup >= 1 > next_speedup:
             share = math.log(speedup) / math.log(speedup / next_speedup)

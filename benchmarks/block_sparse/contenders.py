@@ -103,7 +103,7 @@ class Contest:
         for weight in (None, *self.weights):
             stored_nbytes = 2 * (self.dense if weight is None else weight.values).nbytes  # with gradients
             count = _layer_count(stored_nbytes, self.uncached_nbytes, _MOST_TRAINED_LAYERS)
-            layers = [TrainedLayer(self.dense, weight, self.operands) for _ in range(count)]
+            layers = [TrainedLayer.of(self.dense, weight, self.operands) for _ in range(count)]
             yield Way(DENSE if weight is None else BITMASK, weight, layers, TrainedLayer.step)
 
     def _cold(self, stored: Tensor) -> list[Tensor]:
@@ -142,7 +142,7 @@ def _forward(weight: BlockWeight, x: Tensor, values: Tensor) -> Tensor:
 
 
 def _grad_input(weight: BlockWeight, grad: Tensor, values: Tensor) -> Tensor:
-    return bsr_linear_backward_input(grad, values, *weight.transposed, weight.dense.shape[1])
+    return bsr_linear_backward_input(grad, values, weight.transposed, weight.dense.shape[1])
 
 
 def _grad_values(weight: BlockWeight, grad: Tensor, x: Tensor) -> Tensor:

@@ -106,4 +106,5 @@ def verdict(results: _Results) -> str:
     equal_at = break_even(results)
     if equal_at is not None:
         return f"even at {equal_at:.0%}"
-    return "faster throughout" if all(result.speedup >= 1 for result in results) else "slower throughout"
+    faster = {result.speedup >= 1 for result in results}
+    return "no break-even" if len(faster) > 1 else "faster throughout" if faster == {True} else "slower throughout"

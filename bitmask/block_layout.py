@@ -55,7 +55,7 @@ def index_of(pattern: Tensor) -> Index:
     pattern = pattern.cpu()
     crow_indices = torch.zeros(len(pattern) + 1, dtype=torch.int64, device="cpu")
     crow_indices[1:] = pattern.sum(1).cumsum(0)
-    return crow_indices, pattern.nonzero()[:, 1].contiguous()
+    return crow_indices, pattern.nonzero()[:, 1].clone(memory_format=torch.contiguous_format)
 
 
 def rows_of(index: Index) -> Tensor:
@@ -80,9 +80,9 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
 
 
 def check_parts(parts: Mapping[str, Any], prefix: str) -> tuple[int, int]:
-    """Raise TypeError or FormatError unless the parts are those of a weight; returns its shape.
+    """Raise TypeError or FormatError unless the parts are those of a weight, but for the numbers in its index.
 
-    `prefix` stands before the names in messages.
+    Returns its shape. `prefix` stands before the names in messages.
     """
     for name, part in parts.items():
         if not isinstance(part, Tensor):
@@ -95,19 +95,24 @@ def check_parts(parts: Mapping[str, Any], prefix: str) -> tuple[int, int]:
             raise FormatError(f"{prefix}{name}: got a meta tensor, expected one with data")
     values, crow_indices, col_indices, shape = (parts[name] for name in PARTS)
     _check_size(prefix, "shape", shape, (2,), "out_features, in_features")
-    if bool((shape < 0).any()):
-        raise FormatError(f"{prefix}shape: got {shape.tolist()}, expected no negative size")
+    out_features, in_features = shape.tolist()
+    if min(out_features, in_features) < 0:
+        raise FormatError(f"{prefix}shape: got {[out_features, in_features]}, expected no negative size")
     if values.ndim != 3 or 0 in values.shape[1:]:
         raise FormatError(f"{prefix}values: got size {list(values.shape)}, expected [blocks, rows, columns] of blocks")
-    out_features, in_features = shape.tolist()
-    rows, cols = grid_of((out_features, in_features), (values.shape[1], values.shape[2]))
-    _check_size(prefix, "crow_indices", crow_indices, (rows + 1,), "one per block row and one")
+    block_rows = grid_of((out_features, in_features), (values.shape[1], values.shape[2]))[0]
+    _check_size(prefix, "crow_indices", crow_indices, (block_rows + 1,), "one per block row and one")
     _check_size(prefix, "col_indices", col_indices, (len(values),), "one per block of values")
+    return out_features, in_features
+
+
+def prove_index(parts: Mapping[str, Tensor], prefix: str) -> None:
+    """Raise FormatError unless the index of parts that passed `check_parts` is one."""
+    width, in_features = parts["values"].shape[2], int(parts["shape"][1])
     try:
-        ops_block.bsr_transpose(crow_indices.cpu(), col_indices.cpu(), cols)
+        ops_block.bsr_transpose(parts["crow_indices"].cpu(), parts["col_indices"].cpu(), -(-in_features // width))
     except FormatError as error:
         raise FormatError(f"{prefix}{error}") from None
-    return out_features, in_features
 
 
 def _check_size(prefix: str, name: str, part: Tensor, size: tuple[int, ...], meaning: str) -> None:

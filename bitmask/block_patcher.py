@@ -101,7 +101,7 @@ def prune_blocks(
         if isinstance(layer, nn.Linear) and not reason and (filter_fn is None or filter_fn(name, layer))
     }
     options: dict[str, dict[str, Any]] = {name: {"density": density, "block_shape": sizes} for name in layers}
-    if scope == "model":
+    if scope == "model" and layers:
         for name, pattern in _strongest(layers, density, sizes).items():
             options[name]["pattern"] = pattern
     _replace(module, options)

@@ -221,6 +221,7 @@ class BlockSparseLinear(nn.Module):
     @classmethod
     def _of_untrusted_parts(cls, parts: Mapping[str, Any], bias: Any, prefix: str = "") -> BlockSparseLinear:
         shape = block_layout.check_parts(parts, prefix)
+        block_layout.prove_index(parts, prefix)
         values = parts["values"]
         if bias is not None:
             block_layout.check_bias(bias, values, shape[0], prefix)
@@ -237,6 +238,8 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; gradients reach `x`, `values` and `bias`."""
+        if x.is_nested:
+            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()], layout=x.layout)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: got size {list(x.shape)}, expected [..., {self.in_features}] (in_features)")
         transposed = TransposedIndex(*(getattr(self, name) for name in _TRANSPOSED))
@@ -297,10 +300,10 @@ class BlockSparseLinear(nn.Module):
     ) -> BlockSparseLinear:
         """Drop and grow blocks in place: those that stay keep their values, new ones start at zero.
 
-        `values` stays the same Parameter, so that optimizers go on; with another number of blocks, wrappers that
-        remember sizes (DistributedDataParallel, FullyShardedDataParallel) have to be made anew. The gradient and
-        the optimizer's state move with the blocks, zero for new ones. With SET [1], blocks are dropped by
-        `block_norms` and grown at random, with RigL [2] grown by the gradient of the dense weight.
+        `values` stays the same Parameter, so that optimizers go on; DistributedDataParallel has to be made anew if the
+        number of blocks changes. The gradient and the optimizer's state move with the blocks, zero for new ones. With
+        SET [1], blocks are dropped by `block_norms` and grown at random, with RigL [2] by the gradient of the dense
+        weight.
 
         [1] Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018,
         arXiv:1707.04780. [2] Evci et al., Rigging the lottery: making all tickets winners, 2020, arXiv:1911.11134.
@@ -316,7 +319,7 @@ class BlockSparseLinear(nn.Module):
 
         Raises:
             TypeError, ValueError: not exactly one of `pattern` and `scores`, either of them of the wrong kind, dtype or
-                size, or an optimizer that does not have this layer's `values`.
+                size, an optimizer that does not have this layer's `values`, or a layer on device meta or sharded.
 
         >>> layer = BlockSparseLinear(64, 64, pattern=torch.tensor([[True, False], [False, True]]))
         >>> kept = layer.values[1]
@@ -335,8 +338,8 @@ class BlockSparseLinear(nn.Module):
             pattern = block_patterns.largest(scores, len(self.values))
         assert pattern is not None
         block_patterns.check_pattern(pattern, self._grid)
-        if self.values.is_meta:
-            raise ValueError("values: on device meta, expected a layer with data")
+        if self.values.is_meta or hasattr(self.values, "__tensor_flatten__"):
+            raise ValueError("values: on device meta or sharded, expected a layer with all its data")
         state = {} if optimizer is None else _state_of(optimizer, self.values)
         places = torch.full(self._grid, -1, device="cpu")
         places[self.pattern.cpu()] = torch.arange(len(self.values), device="cpu")
@@ -395,6 +398,7 @@ class BlockSparseLinear(nn.Module):
                 "BlockSparseLinear.from_state_dict makes a layer of any sizes"
             )
             return
+        block_layout.prove_index(parts, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -160,7 +160,7 @@ def _check_tensors(floating: dict[str, Any], indices: dict[str, Any]) -> None:
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
         check_strided(name, tensor)
     first_name, first = next(iter(tensors.items()))
-    autocast = torch.is_autocast_enabled(first.device.type)  # gives them one dtype
+    autocast = not first.is_meta and torch.is_autocast_enabled(first.device.type)  # gives them one dtype
     for name, tensor in tensors.items():
         if name in indices and tensor.dtype != torch.int64:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected torch.int64")

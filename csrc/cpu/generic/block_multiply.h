@@ -1,47 +1,348 @@
 // y = x W^T + bias, and y = g W, for more rows of x or g and a block-sparse W: bound by arithmetic.
+//
+// Vectors are rows of x, so that any shape of block fills them; elements of W are broadcast from where they lie, if a lane may be read
+// there. A chunk of a line's blocks stays in the second cache for all rows of x, and of each tile of x what the chunk meets.
+//
+//   tile    [lanes of a row of x][kBlockTileRows rows of x]; the last tile of a call is as narrow as whole vectors permit
+//   piece   what a block has of some rows of y and some lanes: all of it, unless it is large
+//   sums    [tiles][kBandRows rows of y][kBlockTileRows rows of x], kept while a band of rows of y goes through its chunks
 
 template <class L>
-constexpr int64_t kBlockTileRows = 16;
+constexpr int64_t kBlockTileRows = L::kMicroVectors * L::kLanes;
 template <class L>
-constexpr int64_t kBlockMostRows = 1024;
+constexpr int64_t kBlockMostRows = 480;
+constexpr int64_t kBandRows = 64;      // rows of y whose sums are kept, and rounded together
+constexpr int64_t kChunkLanes = 512;   // of W that are multiplied with a tile at a time
+constexpr int64_t kChunkPieces = 128;  // the same, for small blocks
+
 template <class L>
-constexpr int64_t kBlockScratchBytes = 0;
+constexpr int64_t kVectorBytes = L::kLanes * kLaneBytes<L>;
+
+struct Piece {
+  const uint8_t* at;  // its first lane of the first row
+  int64_t x_lane;     // which it meets
+  int64_t lanes;
+};
+
+template <class L>
+struct MultiplyScratch {
+  alignas(64) uint8_t sums[kBlockMostRows<L> / kBlockTileRows<L>][kBandRows][L::kMicroVectors * kVectorBytes<L>];
+  alignas(64) uint8_t bias[kBandRows][kVectorBytes<L>];                            // one row of y in all lanes
+  alignas(64) uint8_t packed[(kBandRows * kChunkLanes + kGroup) * kLaneBytes<L>];  // pieces, where W itself cannot be read
+  alignas(64) uint8_t transposed[(kBandRows + L::kLanes - 1) / L::kLanes][L::kLanes * kVectorBytes<L>];  // sums as [rows of x][rows of y]
+  Piece pieces[kChunkPieces];
+};
+
+template <class L>
+constexpr int64_t kBlockScratchBytes = sizeof(MultiplyScratch<L>);
+
+// ---- Rows of x
+
+template <class L>
+constexpr int64_t lanes_of(int64_t cols) {
+  return (cols + L::kDepth - 1) / L::kDepth;
+}
+
+// Vectors that hold `rows` rows of x.
+template <class L>
+constexpr int64_t vectors_of(int64_t rows) {
+  return (rows + L::kLanes - 1) / L::kLanes;
+}
+
+// Vectors of the tile that begins with row `row` of m.
+template <class L>
+constexpr int64_t tile_vectors(int64_t row, int64_t m) {
+  return m - row < kBlockTileRows<L> ? vectors_of<L>(m - row) : L::kMicroVectors;
+}
 
 template <class L>
 int64_t block_tiles_bytes(int64_t m, int64_t cols) {
-  return whole_cache_lines(m * cols * L::Element::kWidth);
+  const int64_t whole = m / kBlockTileRows<L>;
+  return whole * whole_cache_lines(lanes_of<L>(cols) * L::kMicroVectors * kVectorBytes<L>) +
+         whole_cache_lines(lanes_of<L>(cols) * vectors_of<L>(m % kBlockTileRows<L>) * kVectorBytes<L>);
+}
+
+// Whether lanes are the elements of a row as they lie in memory.
+template <class L>
+constexpr bool kLanesInPlace = L::Element::kWidth * L::kDepth == kLaneBytes<L>;
+
+// One vector of rows, `rows` <= kLanes of them there, as [lanes of a row][kLanes], `step` bytes from lane to lane.
+template <class L>
+void pack_vector_of_rows(const uint8_t* x, int64_t rows, int64_t cols, uint8_t* dst, int64_t step) {
+  constexpr int64_t kWidth = L::Element::kWidth;
+  alignas(64) uint8_t group[L::kLanes][kGroupBytes<L>];
+  alignas(64) uint8_t lanes[L::kLanes * kVectorBytes<L>];
+  if (rows < L::kLanes) __builtin_memset(group, 0, sizeof(group));
+  for (int64_t col = 0; col < cols; col += kGroup) {
+    const int64_t columns = cols - col < kGroup ? cols - col : kGroup;
+    const bool direct = kLanesInPlace<L> && rows == L::kLanes && columns == kGroup;
+    for (int64_t i = 0; i < rows && !direct; ++i) widen_row<L>(x + (i * cols + col) * kWidth, columns, group[i]);
+    const uint8_t* const src = direct ? x + col * kWidth : group[0];
+    const int64_t stride = direct ? cols * kWidth : kGroupBytes<L>;
+    for (int64_t lane = 0; lane < lanes_of<L>(columns); lane += L::kLanes) {
+      L::transpose(src + lane * kLaneBytes<L>, stride, lanes);
+      for (int64_t i = 0; i < L::kLanes && lane + i < lanes_of<L>(columns); ++i, dst += step) {
+        copy_bytes(dst, lanes + i * kVectorBytes<L>, kVectorBytes<L>);
+      }
+    }
+  }
 }
 
 template <class L>
 void block_pack_tiles(const void* x, int64_t m, int64_t cols, void* tiles) {
-  copy_bytes(tiles, x, m * cols * L::Element::kWidth);
+  for (int64_t row = 0; row < m; row += L::kLanes) {
+    const int64_t first = row / kBlockTileRows<L> * kBlockTileRows<L>;
+    uint8_t* const tile = static_cast<uint8_t*>(tiles) + block_tiles_bytes<L>(first, cols);
+    pack_vector_of_rows<L>(static_cast<const uint8_t*>(x) + row * cols * L::Element::kWidth, m - row < L::kLanes ? m - row : L::kLanes,
+                           cols, tile + (row - first) * kLaneBytes<L>, tile_vectors<L>(first, m) * kVectorBytes<L>);
+  }
+}
+
+// ---- Pieces of W
+
+// W as a product sees it: y has `rows` columns, x has `depth`; forward and transposed are one thing with steps exchanged.
+struct BlockOperand {
+  const BlockMatrix& w;
+  int64_t rows, depth;
+  int64_t block_rows, block_depth;
+  int64_t row_step, depth_step;  // bytes between elements of a block
+};
+
+template <class L>
+BlockOperand forward_operand(const BlockMatrix& w) {
+  constexpr int64_t kWidth = L::Element::kWidth;
+  return {w, w.rows, w.cols, w.block_rows, w.block_cols, w.block_cols * kWidth, kWidth};
+}
+
+template <class L>
+BlockOperand transposed_operand(const BlockMatrix& w) {
+  constexpr int64_t kWidth = L::Element::kWidth;
+  return {w, w.cols, w.rows, w.block_cols, w.block_rows, kWidth, w.block_cols * kWidth};
+}
+
+// Whether lanes of W may be read where they lie: a pair must be one, and nothing in it may lie past the end of W.
+template <class L>
+bool multiplies_in_place(const BlockOperand& w) {
+  return kLanesInPlace<L> && (L::kDepth == 1 || (w.depth_step == L::Element::kWidth && w.block_depth % 2 == 0 && w.depth % 2 == 0));
+}
+
+// A chunk of a line: lane (row, lane) of a piece lies row * row_step + lane * lane_step bytes after its first one.
+struct Chunk {
+  const Piece* pieces;
+  int64_t count;
+  int64_t row_step, lane_step;
+};
+
+// Elements as one lane each, in the same order. `dst` has room for whole groups.
+template <class L>
+void widen_piece(const uint8_t* src, int64_t step, int64_t outer, int64_t inner, int64_t stride, uint8_t* dst) {
+  if (inner == stride && step == inner * L::Element::kWidth) {
+    widen_row<L>(src, outer * inner, dst);
+    return;
+  }
+  for (int64_t i = 0; i < outer; ++i) widen_row<L>(src + i * step, inner, dst + i * stride * kLaneBytes<L>);
+}
+
+// One lane of each of `rows` rows: the elements at `even` and `odd`, `step` bytes from row to row; null where there is none.
+inline void pair_rows(const uint8_t* even, const uint8_t* odd, int64_t step, int64_t rows, uint8_t* dst) {
+  const auto element = [&](const uint8_t* src, int64_t row) { return src == nullptr ? 0u : load_as<uint16_t>(src + row * step); };
+  if (even != nullptr && odd != nullptr && step == 2) {
+    for (int64_t row = 0; row < rows; ++row) {
+      store_as(load_as<uint16_t>(even + row * 2) | static_cast<uint32_t>(load_as<uint16_t>(odd + row * 2)) << 16, dst + row * 4);
+    }
+    return;
+  }
+  for (int64_t row = 0; row < rows; ++row) store_as(element(even, row) | element(odd, row) << 16, dst + row * 4);
+}
+
+// The pieces of one part of the rows of a line, numbered through all its blocks: those of large blocks are kChunkLanes lanes.
+template <class L>
+struct Pieces {
+  const BlockOperand& w;
+  int64_t row, rows;  // of a block
+  int64_t first, last;
+  int64_t parts;  // of a block
+  bool in_place;
+
+  Pieces(const BlockOperand& operand, int64_t line, int64_t block_row, int64_t count)
+      : w(operand),
+        row(block_row),
+        rows(count),
+        parts((lanes_of<L>(w.block_depth) + kChunkLanes - 1) / kChunkLanes),
+        in_place(multiplies_in_place<L>(w)) {
+    first = w.w.line_starts[line] * parts;
+    last = w.w.line_starts[line + 1] * parts;
+  }
+
+  int64_t most_lanes() const { return parts == 1 ? lanes_of<L>(w.block_depth) : kChunkLanes; }
+  int64_t row_step() const {
+    return in_place ? w.row_step : L::kDepth == 1 && w.row_step > w.depth_step ? most_lanes() * kLaneBytes<L> : kLaneBytes<L>;
+  }
+  int64_t lane_step() const {
+    return in_place ? w.depth_step * L::kDepth : L::kDepth == 1 && w.row_step > w.depth_step ? kLaneBytes<L> : rows * kLaneBytes<L>;
+  }
+
+  // Writes pieces from `index` on, packed behind each other where they cannot stay where they are; returns how many.
+  int64_t take(int64_t index, Piece* pieces, uint8_t* packed) const {
+    int64_t count = 0;
+    while (index + count < last && count < kChunkPieces && (count + 1) * most_lanes() <= kChunkLanes) {
+      pieces[count] = piece(index + count, packed + count * most_lanes() * rows * kLaneBytes<L>);
+      ++count;
+    }
+    return count;
+  }
+
+ private:
+  Piece piece(int64_t index, uint8_t* packed) const {
+    const int64_t at = index / parts, place = w.w.order == nullptr ? at : w.w.order[at];
+    const int64_t start = w.w.positions[at] * w.block_depth;
+    const int64_t end = start + w.block_depth < w.depth ? start + w.block_depth : w.depth;
+    const int64_t lane = start / L::kDepth + index % parts * kChunkLanes;
+    const int64_t left = lanes_of<L>(end) - lane;
+    const Piece piece{packed, lane, left < 0 ? 0 : left < most_lanes() ? left : most_lanes()};
+    const uint8_t* const block = static_cast<const uint8_t*>(w.w.values) + place * w.block_rows * w.block_depth * L::Element::kWidth;
+    const uint8_t* const src = block + row * w.row_step;
+    if (in_place) return {src + (lane * L::kDepth - start) * w.depth_step, piece.x_lane, piece.lanes};
+    if (L::kDepth == 1) {
+      widen(src + (lane - start) * w.depth_step, piece.lanes, packed);
+    } else {
+      pair(src, start, end, piece, packed);
+    }
+    return piece;
+  }
+
+  void widen(const uint8_t* src, int64_t lanes, uint8_t* packed) const {
+    if (w.row_step > w.depth_step) {
+      widen_piece<L>(src, w.row_step, rows, lanes, most_lanes(), packed);
+    } else {
+      widen_piece<L>(src, w.depth_step, lanes, rows, rows, packed);
+    }
+  }
+
+  void pair(const uint8_t* src, int64_t start, int64_t end, const Piece& piece, uint8_t* packed) const {
+    const auto element = [&](int64_t k) { return k < start || k >= end ? nullptr : src + (k - start) * w.depth_step; };
+    for (int64_t lane = 0; lane < piece.lanes; ++lane) {
+      const int64_t k = (piece.x_lane + lane) * 2;
+      pair_rows(element(k), element(k + 1), w.row_step, rows, packed + lane * rows * kLaneBytes<L>);
+    }
+  }
+};
+
+// ---- Products
+
+// Where sums begin: those of earlier chunks or, before the first one, the bias.
+struct Start {
+  const uint8_t* sums;
+  int64_t row_step, vector_step;
+};
+
+// sums [R rows of y][V vectors of rows of x] = start + chunk x tile; the chunk and the rest begin at row `row`.
+template <class L, int R, int V>
+void multiply_strip(const Chunk& chunk, int64_t row, const uint8_t* tile, const Start& start, uint8_t* sums) {
+  typename L::Sums acc[R][V];  // in registers: every loop over it is unrolled
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[r][v] = L::load_sums(start.sums + (row + r) * start.row_step + v * start.vector_step);
+  }
+  for (const Piece* piece = chunk.pieces; piece != chunk.pieces + chunk.count; ++piece) {
+    multiply_lanes<L, R, V>(piece->at + row * chunk.row_step, chunk.row_step, chunk.lane_step, tile + piece->x_lane * V * kVectorBytes<L>,
+                            V * kVectorBytes<L>, piece->lanes, acc);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) L::store_sums(acc[r][v], sums + ((row + r) * L::kMicroVectors + v) * kVectorBytes<L>);
+  }
+}
+
+// The rows [row, rows) in strips of R, the rest in smaller ones.
+template <class L, int R, int V>
+void multiply_strips(const Chunk& chunk, int64_t row, int64_t rows, const uint8_t* tile, const Start& start, uint8_t* sums) {
+  for (; rows - row >= R; row += R) multiply_strip<L, R, V>(chunk, row, tile, start, sums);
+  if constexpr (R > 1) multiply_strips<L, R / 2, V>(chunk, row, rows, tile, start, sums);
+}
+
+// A tile of V vectors or fewer; a single vector leaves registers for twice the rows.
+template <class L, int V>
+void multiply_tile(const Chunk& chunk, int64_t rows, int64_t vectors, const uint8_t* tile, const Start& start, uint8_t* sums) {
+  if (vectors == V) {
+    multiply_strips<L, V == 1 ? 2 * L::kMicroRows : L::kMicroRows, V>(chunk, 0, rows, tile, start, sums);
+  } else if constexpr (V > 1) {
+    multiply_tile<L, V - 1>(chunk, rows, vectors, tile, start, sums);
+  }
+}
+
+// The rows [row, row + rows) of a line, as rows from `band_row` on of the band.
+template <class L>
+void multiply_part(const BlockOperand& w, int64_t line, int64_t row, int64_t rows, const uint8_t* tiles, int64_t m, int64_t band_row,
+                   MultiplyScratch<L>& scratch) {
+  const Pieces<L> pieces(w, line, row, rows);
+  int64_t index = pieces.first;
+  do {
+    const Chunk chunk{scratch.pieces, pieces.take(index, scratch.pieces, scratch.packed), pieces.row_step(), pieces.lane_step()};
+    for (int64_t i = 0, tile = 0; i < m; i += kBlockTileRows<L>, ++tile) {
+      uint8_t* const sums = scratch.sums[tile][band_row];
+      const Start start = index == pieces.first ? Start{scratch.bias[band_row], kVectorBytes<L>, 0}
+                                                : Start{sums, L::kMicroVectors * kVectorBytes<L>, kVectorBytes<L>};
+      multiply_tile<L, L::kMicroVectors>(chunk, rows, tile_vectors<L>(i, m), tiles + block_tiles_bytes<L>(i, w.depth), start, sums);
+    }
+    index += chunk.count;
+  } while (index < pieces.last);
+}
+
+// Rounds the sums of the `rows` rows of y from `row` on, a vector of rows of x at a time.
+template <class L>
+void round_band(const MultiplyScratch<L>& scratch, int64_t row, int64_t rows, int64_t m, uint8_t* y, int64_t y_cols, uint8_t* transposed) {
+  constexpr int64_t kWidth = L::Element::kWidth;
+  for (int64_t i = 0; i < m; i += L::kLanes) {
+    const int64_t tile = i / kBlockTileRows<L>, vector = i % kBlockTileRows<L> / L::kLanes;
+    for (int64_t r = 0; r < rows; r += L::kLanes) {
+      L::transpose(scratch.sums[tile][r] + vector * kVectorBytes<L>, L::kMicroVectors * kVectorBytes<L>, transposed + r * kVectorBytes<L>);
+    }
+    for (int64_t lane = 0; lane < L::kLanes && i + lane < m; ++lane) {
+      for (int64_t r = 0; r < rows; r += L::kLanes) {
+        const typename L::Sums sums = L::load_sums(transposed + (r + lane) * kVectorBytes<L>);
+        uint8_t* const dst = y + ((i + lane) * y_cols + row + r) * kWidth;
+        uint8_t rounded[L::kLanes * kWidth];
+        const bool whole = rows - r >= L::kLanes;
+        L::round(sums, whole ? dst : rounded);
+        if (!whole) copy_bytes(dst, rounded, (rows - r) * kWidth);
+      }
+    }
+  }
+}
+
+// The lines [begin, end), in bands of rows of y: of several lines, or parts of a line.
+template <class L>
+void multiply_lines(const BlockOperand& w, int64_t begin, int64_t end, const void* tiles, int64_t m, const void* bias, void* y,
+                    MultiplyScratch<L>& scratch) {
+  using Element = typename L::Element;
+  const int64_t last = end * w.block_rows < w.rows ? end * w.block_rows : w.rows;
+  int64_t band = begin * w.block_rows;
+  for (int64_t row = band, rows; row < last; row += rows) {
+    const int64_t line = row / w.block_rows, after = (line + 1) * w.block_rows < last ? (line + 1) * w.block_rows : last;
+    rows = after - row < kBandRows ? after - row : kBandRows;
+    if (row + rows - band > kBandRows) {
+      round_band<L>(scratch, band, row - band, m, static_cast<uint8_t*>(y), w.rows, scratch.transposed[0]);
+      band = row;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const typename L::Sum start = bias == nullptr ? 0 : Element::widen(static_cast<const uint8_t*>(bias) + (row + i) * Element::kWidth);
+      for (int64_t lane = 0; lane < L::kLanes; ++lane) store_as(start, scratch.bias[row - band + i] + lane * kLaneBytes<L>);
+    }
+    multiply_part<L>(w, line, row - line * w.block_rows, rows, static_cast<const uint8_t*>(tiles), m, row - band, scratch);
+  }
+  round_band<L>(scratch, band, last - band, m, static_cast<uint8_t*>(y), w.rows, scratch.transposed[0]);
 }
 
 template <class L>
 void block_multiply(const BlockMatrix& w, int64_t begin, int64_t end, const void* tiles, int64_t m, const void* bias, void* y,
                     void* scratch) {
-  block_stream<L>(w, begin, end, tiles, m, bias, y, scratch);
+  multiply_lines<L>(forward_operand<L>(w), begin, end, tiles, m, bias, y, *static_cast<MultiplyScratch<L>*>(scratch));
 }
 
 template <class L>
-void block_multiply_transposed(const BlockMatrix& w, int64_t begin, int64_t end, const void* tiles, int64_t m, void* y, void*) {
-  using Element = typename L::Element;
-  constexpr int64_t kWidth = Element::kWidth;
-  const uint8_t* const g = static_cast<const uint8_t*>(tiles);
-  for (int64_t line = begin; line < end; ++line) {
-    for (int64_t col = line * w.block_cols; col < (line + 1) * w.block_cols && col < w.cols; ++col) {
-      for (int64_t i = 0; i < m; ++i) {
-        typename L::Sum sum = 0;
-        for (int64_t at = w.line_starts[line]; at < w.line_starts[line + 1]; ++at) {
-          const int64_t row = w.positions[at] * w.block_rows, place = w.order == nullptr ? at : w.order[at];
-          const uint8_t* const block = static_cast<const uint8_t*>(w.values) + place * w.block_rows * w.block_cols * kWidth;
-          for (int64_t k = 0; k < w.block_rows && row + k < w.rows; ++k) {
-            sum += Element::widen(g + (i * w.rows + row + k) * kWidth) *
-                   Element::widen(block + (k * w.block_cols + col - line * w.block_cols) * kWidth);
-          }
-        }
-        Element::narrow(sum, static_cast<uint8_t*>(y) + (i * w.cols + col) * kWidth);
-      }
-    }
-  }
+void block_multiply_transposed(const BlockMatrix& w, int64_t begin, int64_t end, const void* tiles, int64_t m, void* y, void* scratch) {
+  multiply_lines<L>(transposed_operand<L>(w), begin, end, tiles, m, nullptr, y, *static_cast<MultiplyScratch<L>*>(scratch));
 }

@@ -4,6 +4,9 @@
 //   cache     what of it is done at a time, so that operands stay in the second cache: sized where it is done
 //   registers L::kMicroRows x L::kMicroVectors vectors of sums: rows are broadcast, vectors are loaded
 
+template <class L>
+constexpr int64_t kVectorBytes = L::kLanes * kLaneBytes<L>;
+
 constexpr int64_t whole_cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // sums [R][V] += a [R rows][lanes], broadcast lane by lane, times b [lanes][V vectors]. Bytes between rows of `a`, its lanes, and those of

@@ -25,6 +25,7 @@ from bitmask.ops_block import bsr_linear, bsr_linear_backward_input, bsr_linear_
 BLOCK_DTYPES = ("fp32", "bf16", "fp16")
 _MOST_LAYERS = 1024
 _MOST_TRAINED_LAYERS = 16
+_MOST_TORCH_FLOP = 8e9  # of one product of torch's, which is so slow that larger ones would take most of the run
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Contest:
         for weight in self.weights:
             layers = self._cold(weight.values)
             yield Way(BITMASK, weight, layers, functools.partial(_forward, weight, x))
-            if torch_multiplies(weight):
+            if torch_multiplies(weight) and 2 * len(x) * weight.kept_elements <= _MOST_TORCH_FLOP:
                 bsr_layers = [weight.torch_bsr(values) for values in layers]
                 yield Way(TORCH_BSR, weight, bsr_layers, functools.partial(functional.linear, x))
 

@@ -1,6 +1,7 @@
 """Block-sparse weights cut from one dense matrix, and what is multiplied with them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -53,20 +54,20 @@ class BlockWeight:
         col = mask.nonzero()[:, 1].contiguous()
         return cls(dense, block, sparsity, mask, values, (crow, col), bsr_transpose(crow, col, columns))
 
-    @property
+    @cached_property
     def elements_mask(self) -> Tensor:
         """Which elements of W are in kept blocks."""
         n, k = self.dense.shape
         return self.mask.repeat_interleave(self.block, 0)[:n].repeat_interleave(self.block, 1)[:, :k]
 
-    @property
+    @cached_property
     def kept_elements(self) -> int:
         """How many elements of W are in kept blocks."""
         return int(self.elements_mask.sum())
 
     def masked(self) -> Tensor:
         """W as a dense matrix, zero where blocks are dropped."""
-        return self.dense.masked_fill(~self.elements_mask, 0)
+        return self.dense * self.elements_mask
 
     def torch_bsr(self, values: Tensor) -> Tensor:
         """W with these values as torch stores it, which needs blocks that divide its shape."""

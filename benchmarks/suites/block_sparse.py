@@ -99,6 +99,7 @@ def _details(own: Iterable[BlockSparseResult], of_torch: dict[tuple[object, ...]
     columns = ("m", "block", "density", "ms", "quartiles", "GFLOP/s", f"x {DENSE}", "ideal", "of ideal")
     for (shape, dtype, part, threads), group in grouped(own, lambda r: (r.shape, r.dtype, r.part, r.threads)):
         lines = []
+        absent = "-" if dtype in {result.dtype for result in of_torch.values()} else "does not run"
         for result in group:
             summary = result.summary
             line = [str(result.rows), str(result.block), f"{result.density:.0%}", f"{summary.median_ms:.3f}"]
@@ -106,7 +107,7 @@ def _details(own: Iterable[BlockSparseResult], of_torch: dict[tuple[object, ...]
             line += [f"{result.speedup:.2f}", f"{result.ideal:.2f}", f"{result.ideal_share:.0%}"]
             if part == FORWARD:
                 torch_result = of_torch.get(_cell(result))
-                line.append(f"{torch_result.speedup:.2f}" if torch_result else "does not run")
+                line.append(f"{torch_result.speedup:.2f}" if torch_result else absent)
             lines.append(line)
         title = f"{shape_name(shape)} {dtype}, {part}, {thread_count(threads)}"
         torch_column = (f"{TORCH_BSR}: x {DENSE}",) if part == FORWARD else ()

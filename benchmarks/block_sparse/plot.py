@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def plot(report: Report[BlockSparseResult], path: Path) -> None:
     if len({result.sparsity for result in own}) < 2:
         raise NothingToPlotError("a plot needs results at two densities")
     (shape, threads), results = max(grouped(own, lambda r: (r.shape, r.threads)), key=lambda group: len(group[1]))
-    panels = [panel for _, group in grouped(results, lambda result: result.dtype) for panel in _panels(group)]
+    of_dtypes = [_panels(group) for _, group in grouped(results, lambda result: result.dtype)]
+    panels = [panel for side_by_side in zip_longest(*of_dtypes) for panel in side_by_side if panel]
     lines = -(-len(panels) // COLUMNS)
     size = 5.5 * min(len(panels), COLUMNS), 1.4 + 3.8 * lines
     with canvas(path, len(panels), size, sharey=True) as (figure, axes):

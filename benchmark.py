@@ -134,7 +134,7 @@ def _plot(report: Report[CpuResult], suite: Suite[Any], path: Path, parser: argp
 
 
 def _selection(arguments: argparse.Namespace) -> Selection:
-    return Selection(arguments.shapes, arguments.dtypes, arguments.sparsities, arguments.rows)
+    return Selection(arguments.shapes, arguments.dtypes, arguments.sparsities, arguments.rows, arguments.blocks)
 
 
 def _parser(suites: dict[str, Suite[Any]]) -> argparse.ArgumentParser:
@@ -154,6 +154,7 @@ def _parser(suites: dict[str, Suite[Any]]) -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", type=_list_of(_dtype), default=(), metavar="D[,D]", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--sparsities", type=_list_of(_sparsity), default=(), metavar="S[,S]", help="from 0 to 1")
     parser.add_argument("--rows", type=_list_of(_count), default=(), metavar="M[,M]", help="rows of x, or batch sizes")
+    parser.add_argument("--blocks", type=_list_of(_count), default=(), metavar="B[,B]", help="sizes of square blocks")
     parser.add_argument("--rivals", type=Path, metavar="FILE.py", help="other contenders (benchmarks/gpu/rivals.py)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write header and results to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results (needs matplotlib)")
@@ -174,7 +175,7 @@ def _list_of(item: Callable[[str], _Item]) -> Callable[[str], tuple[_Item, ...]]
 def _count(text: str) -> int:
     count = int(text)
     if count < 1:
-        raise ValueError(f"a number of threads or rows is at least 1, got {text}")
+        raise ValueError(f"a number of threads or rows, or the size of a block, is at least 1, got {text}")
     return count
 
 

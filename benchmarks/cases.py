@@ -52,12 +52,13 @@ class Workload:
 
 @dataclass(frozen=True)
 class Selection:
-    """Shapes, dtypes, sparsities and rows asked for; an empty one leaves the choice to the suite."""
+    """Shapes, dtypes, sparsities, rows and blocks asked for; an empty one leaves the choice to the suite."""
 
     shapes: tuple[Shape, ...] = ()
     dtypes: tuple[str, ...] = ()
     sparsities: tuple[float, ...] = ()
     rows: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
 
     def over(self, default: "Selection") -> "Selection":
         """This selection, with the gaps filled from `default`."""
@@ -66,6 +67,7 @@ class Selection:
             self.dtypes or default.dtypes,
             self.sparsities or default.sparsities,
             self.rows or default.rows,
+            self.blocks or default.blocks,
         )
 
     def workloads(self) -> Iterator[Workload]:
@@ -75,7 +77,13 @@ class Selection:
 
     def admits(self, result: object) -> bool:
         """Whether a stored result belongs to this selection (an empty field admits everything)."""
-        wanted = {"shape": self.shapes, "dtype": self.dtypes, "sparsity": self.sparsities, "rows": self.rows}
+        wanted = {
+            "shape": self.shapes,
+            "dtype": self.dtypes,
+            "sparsity": self.sparsities,
+            "rows": self.rows,
+            "block": self.blocks,
+        }
         return all(not values or getattr(result, name, None) in values for name, values in wanted.items())
 
 

@@ -2,8 +2,10 @@
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,15 @@ class NothingToPlotError(ValueError):
 def have_matplotlib() -> bool:
     """Whether plots can be drawn here."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def crossing(points: Iterable[tuple[float, float]]) -> float | None:
+    """Where speedups fall below 1, between two points (x, speedup) on logarithmic axes; None if they do not."""
+    for (x, speedup), (next_x, next_speedup) in pairwise(sorted(points)):
+        if speedup >= 1 > next_speedup:
+            share = math.log(speedup) / math.log(speedup / next_speedup)
+            return float(x * (next_x / x) ** share)
+    return None
 
 
 @contextmanager
@@ -37,6 +48,15 @@ def canvas(path: Path, panels: int, size: tuple[float, float], sharey: bool) -> 
         figure.savefig(path, dpi=150)
     finally:
         pyplot.close(figure)
+
+
+def logarithmic_speedups(panel: Any) -> None:
+    """Put speedups on a logarithmic axis with plain numbers, and a line where there is none."""
+    panel.set_yscale("log")
+    panel.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0))
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panel.yaxis.set_minor_formatter(lambda value, _: "")
+    panel.axhline(1, color="0.6", linewidth=1)
 
 
 def finish_panel(panel: Any, title: str, xlabel: str) -> None:

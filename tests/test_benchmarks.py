@@ -3,11 +3,17 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.block_sparse.checks import blocks_are_right, product_is_right
+from benchmarks.block_sparse.contenders import Contest
+from benchmarks.block_sparse.plot import break_even, verdict
+from benchmarks.block_sparse.result import FORWARD, GRAD_INPUT, GRAD_WEIGHT, PRODUCTS, STEP, BlockSparseResult
+from benchmarks.block_sparse.weights import BlockWeight, Operands
 from benchmarks.cases import Selection
 from benchmarks.gpu.report import GpuReport
 from benchmarks.linear.measure import Reference
@@ -40,6 +46,23 @@ def linear_result(rows, speedup):
     )
 
 
+def block_result(density, speedup, part=FORWARD):
+    return BlockSparseResult(
+        contender=BITMASK,
+        dtype="fp32",
+        sparsity=1 - density,
+        threads=1,
+        summary=Summary.of([2.0]),
+        part=part,
+        shape=(32, 64),
+        rows=4,
+        block=16,
+        kept_elements=int(32 * 64 * density),
+        layers=2,
+        dense_ms=2.0 * speedup,
+    )
+
+
 def test_figures():
     result = linear_result(1, 2.0)
     assert (result.speedup, result.saturated_speedup, result.ceiling, result.ceiling_share) == (2.0, 1.5, 2.0, 0.75)
@@ -51,6 +74,28 @@ def test_figures():
 def test_crossover(speedups, expected):
     found = crossover([linear_result(rows, speedup) for rows, speedup in zip((1, 4), speedups, strict=True)])
     assert found == expected
+
+
+def test_block_figures():
+    result = block_result(0.25, 3.0)
+    assert (result.density, result.speedup, result.ideal, result.ideal_share) == (0.25, 3.0, 4.0, 0.75)
+    assert result.gflop_per_s == 2 * 4 * 512 / 2e6
+    assert block_result(0.25, 3.0, STEP).gflop_per_s == 3 * result.gflop_per_s
+
+
+@pytest.mark.parametrize(
+    ("speedups", "expected", "said"),
+    [
+        ((2.0, 0.5), 0.5, "even at 50%"),
+        ((2.0, 1.5), None, "faster throughout"),
+        ((0.5, 0.4), None, "slower throughout"),
+        ((0.5, 2.0), None, "no break-even"),
+    ],
+)
+def test_break_even(speedups, expected, said):
+    results = [block_result(density, speedup) for density, speedup in zip((0.25, 1.0), speedups, strict=True)]
+    assert break_even(results[::-1]) == expected
+    assert verdict(results) == said
 
 
 def test_results_are_read_back():
@@ -70,7 +115,7 @@ def test_results_are_read_back():
         sizes=Sizes(10, 20, None),
         agreement=agreement,
     )
-    for result in (model, linear_result(1, 2.0)):
+    for result in (model, linear_result(1, 2.0), block_result(0.5, 2.0)):
         assert type(result).from_json(json.loads(json.dumps(result.to_json()))) == result
 
 
@@ -79,6 +124,8 @@ def test_selection():
     assert Selection().admits(result)
     assert Selection(shapes=((8, 16),), dtypes=("bf16",), sparsities=(0.5,), rows=(4,)).admits(result)
     assert not Selection(rows=(1,)).admits(result)
+    assert Selection(blocks=(16,)).admits(block_result(0.5, 1.0))
+    assert not Selection(blocks=(32,)).admits(block_result(0.5, 1.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -93,6 +140,47 @@ def test_reference_notices_one_dropped_element(dtype):
     assert not reference.accepts((x.double() @ faulty.double().T).to(dtype), lossy=False)
 
 
+def block_contest(part):
+    """A weight [40, 70] whose blocks of 16 reach past both of its edges."""
+    torch.manual_seed(0)
+    dense = torch.randn(40, 70)
+    return Contest(part, dense, [BlockWeight.cut_from(dense, 16, 0.5)], Operands.of((40, 70), "fp32", 5), 1)
+
+
+@pytest.mark.parametrize("part", PRODUCTS)
+def test_block_contenders_agree_with_the_masked_weight(part):
+    contest = block_contest(part)
+    (weight,) = contest.weights
+    assert torch.equal(weight.masked() != 0, weight.elements_mask)
+    ways = contest.ways()
+    assert [way.weight for way in ways] == [None, weight]
+    assert all(contest.is_right(way.weight, way.work(way.layers[0])) for way in ways)
+
+
+@pytest.mark.parametrize("part", [FORWARD, GRAD_INPUT, GRAD_WEIGHT])
+def test_block_checks_notice_blocks_at_other_places(part):
+    contest = block_contest(part)
+    (weight,) = contest.weights
+    *_, way = contest.ways()
+    faulty = replace(weight, mask=weight.mask.roll(1, dims=1))
+    assert not contest.is_right(faulty, way.work(way.layers[0]))
+
+
+def test_block_checks_notice_one_wrong_element():
+    (weight,), (x, grad) = block_contest(GRAD_WEIGHT).weights, Operands.of((40, 70), "fp32", 5)
+    values = BlockWeight.cut_from(grad.T @ x, 16, 0.5).values
+    assert blocks_are_right(x, grad, weight, values)
+    assert not weight.values[-1, 8:].any(), "rows past the edge"
+    for place in ((0, 3, 3), (-1, 15, 0)):
+        faulty = values.clone()
+        faulty[place] += 0.1
+        assert not blocks_are_right(x, grad, weight, faulty)
+    y = x @ weight.dense.T
+    assert product_is_right(x, weight.dense, y)
+    y[1, 2] += 0.1
+    assert not product_is_right(x, weight.dense, y)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.stem)
 def test_stored_reports_have_tables(path):
     of_a_gpu = GpuReport.load(path)
@@ -104,17 +192,33 @@ def test_stored_reports_have_tables(path):
     assert "| " in suites[report.suite].tables(report)
 
 
-def test_quick_linear_and_its_table(tmp_path):
-    path = tmp_path / "linear.json"
-    arguments = ["--quick", "--suite", "linear", "--dtypes", "fp32", "--sparsities", "0.5", "--json", str(path)]
-    for command in (arguments, ["--table", str(path)]):
-        done = subprocess.run(
-            [sys.executable, "benchmark.py", *command],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "benchmark.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("suite", "options", "title"),
+    [
+        ("linear", ["--sparsities", "0.5"], "**m = 1, fp32"),
+        ("block_sparse", ["--shapes", "40x130", "--blocks", "16"], "**40x130 fp32, blocks of 16"),
+    ],
+)
+def test_quick_suites_and_their_tables(tmp_path, suite, options, title):
+    path = str(tmp_path / "results.json")
+    for arguments in (["--quick", "--suite", suite, "--dtypes", "fp32", *options, "--json", path], ["--table", path]):
+        done = run(*arguments)
         assert done.returncode == 0, done.stderr
-    assert "**m = 1, fp32" in done.stdout
+    assert title in done.stdout
+
+
+def test_block_sparse_refuses_other_dtypes():
+    done = run("--quick", "--suite", "block_sparse", "--dtypes", "int8")
+    assert done.returncode == 2
+    assert "no products in int8" in done.stderr

@@ -2,14 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Shape, shape_name
 from benchmarks.linear.result import BITMASK, DENSE, LinearResult
 from benchmarks.machine import thread_count
-from benchmarks.plot import COLUMNS, NothingToPlotError, canvas, caption, finish_panel
+from benchmarks.plot import (
+    COLUMNS,
+    NothingToPlotError,
+    canvas,
+    caption,
+    crossing,
+    finish_panel,
+    logarithmic_speedups,
+)
 from benchmarks.report import Report, grouped
 
 _Slice = tuple[Shape, int]
@@ -50,12 +57,7 @@ def plot(report: Report[LinearResult], path: Path) -> None:
 
 def crossover(results: Sequence[LinearResult]) -> float | None:
     """Number of rows at which `F.linear` becomes the faster one, between two measured numbers; None if it does not."""
-    ordered = sorted(results, key=lambda result: result.rows)
-    for left, right in pairwise(ordered):
-        if left.speedup >= 1 > right.speedup:
-            share = math.log(left.speedup) / math.log(left.speedup / right.speedup)
-            return float(left.rows * (right.rows / left.rows) ** share)
-    return None
+    return crossing((result.rows, result.speedup) for result in results)
 
 
 def _slice(result: LinearResult) -> _Slice:
@@ -81,7 +83,7 @@ def _draw_against_rows(panel: Any, dtype: str, results: Sequence[LinearResult]) 
     """One line for each sparsity, with a cross where it falls below the dense one."""
     for index, (sparsity, points) in enumerate(grouped(results, lambda result: result.sparsity)):
         points = sorted(points, key=lambda point: point.rows)
-        crossing = crossover(points)
+        equal_at = crossover(points)
         colour = f"C{3 + index}"
         panel.plot(
             [point.rows for point in points],
@@ -89,27 +91,23 @@ def _draw_against_rows(panel: Any, dtype: str, results: Sequence[LinearResult]) 
             color=colour,
             marker="o",
             markersize=4,
-            label=f"{sparsity:.0%}: {_verdict(points, crossing)}",
+            label=f"{sparsity:.0%}: {_verdict(points, equal_at)}",
         )
-        if crossing is not None:
-            panel.plot([crossing], [1], color=colour, marker="X", markersize=9, linestyle="")
+        if equal_at is not None:
+            panel.plot([equal_at], [1], color=colour, marker="X", markersize=9, linestyle="")
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _finish(panel, f"{dtype}: x {DENSE}", "rows of x", sorted({result.rows for result in results}))
 
 
-def _verdict(points: Sequence[LinearResult], crossing: float | None) -> str:
-    if crossing is not None:
-        return f"crossover at {crossing:.0f} rows"
+def _verdict(points: Sequence[LinearResult], equal_at: float | None) -> str:
+    if equal_at is not None:
+        return f"crossover at {equal_at:.0f} rows"
     return "faster throughout" if all(point.speedup >= 1 for point in points) else "no crossover"
 
 
 def _finish(panel: Any, title: str, xlabel: str, ticks: Sequence[int]) -> None:
-    panel.set_yscale("log")
-    panel.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0))
-    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.yaxis.set_minor_formatter(lambda value, _: "")
+    logarithmic_speedups(panel)
     panel.set_xticks(ticks)
-    panel.axhline(1, color="0.6", linewidth=1)
     panel.legend(fontsize=8, frameon=False)
     finish_panel(panel, title, xlabel)

@@ -11,14 +11,16 @@ template <class L>
 constexpr int64_t kBlockTileRows = L::kMicroVectors * L::kLanes;
 template <class L>
 constexpr int64_t kBlockMostRows = 480;
-constexpr int64_t kBandRows = 64;      // rows of y whose sums are kept, and rounded together
+constexpr int64_t kBandRows = 128;     // rows of y whose sums are kept, and rounded together
 constexpr int64_t kChunkLanes = 512;   // of W that are multiplied with a tile at a time
 constexpr int64_t kChunkPieces = 128;  // the same, for small blocks
+constexpr int64_t kPrefetchLanes = 4;  // of x that are asked for at a time
 
 struct Piece {
   const uint8_t* at;  // its first lane of the first row
   int64_t x_lane;     // which it meets
   int64_t lanes;
+  const uint8_t* upcoming;  // about where a piece of the next chunk lies: it is only prefetched
 };
 
 template <class L>
@@ -128,11 +130,12 @@ struct Chunk {
   const Piece* pieces;
   int64_t count;
   int64_t row_step, lane_step;
+  int64_t prefetched;  // bytes of an upcoming piece for each row of one
 };
 
-// Elements as one lane each, in the same order. `dst` has room for whole groups.
+// `outer` times `inner` elements, `step` bytes apart, as lanes, `stride` lanes apart. `dst` has room for a group more.
 template <class L>
-void widen_piece(const uint8_t* src, int64_t step, int64_t outer, int64_t inner, int64_t stride, uint8_t* dst) {
+void widen_elements(const uint8_t* src, int64_t step, int64_t outer, int64_t inner, int64_t stride, uint8_t* dst) {
   if (inner == stride && step == inner * L::Element::kWidth) {
     widen_row<L>(src, outer * inner, dst);
     return;
@@ -140,86 +143,105 @@ void widen_piece(const uint8_t* src, int64_t step, int64_t outer, int64_t inner,
   for (int64_t i = 0; i < outer; ++i) widen_row<L>(src + i * step, inner, dst + i * stride * kLaneBytes<L>);
 }
 
-// One lane of each of `rows` rows: the elements at `even` and `odd`, `step` bytes from row to row; null where there is none.
-inline void pair_rows(const uint8_t* even, const uint8_t* odd, int64_t step, int64_t rows, uint8_t* dst) {
-  const auto element = [&](const uint8_t* src, int64_t row) { return src == nullptr ? 0u : load_as<uint16_t>(src + row * step); };
-  if (even != nullptr && odd != nullptr && step == 2) {
-    for (int64_t row = 0; row < rows; ++row) {
-      store_as(load_as<uint16_t>(even + row * 2) | static_cast<uint32_t>(load_as<uint16_t>(odd + row * 2)) << 16, dst + row * 4);
-    }
-    return;
-  }
-  for (int64_t row = 0; row < rows; ++row) store_as(element(even, row) | element(odd, row) << 16, dst + row * 4);
+// Pairs of two-byte elements, N at a time so that the compiler makes vectors of them.
+template <int N>
+void pair_elements(const uint8_t* even, const uint8_t* odd, uint8_t* dst) {
+  uint16_t low[N], high[N];
+  uint32_t pairs[N];
+  copy_bytes(low, even, sizeof(low));
+  copy_bytes(high, odd, sizeof(high));
+  for (int i = 0; i < N; ++i) pairs[i] = low[i] | static_cast<uint32_t>(high[i]) << 16;
+  copy_bytes(dst, pairs, sizeof(pairs));
 }
 
-// The pieces of one part of the rows of a line, numbered through all its blocks: those of large blocks are kChunkLanes lanes.
+// One lane of each of `rows` rows, of the elements at `even` and `odd` and from there `step` bytes apart; null stands for zeros.
+inline void pair_rows(const uint8_t* even, const uint8_t* odd, int64_t step, int64_t rows, uint8_t* dst) {
+  int64_t row = 0;
+  if (even != nullptr && odd != nullptr && step == 2) {
+    for (; rows - row >= 16; row += 16) pair_elements<16>(even + row * 2, odd + row * 2, dst + row * 4);
+  }
+  for (; row < rows; ++row) {
+    const uint32_t low = even == nullptr ? 0 : load_as<uint16_t>(even + row * step);
+    const uint32_t high = odd == nullptr ? 0 : load_as<uint16_t>(odd + row * step);
+    store_as(low | high << 16, dst + row * 4);
+  }
+}
+
+// The pieces of some rows of a line, numbered through all blocks: those of large blocks have kChunkLanes lanes each.
 template <class L>
 struct Pieces {
   const BlockOperand& w;
   int64_t row, rows;  // of a block
-  int64_t first, last;
-  int64_t parts;  // of a block
+  int64_t parts;      // of a block
+  int64_t most_lanes;
   bool in_place;
 
-  Pieces(const BlockOperand& operand, int64_t line, int64_t block_row, int64_t count)
-      : w(operand),
-        row(block_row),
-        rows(count),
-        parts((lanes_of<L>(w.block_depth) + kChunkLanes - 1) / kChunkLanes),
-        in_place(multiplies_in_place<L>(w)) {
-    first = w.w.line_starts[line] * parts;
-    last = w.w.line_starts[line + 1] * parts;
+  Pieces(const BlockOperand& operand, int64_t first_row, int64_t count) : w(operand), row(first_row), rows(count) {
+    parts = (lanes_of<L>(w.block_depth) + kChunkLanes - 1) / kChunkLanes;
+    most_lanes = parts == 1 ? lanes_of<L>(w.block_depth) : kChunkLanes;
+    in_place = multiplies_in_place<L>(w);
   }
 
-  int64_t most_lanes() const { return parts == 1 ? lanes_of<L>(w.block_depth) : kChunkLanes; }
-  int64_t row_step() const {
-    return in_place ? w.row_step : L::kDepth == 1 && w.row_step > w.depth_step ? most_lanes() * kLaneBytes<L> : kLaneBytes<L>;
-  }
-  int64_t lane_step() const {
-    return in_place ? w.depth_step * L::kDepth : L::kDepth == 1 && w.row_step > w.depth_step ? kLaneBytes<L> : rows * kLaneBytes<L>;
-  }
+  int64_t first(int64_t line) const { return w.w.line_starts[line] * parts; }
 
-  // Writes pieces from `index` on, packed behind each other where they cannot stay where they are; returns how many.
-  int64_t take(int64_t index, Piece* pieces, uint8_t* packed) const {
-    int64_t count = 0;
-    while (index + count < last && count < kChunkPieces && (count + 1) * most_lanes() <= kChunkLanes) {
-      pieces[count] = piece(index + count, packed + count * most_lanes() * rows * kLaneBytes<L>);
-      ++count;
+  // The pieces from `index` on, as many as make a chunk but none from `end` on, packed where they cannot be read in place.
+  Chunk take(int64_t index, int64_t end, MultiplyScratch<L>& scratch) const {
+    int64_t count = kChunkLanes / most_lanes < kChunkPieces ? kChunkLanes / most_lanes : kChunkPieces;
+    if (count > end - index) count = end - index;
+    for (int64_t i = 0; i < count; ++i) {
+      scratch.pieces[i] = piece(index + i, scratch.packed + i * most_lanes * rows * kLaneBytes<L>);
+      scratch.pieces[i].upcoming = upcoming(index + i + count);
     }
-    return count;
+    const bool row_after_row = w.row_step > w.depth_step;
+    const int64_t packed_step = L::kDepth == 1 && row_after_row ? most_lanes * kLaneBytes<L> : kLaneBytes<L>;
+    const int64_t packed_lane_step = L::kDepth == 1 && row_after_row ? kLaneBytes<L> : rows * kLaneBytes<L>;
+    return {scratch.pieces, count, in_place ? w.row_step : packed_step, in_place ? w.depth_step * L::kDepth : packed_lane_step,
+            row_bytes()};
   }
 
  private:
+  const uint8_t* block(int64_t at) const {
+    const int64_t place = w.w.order == nullptr ? at : w.w.order[at];
+    return static_cast<const uint8_t*>(w.w.values) + place * w.block_rows * w.block_depth * L::Element::kWidth;
+  }
+
+  // Bytes of each row of a piece that is a whole block; others are too long to be lost to the hardware's prefetcher.
+  int64_t row_bytes() const { return rows == w.block_rows && parts == 1 ? w.block_depth * L::Element::kWidth : 0; }
+
+  // The index-th piece, perhaps of a later line.
+  const uint8_t* upcoming(int64_t index) const {
+    const int64_t blocks = w.w.line_starts[(w.rows + w.block_rows - 1) / w.block_rows];
+    return block(index / parts < blocks ? index / parts : blocks - 1);
+  }
+
   Piece piece(int64_t index, uint8_t* packed) const {
-    const int64_t at = index / parts, place = w.w.order == nullptr ? at : w.w.order[at];
-    const int64_t start = w.w.positions[at] * w.block_depth;
+    const int64_t start = w.w.positions[index / parts] * w.block_depth;
     const int64_t end = start + w.block_depth < w.depth ? start + w.block_depth : w.depth;
-    const int64_t lane = start / L::kDepth + index % parts * kChunkLanes;
-    const int64_t left = lanes_of<L>(end) - lane;
-    const Piece piece{packed, lane, left < 0 ? 0 : left < most_lanes() ? left : most_lanes()};
-    const uint8_t* const block = static_cast<const uint8_t*>(w.w.values) + place * w.block_rows * w.block_depth * L::Element::kWidth;
-    const uint8_t* const src = block + row * w.row_step;
-    if (in_place) return {src + (lane * L::kDepth - start) * w.depth_step, piece.x_lane, piece.lanes};
-    if (L::kDepth == 1) {
-      widen(src + (lane - start) * w.depth_step, piece.lanes, packed);
+    const int64_t x_lane = start / L::kDepth + index % parts * kChunkLanes;
+    const int64_t left = lanes_of<L>(end) - x_lane, lanes = left < 0 ? 0 : left < most_lanes ? left : most_lanes;
+    const uint8_t* const src = block(index / parts) + row * w.row_step;
+    if (in_place) return {src + (x_lane * L::kDepth - start) * w.depth_step, x_lane, lanes, nullptr};
+    if constexpr (L::kDepth == 1) {
+      widen(src + (x_lane - start) * w.depth_step, lanes, packed);
     } else {
-      pair(src, start, end, piece, packed);
+      pair(src, start, end, x_lane, lanes, packed);
     }
-    return piece;
+    return {packed, x_lane, lanes, nullptr};
   }
 
   void widen(const uint8_t* src, int64_t lanes, uint8_t* packed) const {
     if (w.row_step > w.depth_step) {
-      widen_piece<L>(src, w.row_step, rows, lanes, most_lanes(), packed);
+      widen_elements<L>(src, w.row_step, rows, lanes, most_lanes, packed);
     } else {
-      widen_piece<L>(src, w.depth_step, lanes, rows, rows, packed);
+      widen_elements<L>(src, w.depth_step, lanes, rows, rows, packed);
     }
   }
 
-  void pair(const uint8_t* src, int64_t start, int64_t end, const Piece& piece, uint8_t* packed) const {
+  // Pairs are those of x, wherever the block begins: what is not the block's is zero.
+  void pair(const uint8_t* src, int64_t start, int64_t end, int64_t x_lane, int64_t lanes, uint8_t* packed) const {
     const auto element = [&](int64_t k) { return k < start || k >= end ? nullptr : src + (k - start) * w.depth_step; };
-    for (int64_t lane = 0; lane < piece.lanes; ++lane) {
-      const int64_t k = (piece.x_lane + lane) * 2;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t k = (x_lane + lane) * 2;
       pair_rows(element(k), element(k + 1), w.row_step, rows, packed + lane * rows * kLaneBytes<L>);
     }
   }
@@ -233,6 +255,23 @@ struct Start {
   int64_t row_step, vector_step;
 };
 
+// The index-th piece of a chunk. The first strip asks for what the next piece meets of x, if that lies where the hardware does not expect
+// it; a tile of one vector is small enough to stay in the cache.
+template <class L, int R, int V>
+inline void multiply_piece(const Chunk& chunk, int64_t index, int64_t row, const uint8_t* tile, typename L::Sums (&sums)[R][V]) {
+  constexpr int64_t kStep = V * kVectorBytes<L>;
+  const Piece& piece = chunk.pieces[index];
+  const int64_t next = index + 1 < chunk.count ? chunk.pieces[index + 1].x_lane : piece.x_lane + piece.lanes;
+  const bool jumps = V > 1 && row == 0 && next != piece.x_lane + piece.lanes;
+  for (int64_t i = 0; i < R * chunk.prefetched; i += 64) __builtin_prefetch(piece.upcoming + row * chunk.prefetched + i);
+  const int64_t lanes = jumps ? kPrefetchLanes : piece.lanes;
+  for (int64_t lane = 0; lane < piece.lanes; lane += lanes) {
+    if (jumps) prefetch_bytes<kPrefetchLanes * kStep>(tile, (next + lane) * kStep);
+    multiply_lanes<L, R, V>(piece.at + row * chunk.row_step + lane * chunk.lane_step, chunk.row_step, chunk.lane_step,
+                            tile + (piece.x_lane + lane) * kStep, kStep, piece.lanes - lane < lanes ? piece.lanes - lane : lanes, sums);
+  }
+}
+
 // sums [R rows of y][V vectors of rows of x] = start + chunk x tile; the chunk and the rest begin at row `row`.
 template <class L, int R, int V>
 void multiply_strip(const Chunk& chunk, int64_t row, const uint8_t* tile, const Start& start, uint8_t* sums) {
@@ -242,10 +281,7 @@ void multiply_strip(const Chunk& chunk, int64_t row, const uint8_t* tile, const 
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[r][v] = L::load_sums(start.sums + (row + r) * start.row_step + v * start.vector_step);
   }
-  for (const Piece* piece = chunk.pieces; piece != chunk.pieces + chunk.count; ++piece) {
-    multiply_lanes<L, R, V>(piece->at + row * chunk.row_step, chunk.row_step, chunk.lane_step, tile + piece->x_lane * V * kVectorBytes<L>,
-                            V * kVectorBytes<L>, piece->lanes, acc);
-  }
+  for (int64_t i = 0; i < chunk.count; ++i) multiply_piece<L, R, V>(chunk, i, row, tile, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
@@ -274,18 +310,20 @@ void multiply_tile(const Chunk& chunk, int64_t rows, int64_t vectors, const uint
 template <class L>
 void multiply_part(const BlockOperand& w, int64_t line, int64_t row, int64_t rows, const uint8_t* tiles, int64_t m, int64_t band_row,
                    MultiplyScratch<L>& scratch) {
-  const Pieces<L> pieces(w, line, row, rows);
-  int64_t index = pieces.first;
+  const Pieces<L> pieces(w, row, rows);
+  const int64_t first = pieces.first(line), last = pieces.first(line + 1);
+  int64_t index = first;
   do {
-    const Chunk chunk{scratch.pieces, pieces.take(index, scratch.pieces, scratch.packed), pieces.row_step(), pieces.lane_step()};
+    Chunk chunk = pieces.take(index, last, scratch);
     for (int64_t i = 0, tile = 0; i < m; i += kBlockTileRows<L>, ++tile) {
       uint8_t* const sums = scratch.sums[tile][band_row];
-      const Start start = index == pieces.first ? Start{scratch.bias[band_row], kVectorBytes<L>, 0}
-                                                : Start{sums, L::kMicroVectors * kVectorBytes<L>, kVectorBytes<L>};
+      const Start start = index == first ? Start{scratch.bias[band_row], kVectorBytes<L>, 0}
+                                         : Start{sums, L::kMicroVectors * kVectorBytes<L>, kVectorBytes<L>};
       multiply_tile<L, L::kMicroVectors>(chunk, rows, tile_vectors<L>(i, m), tiles + block_tiles_bytes<L>(i, w.depth), start, sums);
+      chunk.prefetched = 0;
     }
     index += chunk.count;
-  } while (index < pieces.last);
+  } while (index < last);
 }
 
 // Rounds the sums of the `rows` rows of y from `row` on, a vector of rows of x at a time.

@@ -29,16 +29,22 @@ template <class L, int R, int V, class Prefetch = NothingAhead>
 inline void multiply_lanes(const uint8_t* a, int64_t a_row, int64_t a_lane, const uint8_t* b, int64_t b_lane, int64_t lanes,
                            typename L::Sums (&sums)[R][V], Prefetch ahead = {}) {
   constexpr int64_t kVector = L::kLanes * kLaneBytes<L>;
-  for (int64_t lane = 0; lane < lanes; ++lane, a += a_lane, b += b_lane) {
+  constexpr int kThrees = (R + 2) / 3;  // one pointer for three rows: both steps between them are ways to address memory, and few registers
+  const uint8_t* rows[kThrees];
+#pragma GCC unroll 16
+  for (int i = 0; i < kThrees; ++i) rows[i] = a + i * 3 * a_row;
+  for (int64_t lane = 0; lane < lanes; ++lane, b += b_lane) {
     ahead.next();
     typename L::Lanes vectors[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) vectors[v] = L::load(b + v * kVector);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const typename L::Lanes row = L::broadcast(a + r * a_row);
+      const typename L::Lanes row = L::broadcast(rows[r / 3] + r % 3 * a_row);
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) sums[r][v] = L::multiply_add(vectors[v], row, sums[r][v]);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < kThrees; ++i) rows[i] += a_lane;
   }
 }

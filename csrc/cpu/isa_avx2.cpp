@@ -24,6 +24,7 @@ namespace {
 #include "generic/linear_gradient.h"
 #include "generic/block_tiles.h"
 #include "generic/block_stream.h"
+#include "generic/block_stream_transposed.h"
 #include "generic/block_multiply.h"
 #include "generic/block_sample.h"
 #include "generic/table.h"

@@ -379,5 +379,10 @@ void block_multiply(const BlockMatrix& w, int64_t begin, int64_t end, const void
 
 template <class L>
 void block_multiply_transposed(const BlockMatrix& w, int64_t begin, int64_t end, const void* tiles, int64_t m, void* y, void* scratch) {
+  if (m > 0 && streams_transposed<L>(w, m)) {
+    stream_transposed<L>(w, begin, end, static_cast<const uint8_t*>(tiles), tile_vectors<L>(0, m) * kVectorBytes<L>, m,
+                         static_cast<uint8_t*>(y));
+    return;
+  }
   multiply_lines<L>(transposed_operand<L>(w), begin, end, tiles, m, nullptr, y, *static_cast<MultiplyScratch<L>*>(scratch));
 }

@@ -30,33 +30,14 @@ int64_t block_columns_bytes(int64_t m, int64_t cols, int64_t block) {
   return packed == 0 ? 0 : whole_cache_lines(packed * kLaneBytes<L> + kStripBytes<L>);
 }
 
-// kLanes elements of each of kDepth rows.
-template <class L>
-inline typename L::Lanes load_lanes(const uint8_t* row, int64_t row_bytes) {
-  if constexpr (L::kDepth == 1) {
-    return L::widen(row);
-  } else {
-    return L::pair(row, row + row_bytes);
-  }
-}
-
 // The lanes [begin, end) of `columns` <= kLanes columns of a strip, whose lanes are `step` bytes. Of the `row_bytes` of a row of x,
 // `inside` are at or right of the first column; columns that are not there are zeros.
 template <class L>
 void pack_lanes(const uint8_t* x, int64_t m, int64_t row_bytes, int64_t inside, int64_t columns, int64_t begin, int64_t end, uint8_t* dst,
                 int64_t step) {
-  constexpr int64_t kBytes = L::kLanes * L::Element::kWidth;
   for (int64_t lane = begin; lane < end; ++lane) {
     const int64_t row = lane * L::kDepth;
-    const uint8_t* const src = x + row * row_bytes;
-    typename L::Lanes lanes;
-    if (inside >= kBytes && row + L::kDepth <= m) {
-      lanes = load_lanes<L>(src, row_bytes);
-    } else {
-      uint8_t edge[L::kDepth * kBytes] = {};
-      for (int64_t i = 0; i < L::kDepth && row + i < m; ++i) copy_bytes(edge + i * kBytes, src + i * row_bytes, at_most(inside, kBytes));
-      lanes = load_lanes<L>(edge, kBytes);
-    }
+    const typename L::Lanes lanes = load_lanes_within<L>(x + row * row_bytes, row_bytes, m - row, inside);
     if (columns == L::kLanes) {
       L::store(lanes, dst + lane * step);
     } else {

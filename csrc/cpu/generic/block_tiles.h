@@ -9,6 +9,26 @@ constexpr int64_t kVectorBytes = L::kLanes * kLaneBytes<L>;
 
 constexpr int64_t whole_cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+// kLanes elements of each of kDepth rows, a lane holding one of each.
+template <class L>
+inline typename L::Lanes load_lanes(const uint8_t* row, int64_t row_bytes) {
+  if constexpr (L::kDepth == 1) {
+    return L::widen(row);
+  } else {
+    return L::pair(row, row + row_bytes);
+  }
+}
+
+// The same where only `rows` rows are there, and `bytes` of each: what is not there is zero.
+template <class L>
+inline typename L::Lanes load_lanes_within(const uint8_t* row, int64_t row_bytes, int64_t rows, int64_t bytes) {
+  constexpr int64_t kBytes = L::kLanes * L::Element::kWidth;
+  if (bytes >= kBytes && rows >= L::kDepth) return load_lanes<L>(row, row_bytes);
+  uint8_t edge[L::kDepth * kBytes] = {};
+  for (int64_t i = 0; i < L::kDepth && i < rows; ++i) copy_bytes(edge + i * kBytes, row + i * row_bytes, bytes < kBytes ? bytes : kBytes);
+  return load_lanes<L>(edge, kBytes);
+}
+
 // What is asked of memory while lanes are multiplied: nothing, or a line of the next operands for each lane.
 struct NothingAhead {
   void next() {}

@@ -10,7 +10,7 @@
 template <class L>
 constexpr int64_t kBlockTileRows = L::kMicroVectors * L::kLanes;
 template <class L>
-constexpr int64_t kBlockMostRows = 480;
+constexpr int64_t kBlockMostRows = 240;
 constexpr int64_t kBandRows = 128;     // rows of y whose sums are kept, and rounded together
 constexpr int64_t kChunkLanes = 512;   // of W that are multiplied with a tile at a time
 constexpr int64_t kChunkPieces = 128;  // the same, for small blocks
@@ -28,6 +28,7 @@ struct Piece {
 
 template <class L>
 struct MultiplyScratch {
+  static_assert(kBlockMostRows<L> % kBlockTileRows<L> == 0 && kBandRows % L::kLanes == 0, "whole tiles, and vectors of sums");
   alignas(64) uint8_t sums[kBlockMostRows<L> / kBlockTileRows<L>][kBandRows][L::kMicroVectors * kVectorBytes<L>];
   alignas(64) uint8_t bias[kBandRows][kVectorBytes<L>];                            // one row of y in all lanes
   alignas(64) uint8_t packed[(kBandRows * kChunkLanes + kGroup) * kLaneBytes<L>];  // pieces, where W itself cannot be read

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 import bitmask
-from bitmask import ops, reference
+from bitmask import ops, ops_block, reference
 
 EXAMPLE = torch.tensor([[1.0, 0.0, 2.0], [5.0, 3.0, 0.0], [4.0, 0.0, 5.0]])
 SHAPE = torch.Size([65, 131])
@@ -62,6 +62,8 @@ def failures_of(isa: str) -> list[str]:
         "linear": all(multiplies(parts, rows) for rows in (1, 8)),
         "BitmaskTensor": torch.equal(tensor[3:7].to_dense(), dense[3:7]),
         "BitmaskLinear": layer_agrees(dense),
+        "bsr_transpose": block_index_agrees(),
+        "bsr_linear": all(blocks_multiply(dtype, rows) for dtype in DTYPES for rows in ROWS),
     }
     bitmask.set_isa(None)
     return failed(checks)
@@ -144,6 +146,32 @@ def layer_agrees(dense: torch.Tensor, device: torch.device | str = "cpu") -> boo
     x = torch.randn(5, dense.shape[1])
     compressed = bitmask.BitmaskLinear.from_dense(layer).to(device)
     return torch.allclose(compressed(x.to(device)).cpu(), layer(x), atol=1e-4)
+
+
+def random_block_index() -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each other block of a weight of this shape lies, in blocks of 16 by 16, as crow_indices and col_indices."""
+    kept = torch.rand(-(-SHAPE[0] // 16), -(-SHAPE[1] // 16)) < 0.5
+    return functional.pad(kept.sum(1).cumsum(0), (1, 0)), kept.nonzero()[:, 1]
+
+
+def block_index_agrees() -> bool:
+    """Whether kept blocks are found by columns as well."""
+    index, block_cols = random_block_index(), -(-SHAPE[1] // 16)
+    return same(ops_block.bsr_transpose(*index, block_cols), reference.bsr_transpose(*index, block_cols))
+
+
+def blocks_multiply(dtype: torch.dtype, rows: int) -> bool:
+    """Whether a block-sparse product of so many rows of x, and its gradients, are those of a masked weight."""
+    index = random_block_index()
+    inputs = [torch.randn(size).to(dtype) for size in ((rows, SHAPE[1]), (len(index[1]), 16, 16), (SHAPE[0],))]
+    x, values, bias = (tensor.requires_grad_() for tensor in inputs)
+    y = ops_block.bsr_linear(x, values, *index, SHAPE[0], bias)
+    wide_x, wide_values, wide_bias = wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = functional.linear(wide_x, reference.bsr_to_dense(wide_values, *index, SHAPE), wide_bias)
+    given = torch.randn(rows, SHAPE[0]).to(dtype)
+    found = torch.autograd.grad(y, (x, values, bias), given)
+    gradients = torch.autograd.grad(expected, wide, given.double())
+    return close(y, expected) and all(close(*pair) for pair in zip(found, gradients, strict=True))
 
 
 def has_cuda_ops() -> bool:

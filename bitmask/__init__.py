@@ -8,11 +8,12 @@ import bitmask.handlers as _handlers  # noqa: F401  # fills in what BitmaskTenso
 import bitmask.portable as _portable
 from bitmask._C import available_isas, get_isa, set_isa
 from bitmask.bitmask_tensor import BitmaskTensor, DecompressWarning
+from bitmask.calls import FormatError
 from bitmask.files import BitmaskConfig, load_compressed, load_rows, save_compressed, save_compressed_model
 from bitmask.linear import BitmaskLinear
 from bitmask.models import CompressionReport, compress_, compression_report, decompress_
 from bitmask.native import build_info
-from bitmask.ops import FormatError, compress, compress_into, decompress
+from bitmask.ops import compress, compress_into, decompress
 from bitmask.reference import NaiveBitmaskTensor
 
 _portable.register()  # after the native libraries

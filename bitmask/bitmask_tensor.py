@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bitmask import ops
-from bitmask.ops import FormatError
+from bitmask.calls import FormatError
 
 # What BitmaskTensor does on compressed parts, by torch op; handlers.py fills it.
 HANDLERS: dict[Any, Callable[..., Any]] = {}

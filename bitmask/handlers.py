@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from bitmask import ops
+from bitmask import calls, ops
 from bitmask.bitmask_tensor import HANDLERS, BitmaskTensor
 
 aten = torch.ops.aten
@@ -114,7 +114,7 @@ def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
     if not isinstance(weight, BitmaskTensor) or isinstance(input, BitmaskTensor) or isinstance(bias, BitmaskTensor):
         return NotImplemented
     with torch._C.DisableTorchFunctionSubclass():
-        if weight.ndim != 2 or weight.dtype not in ops.LINEAR_DTYPES or ops.differentiates_forward():
+        if weight.ndim != 2 or weight.dtype not in calls.LINEAR_DTYPES or calls.differentiates_forward():
             return NotImplemented
         parts, columns = weight._parts(), weight.shape[1]
     return ops.linear(input, *parts, columns, bias)

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitmask.calls import FormatError
 from bitmask.files.config import BITMASK_24_FORMAT, BITMASK_FORMAT, BitmaskConfig, quantization_of
 from bitmask.files.contents import COMPONENTS, OpenFiles, read_contents
 from bitmask.files.load import assemble
 from bitmask.files.pretrained import infer_config, with_compression
 from bitmask.linear import frozen_parameter
-from bitmask.ops import FormatError
 
 try:
     from transformers import PreTrainedConfig, PreTrainedModel

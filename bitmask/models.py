@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from bitmask import ops
+from bitmask import calls, ops
 from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.linear import BitmaskLinear, frozen_parameter
 
@@ -215,7 +215,7 @@ def _reason_against(weight: _Weight) -> str:
 
 def _can_be_measured(tensor: Tensor) -> bool:
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.ndim == 2
-    return plain and tensor.dtype in ops.LINEAR_DTYPES and tensor.device.type in ops.DEVICES
+    return plain and tensor.dtype in calls.LINEAR_DTYPES and tensor.device.type in ops.DEVICES
 
 
 def _measure(tensor: Tensor) -> tuple[float, int]:

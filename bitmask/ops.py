@@ -11,10 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
-from torch.autograd import forward_ad
 from torch.fx.node import has_side_effect
 
-from bitmask import _C, native, portable
+from bitmask import native, portable
+from bitmask.calls import (
+    LINEAR_DTYPES,
+    FormatError,
+    call,
+    call_past_autograd,
+    check_strided,
+    register_autocast,
+)
 from bitmask.reference import rows_and_columns, unpack_bits
 
 _DTYPE_NAMES = (
@@ -24,47 +31,12 @@ _DTYPE_NAMES = (
 DTYPES = frozenset(getattr(torch, name) for name in _DTYPE_NAMES.split() if hasattr(torch, name))
 # Kinds of device that have kernels here.
 DEVICES = portable.devices() | ({"cpu"} if native.cuda_missing else {"cpu", "cuda"})
-LINEAR_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
-
-
-class FormatError(ValueError):
-    """Compressed data that contradicts itself; names the field, what was got and what was expected."""
-
-
-def _call(op: Callable[..., Any], *args: object, invalid: type[ValueError] = ValueError) -> Any:
-    """Call a native op, whose exceptions torch hands over as ValueError or RuntimeError, depending on its version.
-
-    What the native checks refuse comes out as `invalid`, what a Python signal handler raised meanwhile as itself, a GPU
-    without memory as torch.OutOfMemoryError.
-    """
-    try:
-        return op(*args)
-    except (RuntimeError, ValueError) as error:
-        message = str(error)
-        if message.startswith(_C.INVALID):
-            raise invalid(message.removeprefix(_C.INVALID)) from None
-        if message.startswith(_C.OUT_OF_MEMORY):
-            raise torch.OutOfMemoryError(f"CUDA out of memory. {message.removeprefix(_C.OUT_OF_MEMORY)}") from None
-        if isinstance(error, NotImplementedError) and native.cuda_missing and "'CUDA' backend" in message:
-            raise NotImplementedError(f"bitmask has no kernels for CUDA here: {native.cuda_missing}") from error
-        pending = _C.take_pending_exception() if message == _C.INTERRUPTED else None
-        if pending is not None:
-            raise pending from None
-        raise
-
-
-def _check_strided(name: str, tensor: Tensor) -> None:
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        kind = "nested" if tensor.is_nested else tensor.layout
-        raise TypeError(f"{name}: got a {kind} tensor, expected a dense (strided) one")
-    if hasattr(tensor, "__tensor_flatten__"):
-        raise TypeError(f"{name}: got a {type(tensor).__name__}, which wraps other tensors, expected a plain tensor")
 
 
 def check_dense(dense: Tensor) -> None:
     if not isinstance(dense, Tensor):
         raise TypeError(f"dense: got {type(dense).__name__}, expected a torch.Tensor")
-    _check_strided("dense", dense)
+    check_strided("dense", dense)
     if dense.dtype not in DTYPES:
         raise TypeError(f"dense: got dtype {dense.dtype}, expected bool, integer, float or complex of whole bytes")
     if dense.is_meta:
@@ -77,7 +49,7 @@ def check_parts(values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
     for (name, dtypes), part in zip(expected.items(), (values, bitmasks, row_offsets), strict=True):
         if not isinstance(part, Tensor):
             raise TypeError(f"{name}: got {type(part).__name__}, expected a torch.Tensor")
-        _check_strided(name, part)
+        check_strided(name, part)
         if part.dtype not in dtypes:
             wanted = next(iter(dtypes)) if len(dtypes) == 1 else "a dtype that bitmask compresses"
             raise TypeError(f"{name}: got dtype {part.dtype}, expected {wanted}")
@@ -99,7 +71,7 @@ def _call_on_parts(
     op: Callable[..., Any], values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]
 ) -> Any:
     check_parts(values, bitmasks, row_offsets)
-    return _call(op, values, bitmasks, row_offsets, _check_shape(shape), invalid=FormatError)
+    return call(op, values, bitmasks, row_offsets, _check_shape(shape), invalid=FormatError)
 
 
 def compress(dense: Tensor, keep_negative_zero: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +93,7 @@ def compress(dense: Tensor, keep_negative_zero: bool = False) -> tuple[Tensor, T
     (tensor([1., 2., 5., 3.]), [[5], [3]], [0, 2])
     """
     check_dense(dense)
-    parts: tuple[Tensor, Tensor, Tensor] = _call(torch.ops.bitmask.compress, dense, keep_negative_zero)
+    parts: tuple[Tensor, Tensor, Tensor] = call(torch.ops.bitmask.compress, dense, keep_negative_zero)
     return parts
 
 
@@ -167,7 +139,7 @@ def compress_into(
     """
     check_dense(dense)
     check_into(dense, keep_negative_zero, values, bitmasks, row_offsets)
-    nnz: Tensor = _call(
+    nnz: Tensor = call(
         torch.ops.bitmask.compress_into, dense.detach(), keep_negative_zero, values, bitmasks, row_offsets
     )
     return nnz
@@ -200,24 +172,6 @@ def validate(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Seque
     return sizes
 
 
-def differentiates_forward() -> bool:
-    """Whether forward-mode derivatives or a torch.func transform are under way, for which linear has no formula."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _linear_past_autograd(*args: Any) -> Any:
-    """The native op, past autograd where nothing needs it: a formula in Python costs more than a small product."""
-    op = torch.ops.bitmask.linear.default
-    if (
-        torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
-        or differentiates_forward()
-    ):
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
 def check_linear(
     x: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, in_features: int, bias: Tensor | None
 ) -> None:
@@ -230,7 +184,7 @@ def check_linear(
     for name, tensor in (("x", x),) if bias is None else (("x", x), ("bias", bias)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-        _check_strided(name, tensor)
+        check_strided(name, tensor)
         if tensor.dtype != values.dtype:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {values.dtype}, the dtype of the weight")
         if tensor.device != values.device:
@@ -278,8 +232,8 @@ def linear(
         check_parts(values, bitmasks, row_offsets)
     # The native op refuses every mistake; which one it was is asked afterwards, to keep small products fast.
     try:
-        y: Tensor = _call(
-            _linear_past_autograd, x, values, bitmasks, row_offsets, in_features, bias, invalid=FormatError
+        y: Tensor = call_past_autograd(
+            torch.ops.bitmask.linear.default, x, values, bitmasks, row_offsets, in_features, bias, invalid=FormatError
         )
     except (RuntimeError, TypeError, ValueError):
         check_linear(x, values, bitmasks, row_offsets, in_features, bias)
@@ -354,7 +308,7 @@ def _compress_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 def _compress_backward(ctx: Any, grad_values: Tensor, *unused: object) -> tuple[Tensor, None]:
     """Dropped elements are constants here, so their gradient is zero."""
     bitmasks, row_offsets = ctx.saved_tensors
-    return _call(torch.ops.bitmask.decompress, grad_values, bitmasks, row_offsets, ctx.shape), None
+    return call(torch.ops.bitmask.decompress, grad_values, bitmasks, row_offsets, ctx.shape), None
 
 
 def _decompress_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -400,7 +354,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None,
 
 def _backward_input(grad: Tensor, *weight: Any) -> Tensor:
     """Gradient of x [..., in_features] from that of the output [..., out_features]."""
-    grad_x: Tensor = _call(torch.ops.bitmask.linear_backward_input, grad, *weight, invalid=FormatError)
+    grad_x: Tensor = call(torch.ops.bitmask.linear_backward_input, grad, *weight, invalid=FormatError)
     return grad_x
 
 
@@ -417,29 +371,8 @@ def _backward_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _backward_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     """The product with the transposed weight is linear, too: its gradient is the product with the weight."""
-    y = _call(torch.ops.bitmask.linear, grad, *ctx.saved_tensors, ctx.in_features, invalid=FormatError)
+    y = call(torch.ops.bitmask.linear, grad, *ctx.saved_tensors, ctx.in_features, invalid=FormatError)
     return y, None, None, None, None
-
-
-def _autocast_linear(device: str, key: torch._C.DispatchKey) -> Callable[..., Tensor]:
-    """The op under autocast of a kind of device, which `key` stands for in the dispatcher."""
-
-    def linear(
-        x: Tensor, values: Tensor, bitmasks: Tensor, row_offsets: Tensor, in_features: int, bias: Tensor | None = None
-    ) -> Tensor:
-        """Cast what autocast casts for F.linear: floating-point numbers, but for float64."""
-        dtype = torch.get_autocast_dtype(device)
-
-        def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            y: Tensor = torch.ops.bitmask.linear(
-                cast(x), cast(values), bitmasks, row_offsets, in_features, None if bias is None else cast(bias)
-            )
-            return y
-
-    return linear
 
 
 library.register_fake("bitmask::compress", _fake_compress)
@@ -456,7 +389,5 @@ library.register_autograd(
     "bitmask::linear_backward_input", _backward_input_backward, setup_context=_backward_input_setup
 )
 _implementations: Any = library.Library("bitmask", "FRAGMENT")  # type: ignore[no-untyped-call]  # die with it
-_implementations.impl("linear", _autocast_linear("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
-_implementations.impl("linear", _autocast_linear("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
-_implementations.impl("linear", _autocast_linear("xpu", torch._C.DispatchKey.AutocastXPU), "AutocastXPU")
+register_autocast(_implementations, torch.ops.bitmask.linear)
 _implementations.impl("compress_into", _count_writes, "ADInplaceOrView", with_keyset=True)

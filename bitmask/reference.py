@@ -101,6 +101,64 @@ def linear_backward_input(
     return (grad.double() @ weight.double()).to(grad.dtype)
 
 
+def block_rows_of(crow_indices: Tensor) -> Tensor:
+    """The block row of each block: int64 [blocks]."""
+    return torch.repeat_interleave(torch.arange(len(crow_indices) - 1), crow_indices.diff())
+
+
+def bsr_to_dense(values: Tensor, crow_indices: Tensor, col_indices: Tensor, shape: Sequence[int]) -> Tensor:
+    """The weight [out_features, in_features] of kept blocks; what lies past its edges is left out."""
+    _, block_rows, block_cols = values.shape
+    down, across = len(crow_indices) - 1, -(-shape[1] // block_cols)
+    grid = values.new_zeros(down, across, block_rows, block_cols)
+    grid[block_rows_of(crow_indices), col_indices] = values
+    return grid.transpose(1, 2).reshape(down * block_rows, across * block_cols)[: shape[0], : shape[1]]
+
+
+def bsr_transpose(crow_indices: Tensor, col_indices: Tensor, block_cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Twin of `bitmask.ops_block.bsr_transpose` for a valid index."""
+    order = col_indices.argsort(stable=True)
+    counts = col_indices.bincount(minlength=block_cols)
+    ccol_indices = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return ccol_indices, block_rows_of(crow_indices)[order], order
+
+
+def bsr_linear(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Twin of `bitmask.ops_block.bsr_linear` for a valid index: calculated in float64 and rounded once."""
+    weight = bsr_to_dense(values, crow_indices, col_indices, [out_features, x.shape[-1]])
+    y = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    return y.to(x.dtype)
+
+
+def bsr_linear_backward_input(
+    grad: Tensor, values: Tensor, ccol_indices: Tensor, row_indices: Tensor, order: Tensor, in_features: int
+) -> Tensor:
+    """Twin of the op of that name: the gradient of x [..., in_features], from that of y [..., out_features]."""
+    by_column = values[order].transpose(1, 2)  # the blocks of the transposed weight
+    weight = bsr_to_dense(by_column, ccol_indices, row_indices, [in_features, grad.shape[-1]])
+    return (grad.double() @ weight.double().t()).to(grad.dtype)
+
+
+def bsr_linear_backward_values(
+    grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block_shape: Sequence[int]
+) -> Tensor:
+    """Twin of the op of that name: the gradient of the kept blocks, zero past the edges of the weight."""
+    (rows, out_features), in_features = rows_and_columns(grad.shape), x.shape[-1]
+    dense = grad.double().reshape(rows, out_features).t() @ x.double().reshape(rows, in_features)
+    block_rows, block_cols = block_shape
+    padded = torch.nn.functional.pad(dense, (0, -in_features % block_cols, 0, -out_features % block_rows))
+    down, across = padded.shape[0] // block_rows, padded.shape[1] // block_cols
+    grid = padded.reshape(down, block_rows, across, block_cols).transpose(1, 2)
+    return grid[block_rows_of(crow_indices), col_indices].to(x.dtype)
+
+
 class NaiveBitmaskTensor:
     """The face of `BitmaskTensor` over the reference ops; not a tensor.
 

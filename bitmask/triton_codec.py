@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitmask.calls import FormatError
 from bitmask.ops import (
-    FormatError,
     bitmask_sizes,
     check_dense,
     check_into,

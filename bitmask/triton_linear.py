@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitmask.ops import LINEAR_DTYPES, check_linear, check_parts
+from bitmask.calls import LINEAR_DTYPES
+from bitmask.ops import check_linear, check_parts
 from bitmask.triton_codec import bits_of, check_shape, contiguous, decompress, launch, places_of, refuse
 
 # Rows of x up to which a tile is multiplied as it is expanded: their sums fit into registers.

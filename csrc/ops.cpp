@@ -227,6 +227,16 @@ void validate(const Tensor& values, const Tensor& bitmasks, const Tensor& row_of
 }
 
 STABLE_TORCH_LIBRARY(bitmask, m) {
+  m.def(
+      "bsr_linear(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, SymInt out_features, Tensor? bias=None, "
+      "Tensor? ccol_indices=None, Tensor? row_indices=None, Tensor? order=None) -> Tensor");
+  m.def(
+      "bsr_linear_backward_input(Tensor grad, Tensor values, Tensor ccol_indices, Tensor row_indices, Tensor order, SymInt in_features) "
+      "-> Tensor");
+  m.def("bsr_linear_backward_values(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, SymInt[] block_shape) -> Tensor");
+  m.def(
+      "bsr_transpose(Tensor crow_indices, Tensor col_indices, SymInt block_cols) "
+      "-> (Tensor ccol_indices, Tensor row_indices, Tensor order)");
   m.def("compress(Tensor dense, bool keep_negative_zero) -> (Tensor values, Tensor bitmasks, Tensor row_offsets)");
   m.def("compress_into(Tensor dense, bool keep_negative_zero, Tensor(a!) values, Tensor(b!) bitmasks, Tensor(c!) row_offsets) -> Tensor");
   m.def("decompress(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) -> Tensor");

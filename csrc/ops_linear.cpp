@@ -1,7 +1,5 @@
 // The CPU implementation of linear: check, repack x, choose a kernel, split rows of the weight over threads. No arithmetic here.
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <optional>
 #include <vector>
 
@@ -11,6 +9,7 @@
 #include "layout.h"
 #include "operands.h"
 #include "parallel.h"
+#include "products.h"
 #include "proof.h"
 #include "tensors.h"
 
@@ -18,14 +17,6 @@ namespace bitmask {
 namespace {
 
 using cpu::LinearKernels;
-
-// Compressed bytes that one task streams: at least, so that starting it is cheap, and at most, so that Ctrl-C need not wait.
-constexpr int64_t kLeastStreamBytes = 32 << 10;
-constexpr int64_t kMostStreamBytes = 4 << 20;
-constexpr int64_t kTasksPerThread = 4;
-
-// Packed bytes of x from which on threads share the packing.
-constexpr int64_t kLeastPackBytes = 1 << 20;
 
 constexpr int64_t kLeastTileRows = 32;
 
@@ -38,25 +29,12 @@ const LinearKernels& kernels_for(const Parts& weight) {
 
 int64_t groups_of(int64_t cols) { return (cols + kGroup - 1) / kGroup; }
 
-int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
-
-// Borders of at most `pieces` ranges of rows that hold about equally many compressed bytes. Offsets that are out of order, which a
-// kernel will refuse, still give ranges that cover every row once.
+// Borders of ranges of rows that hold about equally many compressed bytes. Offsets that are out of order are refused by a kernel later.
 std::vector<int64_t> split_by_bytes(const BitmaskMatrix& w, int64_t width, int64_t pieces) {
   const int64_t row_bytes = bitmask_bytes(w.cols) + static_cast<int64_t>(sizeof(int64_t));
-  const auto bytes_before = [&](int64_t row) { return std::clamp<int64_t>(w.row_offsets[row], 0, w.nnz) * width + row * row_bytes; };
-  const int64_t total = w.nnz * width + w.rows * row_bytes;
-  std::vector<int64_t> borders{0};
-  for (int64_t piece = 1; piece < pieces; ++piece) {
-    int64_t low = borders.back(), high = w.rows;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      bytes_before(middle) < total / pieces* piece ? low = middle + 1 : high = middle;
-    }
-    if (low > borders.back() && low < w.rows) borders.push_back(low);
-  }
-  borders.push_back(w.rows);
-  return borders;
+  return split_by_cost(w.rows, pieces, [&](int64_t row) {
+    return (row < w.rows ? std::clamp<int64_t>(w.row_offsets[row], 0, w.nnz) : w.nnz) * width + row * row_bytes;
+  });
 }
 
 // Fails if a task found a faulty row: the first one, whatever the threads' order.
@@ -66,12 +44,11 @@ void check_faults(const std::vector<int64_t>& faults, const BitmaskMatrix& w) {
 }
 
 void stream(const LinearKernels& kernels, const BitmaskMatrix& w, const Tensor& x, int64_t m, const void* bias, void* y, int64_t width) {
-  const Tensor lanes = empty(std::vector<int64_t>{m * groups_of(w.cols) * kernels.group_bytes}, aoti_torch_dtype_uint8());
+  const Tensor lanes = empty_bytes(m * groups_of(w.cols) * kernels.group_bytes);
   kernels.pack_rows(const_bytes(x), m, w.cols, mutable_bytes(lanes));
 
   const int64_t bytes = w.nnz * width + w.rows * bitmask_bytes(w.cols);
-  const int64_t pieces = std::max(std::min(threads() * kTasksPerThread, bytes / kLeastStreamBytes), bytes / kMostStreamBytes);
-  const std::vector<int64_t> borders = split_by_bytes(w, width, pieces);
+  const std::vector<int64_t> borders = split_by_bytes(w, width, task_count(bytes));
   const int64_t count = static_cast<int64_t>(borders.size()) - 1;
   std::vector<int64_t> faults(static_cast<size_t>(count), w.rows);
   for_each_task(count, bytes / count, [&](int64_t index) {
@@ -82,27 +59,12 @@ void stream(const LinearKernels& kernels, const BitmaskMatrix& w, const Tensor& 
   check_faults(faults, w);
 }
 
-// Memory of this thread for multiply, kept from call to call: mapping it anew costs as much as a small product.
-void* scratch(int64_t bytes) {
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    memory.reset(std::aligned_alloc(64, static_cast<size_t>(bytes + 63) / 64 * 64));
-    size = memory == nullptr ? 0 : bytes;
-    if (memory == nullptr) throw std::bad_alloc();
-  }
-  return memory.get();
-}
-
 // Rows [m, cols] repacked into panels by `pack`, in parallel where there is much of it.
 Tensor pack_panels(void (*pack)(const void*, int64_t, int64_t, void*), int64_t panel_rows, int64_t group_bytes, const uint8_t* source,
                    int64_t m, int64_t cols, int64_t width) {
   const int64_t panel_bytes = panel_rows * groups_of(cols) * group_bytes;
   const int64_t count = (m + panel_rows - 1) / panel_rows;
-  const Tensor panels = empty(std::vector<int64_t>{count * panel_bytes}, aoti_torch_dtype_uint8());
+  const Tensor panels = empty_bytes(count * panel_bytes);
   uint8_t* const packed = mutable_bytes(panels);
   const auto pack_one = [&](int64_t index) {
     const int64_t row = index * panel_rows;
@@ -114,20 +76,6 @@ Tensor pack_panels(void (*pack)(const void*, int64_t, int64_t, void*), int64_t p
     for_each_task(count, 2 * panel_bytes, pack_one);
   }
   return panels;
-}
-
-// Bytes that a task of multiply is taken to touch when waves are made: arithmetic costs time as well, a vector unit about as much for 64
-// rows of x as memory for a byte.
-int64_t product_bytes(int64_t elements, int64_t m, int64_t width) { return elements * (width + m / 64); }
-
-// Calls block(first, count) for blocks of the m rows of x that are about equal and at most as large as multiply takes: so what is packed at
-// a time is bounded, whatever m is.
-template <typename Block>
-void for_each_block(const LinearKernels& kernels, int64_t m, const Block& block) {
-  const int64_t count = (m + kernels.block_rows - 1) / kernels.block_rows;
-  const int64_t panels = ((m + count - 1) / count + kernels.panel_rows - 1) / kernels.panel_rows;
-  const int64_t rows = panels * kernels.panel_rows;
-  for (int64_t first = 0; first < m; first += rows) block(first, std::min(rows, m - first));
 }
 
 void multiply_block(const LinearKernels& kernels, const BitmaskMatrix& w, const uint8_t* x, int64_t m, const void* bias, void* y,
@@ -147,7 +95,7 @@ void multiply_block(const LinearKernels& kernels, const BitmaskMatrix& w, const 
 }
 
 void multiply(const LinearKernels& kernels, const BitmaskMatrix& w, const Tensor& x, int64_t m, const void* bias, void* y, int64_t width) {
-  for_each_block(kernels, m, [&](int64_t first, int64_t count) {
+  for_each_block(m, kernels.block_rows, kernels.panel_rows, [&](int64_t first, int64_t count) {
     multiply_block(kernels, w, const_bytes(x) + first * w.cols * width, count, bias, static_cast<uint8_t*>(y) + first * w.rows * width,
                    width);
   });
@@ -198,7 +146,7 @@ Tensor linear_backward_input(const Tensor& grad, const Tensor& values, const Ten
   if (w.cols == 0 || m == 0) return y;
 
   const LinearKernels& kernels = kernels_for(weight);
-  for_each_block(kernels, m, [&](int64_t first, int64_t count) {
+  for_each_block(m, kernels.block_rows, kernels.panel_rows, [&](int64_t first, int64_t count) {
     multiply_transposed(kernels, w, const_bytes(g) + first * w.rows * width, count, mutable_bytes(y) + first * w.cols * width, width);
   });
   return y;

@@ -30,6 +30,16 @@ x = torch.ones({m}, cols, dtype=torch.float16)
 LARGE = {"rows": 1 << 13, "cols": 1 << 15}
 PRODUCT = "bitmask.ops.linear(x, *weight)"
 
+BLOCKS = """
+from bitmask import ops_block
+lines, across = {lines}, {across}
+values = torch.ones(lines * across, 64, 64)
+index = (torch.arange(lines + 1) * across, torch.arange(across).repeat(lines))
+transposed = ops_block.bsr_transpose(*index, across)
+x, grad = torch.ones({m}, across * 64), torch.ones({m}, lines * 64)
+"""
+LARGE_BLOCKS = BLOCKS.format(lines=128, across=512, m=64)
+
 # What to prepare for each op, and the op.
 LONG_OPS = {
     "compress": (DENSE, "bitmask.compress(dense)"),
@@ -41,6 +51,16 @@ LONG_OPS = {
     "gradient of linear": (
         WEIGHT.format(**LARGE, m=64) + f"x.requires_grad_()\ny = {PRODUCT}",
         "torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)",
+    ),
+    "block-sparse, few rows of x": (LARGE_BLOCKS, "ops_block.bsr_linear(x[:4], values, *index, lines * 64)"),
+    "block-sparse, more rows of x": (LARGE_BLOCKS, "ops_block.bsr_linear(x, values, *index, lines * 64)"),
+    "block-sparse, gradient of x": (
+        LARGE_BLOCKS,
+        "ops_block.bsr_linear_backward_input(grad, values, transposed, across * 64)",
+    ),
+    "block-sparse, gradient of values": (
+        BLOCKS.format(lines=16, across=16, m=50_000),
+        "ops_block.bsr_linear_backward_values(grad, x, *index, (64, 64))",
     ),
 }
 INTERRUPTS = """

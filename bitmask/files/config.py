@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-from bitmask.ops import FormatError
+from bitmask.calls import FormatError
 
 BITMASK_FORMAT = "sparse-bitmask"
 BITMASK_24_FORMAT = "sparse-24-bitmask"

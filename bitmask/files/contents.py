@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitmask import ops
-from bitmask.ops import FormatError
+from bitmask.calls import FormatError
 from bitmask.reference import rows_and_columns
 
 COMPONENTS = ("compressed", "bitmask", "shape", "row_offsets")

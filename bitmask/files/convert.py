@@ -12,12 +12,12 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from bitmask.calls import FormatError
 from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig, quantization_of
 from bitmask.files.contents import Contents, OpenFiles, read_contents
 from bitmask.files.load import read_dense
 from bitmask.files.save import FileContent, KeyStyle
 from bitmask.files.shards import CONFIG_FILE, INDEX_FILE, read_json, shard_files, write_json
-from bitmask.ops import FormatError
 from bitmask.prune import prune_by_magnitude
 
 Change = Callable[[str, Tensor], Tensor]

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from bitmask import ops
 from bitmask.bitmask_tensor import BitmaskTensor
+from bitmask.calls import FormatError
 from bitmask.files.contents import OpenFiles, read_contents, shape_of
 from bitmask.files.load import read_dense
 from bitmask.files.shards import shard_files
-from bitmask.ops import FormatError
 
 
 @dataclass(frozen=True)

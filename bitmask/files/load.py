@@ -12,10 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bitmask.bitmask_tensor import BitmaskTensor
+from bitmask.calls import FormatError
 from bitmask.files.config import DENSE_FORMAT, BitmaskConfig
 from bitmask.files.contents import COMPONENTS, Contents, OpenFiles, Stored, read_contents, shape_of
 from bitmask.files.shards import shard_files
-from bitmask.ops import FormatError
 from bitmask.reference import rows_and_columns
 
 

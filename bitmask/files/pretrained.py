@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from bitmask import ops
 from bitmask.bitmask_tensor import BitmaskTensor
+from bitmask.calls import FormatError
 from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig
 from bitmask.files.convert import compress_checkpoint
 from bitmask.files.replacing import moved_in
 from bitmask.files.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json, write_json
-from bitmask.ops import FormatError
 
 _QUANTIZATION = "quantization_config"
 

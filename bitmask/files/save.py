@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from bitmask import ops
 from bitmask.bitmask_tensor import BitmaskTensor
+from bitmask.calls import FormatError
 from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, format_of
 from bitmask.files.contents import ALIAS, COMPONENTS, KEY_STYLE, OURS, VERSION, WEIGHT, prefixes_of
 from bitmask.files.replacing import replacing
-from bitmask.ops import FormatError
 
 KeyStyle = Literal["module", "parameter"]
 

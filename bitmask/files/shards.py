@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bitmask.calls import FormatError
 from bitmask.files.replacing import replacing
-from bitmask.ops import FormatError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -173,6 +173,7 @@ struct Float32Lanes : Float32Operands {
     for (int vector = 0; vector < 8; ++vector) lanes[vector] = load(dense + vector * 32);
     return src;
   }
+  static Lanes widen(const uint8_t* src) { return load(src); }
   static void round(Sums sums, uint8_t* dst) { store(sums, dst); }
 };
 
@@ -182,15 +183,13 @@ struct Float16Lanes : Float32Operands {
   static const uint8_t* expand(const uint8_t* src, uint64_t mask, Lanes (&lanes)[8]) {
     alignas(32) uint8_t dense[kGroup * 2];
     src = Simd::expand<2>(src, mask, dense);
-    for (int vector = 0; vector < 8; ++vector) lanes[vector] = _mm256_cvtph_ps(load_eight(dense + vector * 16));
+    for (int vector = 0; vector < 8; ++vector) lanes[vector] = widen(dense + vector * 16);
     return src;
   }
+  static Lanes widen(const uint8_t* src) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src))); }
   static void round(Sums sums, uint8_t* dst) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm256_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
   }
-
- private:
-  static __m128i load_eight(const uint8_t* src) { return _mm_load_si128(reinterpret_cast<const __m128i*>(src)); }
 };
 
 struct Bfloat16Lanes : Float32Operands {
@@ -199,11 +198,12 @@ struct Bfloat16Lanes : Float32Operands {
   static const uint8_t* expand(const uint8_t* src, uint64_t mask, Lanes (&lanes)[8]) {
     alignas(32) uint8_t dense[kGroup * 2];
     src = Simd::expand<2>(src, mask, dense);
-    for (int vector = 0; vector < 8; ++vector) {
-      const __m128i halves = _mm_load_si128(reinterpret_cast<const __m128i*>(dense + vector * 16));
-      lanes[vector] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-    }
+    for (int vector = 0; vector < 8; ++vector) lanes[vector] = widen(dense + vector * 16);
     return src;
+  }
+  static Lanes widen(const uint8_t* src) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
   }
 
   // Bfloat16Element::narrow in each lane.

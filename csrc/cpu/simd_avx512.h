@@ -155,6 +155,7 @@ struct Float32Lanes : Float32Operands {
     for (int vector = 0; vector < 4; ++vector) lanes[vector] = _mm512_castsi512_ps(Simd::expand_vector<4>(zero, src, mask, vector));
     return src + __builtin_popcountll(mask) * 4;
   }
+  static Lanes widen(const uint8_t* src) { return load(src); }
   static void round(Sums sums, uint8_t* dst) { _mm512_storeu_ps(dst, sums); }
 };
 
@@ -170,6 +171,7 @@ struct Float16Lanes : Float32Operands {
     }
     return src + __builtin_popcountll(mask) * 2;
   }
+  static Lanes widen(const uint8_t* src) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src))); }
   static void round(Sums sums, uint8_t* dst) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm512_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
@@ -188,6 +190,7 @@ struct WidenedBfloat16Lanes : Float32Operands {
     }
     return src + __builtin_popcountll(mask) * 2;
   }
+  static Lanes widen(const uint8_t* src) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src))); }
 
   // Bfloat16Element::narrow in each lane.
   static void round(Sums sums, uint8_t* dst) {

@@ -11,8 +11,14 @@ struct Bfloat16PairLanes : Float32Sums {
     return src + __builtin_popcountll(mask) * 2;
   }
 
+  static Lanes widen(const uint8_t* src) { return load(src); }
   static Lanes load(const uint8_t* src) { return _mm512_loadu_si512(src); }
   static void store(Lanes lanes, uint8_t* dst) { _mm512_storeu_si512(dst, lanes); }
+  static Lanes pair(const uint8_t* even, const uint8_t* odd) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
   static Lanes broadcast(const uint8_t* src) { return _mm512_set1_epi32(load_as<int32_t>(src)); }
   static Sums multiply_add(Lanes a, Lanes b, Sums sums) {
 #if defined(__clang__)  // clang 16 crashes on the type that the intrinsic takes

@@ -182,6 +182,7 @@ struct Float32Lanes : Float32Operands {
     for (int vector = 0; vector < 16; ++vector) lanes[vector] = load(dense + vector * 16);
     return src;
   }
+  static Lanes widen(const uint8_t* src) { return load(src); }
   static void round(Sums sums, uint8_t* dst) { store(sums, dst); }
 };
 
@@ -191,9 +192,10 @@ struct Float16Lanes : Float32Operands {
   static const uint8_t* expand(const uint8_t* src, uint64_t mask, Lanes (&lanes)[16]) {
     uint8_t dense[kGroup * 2];
     src = Simd::expand<2>(src, mask, dense);
-    for (int vector = 0; vector < 16; ++vector) lanes[vector] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(dense + vector * 8)));
+    for (int vector = 0; vector < 16; ++vector) lanes[vector] = widen(dense + vector * 8);
     return src;
   }
+  static Lanes widen(const uint8_t* src) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(src))); }
   static void round(Sums sums, uint8_t* dst) { vst1_u8(dst, vreinterpret_u8_f16(vcvt_f16_f32(sums))); }
 };
 
@@ -203,11 +205,10 @@ struct Bfloat16Lanes : Float32Operands {
   static const uint8_t* expand(const uint8_t* src, uint64_t mask, Lanes (&lanes)[16]) {
     uint8_t dense[kGroup * 2];
     src = Simd::expand<2>(src, mask, dense);
-    for (int vector = 0; vector < 16; ++vector) {
-      lanes[vector] = vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(dense + vector * 8)), 16));
-    }
+    for (int vector = 0; vector < 16; ++vector) lanes[vector] = widen(dense + vector * 8);
     return src;
   }
+  static Lanes widen(const uint8_t* src) { return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(src)), 16)); }
 
   // Bfloat16Element::narrow in each lane.
   static void round(Sums sums, uint8_t* dst) {

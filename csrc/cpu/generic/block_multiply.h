@@ -16,9 +16,6 @@ constexpr int64_t kChunkLanes = 512;   // of W that are multiplied with a tile a
 constexpr int64_t kChunkPieces = 128;  // the same, for small blocks
 constexpr int64_t kPrefetchLanes = 4;  // of x that are asked for at a time
 
-template <class L>
-constexpr int64_t kVectorBytes = L::kLanes * kLaneBytes<L>;
-
 struct Piece {
   const uint8_t* at;  // its first lane of the first row
   int64_t x_lane;     // which it meets

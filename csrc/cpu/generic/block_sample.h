@@ -1,41 +1,234 @@
-// The kept blocks of g^T x, the gradient of a block-sparse W.
+// The kept blocks of g^T x, the gradient of a block-sparse W: bound by arithmetic. Rows of g and x are what is summed over, so they are the
+// lanes, kDepth rows in each.
+//
+//   columns  [strips][lanes][columns of the strip]    g and x alike: a block of columns is cut into strips, the last perhaps narrower
+//   tile     what a strip of g and one of x make of a block: kSampledLanes lanes of both stay in the first cache, while rows of sums that
+//            the registers hold go over them
+//
+// Vectors and rows of sums may reach past a strip. What they read there are lanes of what is packed behind it, and their sums are dropped.
 
-constexpr int64_t kBlockSampledRows = 2048;
+constexpr int kSampledVectors = 2;      // of a strip
+constexpr int64_t kSampledLanes = 128;  // multiplied at a time
+
+// Rows whose packed lanes a call takes. More would give sums fewer detours through memory, but packed columns more of it.
+template <class L>
+constexpr int64_t kBlockSampledRows = 1024 * L::kDepth;
 
 template <class L>
-int64_t block_columns_bytes(int64_t m, int64_t cols, int64_t) {
-  return whole_cache_lines(m * cols * L::Element::kWidth);
+constexpr int64_t kStripColumns = kSampledVectors * L::kLanes;
+
+template <class L>
+constexpr int64_t kStripBytes = kSampledVectors * kVectorBytes<L>;  // of a lane
+
+constexpr int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+
+// ---- Packed columns
+
+template <class L>
+int64_t block_columns_bytes(int64_t m, int64_t cols, int64_t block) {
+  const int64_t packed = lanes_of<L>(m) * ((cols + block - 1) / block) * block;
+  return packed == 0 ? 0 : whole_cache_lines(packed * kLaneBytes<L> + kStripBytes<L>);
+}
+
+// kLanes elements of each of kDepth rows.
+template <class L>
+inline typename L::Lanes load_lanes(const uint8_t* row, int64_t row_bytes) {
+  if constexpr (L::kDepth == 1) {
+    return L::widen(row);
+  } else {
+    return L::pair(row, row + row_bytes);
+  }
+}
+
+// The lanes [begin, end) of `columns` <= kLanes columns of a strip, whose lanes are `step` bytes. Of the `row_bytes` of a row of x,
+// `inside` are at or right of the first column; columns that are not there are zeros.
+template <class L>
+void pack_lanes(const uint8_t* x, int64_t m, int64_t row_bytes, int64_t inside, int64_t columns, int64_t begin, int64_t end, uint8_t* dst,
+                int64_t step) {
+  constexpr int64_t kBytes = L::kLanes * L::Element::kWidth;
+  for (int64_t lane = begin; lane < end; ++lane) {
+    const int64_t row = lane * L::kDepth;
+    const uint8_t* const src = x + row * row_bytes;
+    typename L::Lanes lanes;
+    if (inside >= kBytes && row + L::kDepth <= m) {
+      lanes = load_lanes<L>(src, row_bytes);
+    } else {
+      uint8_t edge[L::kDepth * kBytes] = {};
+      for (int64_t i = 0; i < L::kDepth && row + i < m; ++i) copy_bytes(edge + i * kBytes, src + i * row_bytes, at_most(inside, kBytes));
+      lanes = load_lanes<L>(edge, kBytes);
+    }
+    if (columns == L::kLanes) {
+      L::store(lanes, dst + lane * step);
+    } else {
+      uint8_t bytes[kVectorBytes<L>];
+      L::store(lanes, bytes);
+      copy_bytes(dst + lane * step, bytes, columns * kLaneBytes<L>);
+    }
+  }
 }
 
 template <class L>
 void block_pack_columns(const void* x, int64_t m, int64_t cols, int64_t block, int64_t first, int64_t last, void* columns) {
-  constexpr int64_t kWidth = L::Element::kWidth;
-  const int64_t begin = first * block, end = last * block < cols ? last * block : cols;
-  for (int64_t i = 0; i < m; ++i) {
-    copy_bytes(static_cast<uint8_t*>(columns) + (i * cols + begin) * kWidth, static_cast<const uint8_t*>(x) + (i * cols + begin) * kWidth,
-               (end - begin) * kWidth);
+  constexpr int64_t kLanesAtOnce = 16;  // every strip is a place that is written to: a lane at a time would be too little for each
+  const int64_t lanes = lanes_of<L>(m), row_bytes = cols * L::Element::kWidth;
+  uint8_t* const packed = static_cast<uint8_t*>(columns);
+  for (int64_t lane = 0; lane < lanes; lane += kLanesAtOnce) {
+    for (int64_t start = first * block; start < last * block; start += block) {
+      for (int64_t strip = 0; strip < block; strip += kStripColumns<L>) {
+        const int64_t width = at_most(block - strip, kStripColumns<L>), step = width * kLaneBytes<L>;
+        for (int64_t i = 0; i < width; i += L::kLanes) {
+          const int64_t left = at_most(start + strip + i, cols) * L::Element::kWidth;
+          pack_lanes<L>(static_cast<const uint8_t*>(x) + left, m, row_bytes, row_bytes - left, at_most(width - i, L::kLanes), lane,
+                        at_most(lane + kLanesAtOnce, lanes), packed + (start + strip) * lanes * kLaneBytes<L> + i * kLaneBytes<L>, step);
+        }
+      }
+    }
   }
+  if (first < last && lanes > 0 && last * block >= cols) __builtin_memset(packed + last * block * lanes * kLaneBytes<L>, 0, kStripBytes<L>);
+}
+
+// ---- Tiles of blocks
+
+// A strip, or some lanes of it.
+struct PackedStrip {
+  const uint8_t* lanes;
+  int64_t columns;
+};
+
+// The sums of a tile: a row for each column of g.
+template <class L>
+using TileSums = typename L::Sum[kStripColumns<L>][kStripColumns<L>];
+
+// sums [R rows][V vectors], which are zero before the first lanes, += g [lanes][R columns] x [lanes][V vectors].
+template <class L, int R, int V>
+void sample_rows(const uint8_t* g, int64_t g_lane, const uint8_t* x, int64_t x_lane, int64_t lanes, bool first, Ahead ahead,
+                 uint8_t* tile) {
+  typename L::Sums sums[R][V];  // in registers: every loop over it is unrolled
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) sums[r][v] = first ? L::zero() : L::load_sums(tile + r * kStripBytes<L> + v * kVectorBytes<L>);
+  }
+  multiply_lanes<L, R, V>(g, kLaneBytes<L>, g_lane, x, x_lane, lanes, sums, ahead);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) L::store_sums(sums[r][v], tile + r * kStripBytes<L> + v * kVectorBytes<L>);
+  }
+}
+
+// The same for every column of g, R of them at a time, as long as there are so many. Each time asks for its part of the
+// next strip of x, which comes from far away.
+template <class L, int R, int V>
+void sample_strips(PackedStrip g, PackedStrip x, int64_t lanes, PackedStrip next, TileSums<L>& tile) {
+  static_assert(R / 4 > 0 && (kStripColumns<L> % R == 0 || kStripColumns<L> == R / 2), "rows of sums fit into the tile");
+  const int64_t g_lane = g.columns * kLaneBytes<L>, x_lane = x.columns * kLaneBytes<L>;
+  const int64_t part = next.columns * kLaneBytes<L> / ((g.columns + R - 1) / R);  // of a lane of the next strip
+  for (int64_t lane = 0; lane < lanes; lane += kSampledLanes) {
+    const int64_t count = at_most(lanes - lane, kSampledLanes);
+    const uint8_t* const after = next.lanes + lane * next.columns * kLaneBytes<L>;
+    for (int64_t row = 0; row < g.columns; row += R) {
+      const int64_t left = g.columns - row;
+      const auto run = left > R / 2 ? sample_rows<L, R, V> : left > R / 4 ? sample_rows<L, R / 2, V> : sample_rows<L, R / 4, V>;
+      run(g.lanes + lane * g_lane + row * kLaneBytes<L>, g_lane, x.lanes + lane * x_lane, x_lane, count, lane == 0,
+          {after + row / R * part * count, part}, reinterpret_cast<uint8_t*>(tile[row]));
+    }
+  }
+  if (lanes == 0) __builtin_memset(tile, 0, sizeof(tile));
+}
+
+// For strips of x narrower than a vector: x is broadcast and g is loaded, which gives the tile transposed.
+template <class L>
+void sample_narrow(PackedStrip g, PackedStrip x, int64_t lanes, PackedStrip next, TileSums<L>& tile) {
+  TileSums<L> transposed;
+  sample_strips<L, L::kMicroRows, kSampledVectors>(x, g, lanes, next, transposed);
+  for (int64_t row = 0; row < g.columns; ++row) {
+    for (int64_t col = 0; col < x.columns; ++col) tile[row][col] = transposed[col][row];
+  }
+}
+
+template <class L>
+void sample_tile(PackedStrip g, PackedStrip x, int64_t lanes, PackedStrip next, TileSums<L>& tile) {
+  if (x.columns > L::kLanes) {
+    sample_strips<L, L::kMicroRows, kSampledVectors>(g, x, lanes, next, tile);
+  } else if (x.columns < L::kLanes && x.columns < g.columns) {
+    sample_narrow<L>(g, x, lanes, next, tile);
+  } else {
+    sample_strips<L, kSampledVectors * L::kMicroRows, 1>(g, x, lanes, next, tile);
+  }
+}
+
+// Where a tile lies: in which block of W, in the order of the lines, and below and right of which element of it.
+template <class L>
+struct SampledTile {
+  int64_t block, top, left;
+
+  SampledTile after(const BlockMatrix& w) const {
+    if (left + kStripColumns<L> < w.block_cols) return {block, top, left + kStripColumns<L>};
+    if (top + kStripColumns<L> < w.block_rows) return {block, top + kStripColumns<L>, 0};
+    return {block + 1, 0, 0};
+  }
+  int64_t row(const BlockMatrix& w) const { return w.lines[block] * w.block_rows + top; }
+  int64_t col(const BlockMatrix& w) const { return w.positions[block] * w.block_cols + left; }
+  int64_t rows(const BlockMatrix& w) const { return at_most(w.block_rows - top, kStripColumns<L>); }
+  int64_t cols(const BlockMatrix& w) const { return at_most(w.block_cols - left, kStripColumns<L>); }
+  // Of row i, in [blocks][block_rows][block_cols].
+  int64_t place(const BlockMatrix& w, int64_t i) const { return (block * w.block_rows + top + i) * w.block_cols + left; }
+
+  PackedStrip g_strip(const BlockMatrix& w, const void* columns, int64_t lanes) const {
+    return {static_cast<const uint8_t*>(columns) + row(w) * lanes * kLaneBytes<L>, rows(w)};
+  }
+  PackedStrip x_strip(const BlockMatrix& w, const void* columns, int64_t lanes) const {
+    return {static_cast<const uint8_t*>(columns) + col(w) * lanes * kLaneBytes<L>, cols(w)};
+  }
+};
+
+template <class L>
+void round_row(const typename L::Sum* sums, int64_t cols, uint8_t* dst) {
+  constexpr int64_t kBytes = L::kLanes * L::Element::kWidth;
+  for (int64_t col = 0; col < cols; col += L::kLanes, dst += kBytes) {
+    uint8_t rounded[kBytes];
+    const bool whole = cols - col >= L::kLanes;
+    L::round(L::load_sums(reinterpret_cast<const uint8_t*>(sums + col)), whole ? dst : rounded);
+    if (!whole) copy_bytes(dst, rounded, (cols - col) * L::Element::kWidth);
+  }
+}
+
+template <class Sum>
+void add_row(const uint8_t* earlier, int64_t cols, Sum* sums) {
+  for (int64_t col = 0; col < cols; ++col) sums[col] += load_as<Sum>(earlier + col * static_cast<int64_t>(sizeof(Sum)));
+}
+
+inline void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(row) + i);
 }
 
 template <class L>
 void block_sample(const BlockMatrix& w, int64_t begin, int64_t end, const void* g_columns, const void* x_columns, int64_t m,
                   const void* earlier, void* sums, void* values, void*) {
-  using Element = typename L::Element;
-  using Sum = typename L::Sum;
-  constexpr int64_t kWidth = Element::kWidth;
-  for (int64_t at = begin; at < end; ++at) {
-    for (int64_t i = 0; i < w.block_rows * w.block_cols; ++i) {
-      const int64_t row = w.lines[at] * w.block_rows + i / w.block_cols, col = w.positions[at] * w.block_cols + i % w.block_cols;
-      const int64_t place = at * w.block_rows * w.block_cols + i;
-      Sum sum = earlier == nullptr ? 0 : load_as<Sum>(static_cast<const uint8_t*>(earlier) + place * static_cast<int64_t>(sizeof(Sum)));
-      for (int64_t k = 0; k < m && row < w.rows && col < w.cols; ++k) {
-        sum += Element::widen(static_cast<const uint8_t*>(g_columns) + (k * w.rows + row) * kWidth) *
-               Element::widen(static_cast<const uint8_t*>(x_columns) + (k * w.cols + col) * kWidth);
-      }
+  constexpr int64_t kWidth = L::Element::kWidth, kSum = sizeof(typename L::Sum);
+  const int64_t lanes = lanes_of<L>(m);
+  uint8_t* const dst = static_cast<uint8_t*>(sums != nullptr ? sums : values);
+  const int64_t dst_width = sums != nullptr ? kSum : kWidth;
+  for (SampledTile<L> at{begin, 0, 0}, next; at.block < end; at = next) {
+    next = at.after(w);
+    const int64_t rows = at.rows(w), cols = at.cols(w);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (earlier != nullptr) prefetch_row(static_cast<const uint8_t*>(earlier) + at.place(w, i) * kSum, cols * kSum);
+      prefetch_row(dst + at.place(w, i) * dst_width, cols * dst_width);
+    }
+    alignas(64) TileSums<L> tile;
+    sample_tile<L>(at.g_strip(w, g_columns, lanes), at.x_strip(w, x_columns, lanes), lanes,
+                   (next.block < end ? next : at).x_strip(w, x_columns, lanes), tile);
+    const int64_t rows_inside = w.rows - at.row(w), cols_inside = w.cols - at.col(w);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (earlier != nullptr) add_row(static_cast<const uint8_t*>(earlier) + at.place(w, i) * kSum, cols, tile[i]);
+      for (int64_t j = i >= rows_inside || cols_inside < 0 ? 0 : cols_inside; j < cols; ++j) tile[i][j] = 0;
+      uint8_t* const row = dst + at.place(w, i) * dst_width;
       if (sums != nullptr) {
-        store_as(sum, static_cast<uint8_t*>(sums) + place * static_cast<int64_t>(sizeof(Sum)));
+        copy_bytes(row, tile[i], cols * kSum);
       } else {
-        Element::narrow(sum, static_cast<uint8_t*>(values) + place * kWidth);
+        round_row<L>(tile[i], cols, row);
       }
     }
   }

@@ -12,6 +12,8 @@
 //   L::Lanes, L::Sums   vectors of lanes and of sums
 //   L::expand(src, mask, lanes)    the group of 64 columns that `mask` spreads out of the packed elements at src -> src past those taken;
 //                                  may read 64 elements
+//   L::widen(src)                  kLanes * kDepth elements, as lanes
+//   L::pair(even, odd)             where kDepth is 2: kLanes elements of two rows, a lane holding one of each
 //   L::load, store, broadcast      lanes in memory
 //   L::multiply_add(a, b, sums)    sums + a * b, lane by lane
 //   L::zero, add, reduce, load_sums, store_sums
@@ -44,8 +46,14 @@ struct PortableLanes {
   static const uint8_t* expand(const uint8_t* src, uint64_t mask, Lanes (&lanes)[kVectors]) {
     DenseGroup<Element> dense;
     src = dense.expand(src, mask);
-    for (int i = 0; i < kGroup; ++i) lanes[i / kLanes][i % kLanes] = Element::widen(dense.bytes + i * Element::kWidth);
+    for (int vector = 0; vector < kVectors; ++vector) lanes[vector] = widen(dense.bytes + vector * kLanes * Element::kWidth);
     return src;
+  }
+
+  static Lanes widen(const uint8_t* src) {
+    Lanes lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = Element::widen(src + i * Element::kWidth);
+    return lanes;
   }
 
   static Lanes load(const uint8_t* src) { return load_as<Lanes>(src); }

@@ -29,7 +29,7 @@ constexpr LinearKernels linear_kernels() {
 template <class L>
 constexpr BlockKernels block_kernels() {
   BlockKernels kernels{};
-  kernels.streaming_rows = kBlockStreamedRows;
+  kernels.streaming_rows = L::kStreamedRows;
   kernels.rows_bytes = block_rows_bytes<L>;
   kernels.pack_rows = block_pack_rows<L>;
   kernels.stream = block_stream<L>;
@@ -39,12 +39,12 @@ constexpr BlockKernels block_kernels() {
   kernels.pack_tiles = block_pack_tiles<L>;
   kernels.multiply = block_multiply<L>;
   kernels.multiply_transposed = block_multiply_transposed<L>;
-  kernels.sampled_rows = kBlockSampledRows;
+  kernels.sampled_rows = kBlockSampledRows<L>;
   kernels.columns_bytes = block_columns_bytes<L>;
   kernels.pack_columns = block_pack_columns<L>;
   kernels.sample = block_sample<L>;
   kernels.sum_bytes = sizeof(typename L::Sum);
-  kernels.scratch_bytes = kBlockScratchBytes<L>;
+  kernels.scratch_bytes = kBlockScratchBytes<L> > kBlockStreamScratchBytes<L> ? kBlockScratchBytes<L> : kBlockStreamScratchBytes<L>;
   return kernels;
 }
 

@@ -1,0 +1,405 @@
+"""Products with a block-sparse weight, one typed function each, with their fake kernels and autograd formulas.
+
+Kept blocks are `values` [blocks, block rows, block columns], row by row, in the order of `col_indices` int64 [blocks],
+which ascend in each block row; `crow_indices` int64 [block rows of the weight + 1] tells where each block row begins:
+PyTorch's BSR layout. Blocks at the edges may reach past the weight, with elements that count for nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, library
+
+from bitmask.calls import (
+    LINEAR_DTYPES,
+    FormatError,
+    call,
+    call_past_autograd,
+    check_strided,
+    register_autocast,
+)
+
+
+class TransposedIndex(NamedTuple):
+    """The kept blocks by block columns: what the gradient of x walks by.
+
+    `ccol_indices` int64 [block columns of the weight + 1]: where each block column begins; `row_indices` int64
+    [blocks], which ascend in each block column; `order` int64 [blocks]: where each block lies in `values`.
+    """
+
+    ccol_indices: Tensor
+    row_indices: Tensor
+    order: Tensor
+
+
+def bsr_transpose(crow_indices: Tensor, col_indices: Tensor, block_cols: int) -> TransposedIndex:
+    """The same blocks by block columns.
+
+    Args:
+        crow_indices: int64 [block rows + 1].
+        col_indices: int64 [blocks].
+        block_cols: block columns of the weight.
+
+    Raises:
+        FormatError: indices that contradict themselves or each other.
+        TypeError, ValueError: a tensor of the wrong kind, dtype or device.
+
+    >>> bsr_transpose(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 0]), 2)
+    TransposedIndex(ccol_indices=tensor([0, 2, 3]), row_indices=tensor([0, 1, 0]), order=tensor([0, 2, 1]))
+    """
+    try:
+        return TransposedIndex(
+            *call(torch.ops.bitmask.bsr_transpose, crow_indices, col_indices, block_cols, invalid=FormatError)
+        )
+    except (RuntimeError, TypeError, ValueError):
+        _check_transpose(crow_indices, col_indices, block_cols)
+        raise
+
+
+def bsr_linear(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    transposed: TransposedIndex | None = None,
+) -> Tensor:
+    """`F.linear(x, weight, bias)` straight from the kept blocks of a weight [out_features, in_features].
+
+    Gradients flow to `x`, `values` and `bias`. Under autocast they are cast as for `F.linear`.
+
+    Args:
+        x: [..., in_features], in the dtype of `values`: float32, bfloat16, float16 or float64.
+        values: [blocks, block rows, block columns].
+        crow_indices: int64 [ceil(out_features / block rows) + 1].
+        col_indices: int64 [blocks].
+        out_features: rows of the weight.
+        bias: [out_features], in the dtype of `values`.
+        transposed: what `bsr_transpose` makes of the index, to save the backward pass from making it again.
+
+    Returns:
+        [..., out_features] in the dtype of `x`; sums are kept in float32 (float64 for float64) and rounded once.
+
+    Raises:
+        FormatError: an index that contradicts itself, the blocks or the sizes of the weight.
+        TypeError, ValueError: a tensor of the wrong kind, dtype, device or size.
+
+    >>> values = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    >>> bsr_linear(torch.tensor([1.0, 10.0, 7.0, 7.0]), values, torch.tensor([0, 0, 1]), torch.tensor([0]), 4)
+    tensor([ 0.,  0., 21., 43.])
+    """
+    args = (x, values, crow_indices, col_indices, out_features, bias, *_parts_of(transposed))
+    try:
+        y: Tensor = call_past_autograd(torch.ops.bitmask.bsr_linear.default, *args, invalid=FormatError)
+    except (RuntimeError, TypeError, ValueError):
+        _check_linear(*args)
+        raise
+    return y
+
+
+def bsr_linear_backward_input(grad: Tensor, values: Tensor, transposed: TransposedIndex, in_features: int) -> Tensor:
+    """The gradient of x [..., in_features], from that of the output [..., out_features]; differentiable.
+
+    >>> values = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    >>> transposed = bsr_transpose(torch.tensor([0, 0, 1]), torch.tensor([0]), 2)
+    >>> bsr_linear_backward_input(torch.tensor([7.0, 7.0, 1.0, 10.0]), values, transposed, 4)
+    tensor([31., 42.,  0.,  0.])
+    """
+    args = (grad, values, *_parts_of(transposed), in_features)
+    try:
+        y: Tensor = call_past_autograd(torch.ops.bitmask.bsr_linear_backward_input.default, *args, invalid=FormatError)
+    except (RuntimeError, TypeError, ValueError):
+        _check_backward_input(*args)
+        raise
+    return y
+
+
+def bsr_linear_backward_values(
+    grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block_shape: Sequence[int]
+) -> Tensor:
+    """The gradient of the kept blocks, from that of the output [..., out_features] and x; differentiable.
+
+    >>> grad, x = torch.tensor([5.0, 5.0, 1.0, 2.0]), torch.tensor([3.0, 4.0])
+    >>> bsr_linear_backward_values(grad, x, torch.tensor([0, 0, 1]), torch.tensor([0]), (2, 2))
+    tensor([[[3., 4.],
+             [6., 8.]]])
+    """
+    args = (grad, x, crow_indices, col_indices, block_shape)
+    try:
+        values: Tensor = call_past_autograd(
+            torch.ops.bitmask.bsr_linear_backward_values.default, *args, invalid=FormatError
+        )
+    except (RuntimeError, TypeError, ValueError):
+        _check_backward_values(*args)
+        raise
+    return values
+
+
+def _parts_of(transposed: TransposedIndex | None) -> tuple[Any, Any, Any]:
+    if transposed is None:
+        return None, None, None
+    if not isinstance(transposed, tuple) or len(transposed) != 3:
+        raise TypeError(f"transposed: got {type(transposed).__name__}, expected the TransposedIndex of bsr_transpose")
+    return transposed
+
+
+# What is wrong with a call, for all that can be seen without looking at the contents of an index. Fake kernels ask
+# first, the functions above only when the native op has refused: so small products stay fast.
+
+
+def _check_tensors(floating: dict[str, Any], indices: dict[str, Any]) -> None:
+    """Raise unless these are plain tensors of the right dtypes on one device that has kernels."""
+    tensors = floating | indices
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+        check_strided(name, tensor)
+    first_name, first = next(iter(tensors.items()))
+    autocast = torch.is_autocast_enabled("cpu")  # gives them one dtype
+    for name, tensor in tensors.items():
+        if name in indices and tensor.dtype != torch.int64:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected torch.int64")
+        if name in floating and tensor.dtype not in LINEAR_DTYPES:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+        if name in floating and tensor.dtype != first.dtype and not autocast:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {first.dtype}, the dtype of {first_name}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {first.device}, the device of {first_name}")
+    if first.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(
+            f"{first_name}: got device {first.device}, expected cpu: bitmask has no block-sparse kernels for others yet"
+        )
+
+
+def _check_count(name: str, count: int) -> None:
+    if not isinstance(count, int | torch.SymInt):
+        try:
+            operator.index(count)
+        except TypeError:
+            raise TypeError(f"{name}: got {count!r}, expected an integer") from None
+    if not 0 <= count < 2**63 - 1:
+        raise ValueError(f"{name}: got {count}, expected 0 or more, and less than 2^63 - 1")
+
+
+def _check_last_size(name: str, tensor: Tensor, feature: str) -> None:
+    if tensor.ndim == 0:
+        raise ValueError(f"{name}: got size [], expected [..., {feature}]")
+
+
+def _check_values(values: Tensor) -> None:
+    if values.ndim != 3 or min(values.shape[1:]) < 1:
+        raise FormatError(f"values: got size {list(values.shape)}, expected [blocks, block rows, block columns]")
+
+
+def _check_sizes(vectors: dict[str, Tensor], expected: int, of_what: str) -> None:
+    for name, vector in vectors.items():
+        if vector.ndim != 1 or vector.shape[0] != expected:
+            raise FormatError(f"{name}: got size {list(vector.shape)}, expected [{expected}] ({of_what})")
+
+
+def _blocks_across(size: int, block: int) -> int:
+    return (size + block - 1) // block
+
+
+def _check_transpose(crow_indices: Tensor, col_indices: Tensor, block_cols: int) -> None:
+    _check_tensors({}, {"crow_indices": crow_indices, "col_indices": col_indices})
+    _check_count("block_cols", block_cols)
+    if crow_indices.ndim != 1 or crow_indices.shape[0] < 1:
+        raise FormatError(f"crow_indices: got size {list(crow_indices.shape)}, expected [block rows + 1]")
+    if col_indices.ndim != 1:
+        raise FormatError(f"col_indices: got size {list(col_indices.shape)}, expected [blocks]")
+
+
+def _check_linear(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    ccol_indices: Tensor | None,
+    row_indices: Tensor | None,
+    order: Tensor | None,
+) -> None:
+    parts = {"ccol_indices": ccol_indices, "row_indices": row_indices, "order": order}
+    transposed = {name: part for name, part in parts.items() if part is not None}
+    _check_tensors(
+        {"values": values, "x": x} | ({} if bias is None else {"bias": bias}),
+        {"crow_indices": crow_indices, "col_indices": col_indices} | transposed,
+    )
+    _check_count("out_features", out_features)
+    _check_values(values)
+    _check_last_size("x", x, "in_features")
+    blocks, block_rows, block_cols = values.shape
+    lines = _blocks_across(out_features, block_rows)
+    _check_sizes({"crow_indices": crow_indices}, lines + 1, "one per block row, and the end")
+    _check_sizes({"col_indices": col_indices}, blocks, "one per block")
+    if bias is not None and (bias.ndim != 1 or bias.shape[0] != out_features):
+        raise ValueError(f"bias: got size {list(bias.shape)}, expected [{out_features}] (out_features)")
+    if len(transposed) == 3:
+        _check_transposed(**transposed, lines=_blocks_across(x.shape[-1], block_cols), blocks=blocks)
+    elif transposed:
+        raise ValueError(f"ccol_indices, row_indices, order: got {', '.join(transposed)} alone, expected all or none")
+
+
+def _check_transposed(ccol_indices: Tensor, row_indices: Tensor, order: Tensor, lines: int, blocks: int) -> None:
+    _check_sizes({"ccol_indices": ccol_indices}, lines + 1, "one per block column, and the end")
+    _check_sizes({"row_indices": row_indices, "order": order}, blocks, "one per block")
+
+
+def _check_backward_input(
+    grad: Tensor, values: Tensor, ccol_indices: Tensor, row_indices: Tensor, order: Tensor, in_features: int
+) -> None:
+    transposed = {"ccol_indices": ccol_indices, "row_indices": row_indices, "order": order}
+    _check_tensors({"values": values, "grad": grad}, transposed)
+    _check_count("in_features", in_features)
+    _check_values(values)
+    _check_last_size("grad", grad, "out_features")
+    lines = _blocks_across(in_features, values.shape[2])
+    _check_transposed(ccol_indices, row_indices, order, lines, values.shape[0])
+
+
+def _check_backward_values(
+    grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block_shape: Sequence[int]
+) -> None:
+    _check_tensors({"grad": grad, "x": x}, {"crow_indices": crow_indices, "col_indices": col_indices})
+    _check_last_size("grad", grad, "out_features")
+    _check_last_size("x", x, "in_features")
+    if grad.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"x: got size {list(x.shape)}, expected {[*grad.shape[:-1], 'in_features']} as that of grad")
+    if not isinstance(block_shape, Sequence) or len(block_shape) != 2:
+        raise TypeError(f"block_shape: got {block_shape!r}, expected two integers: block rows and block columns")
+    for side in block_shape:
+        _check_count("block_shape", side)
+    if min(block_shape) < 1:
+        raise ValueError(f"block_shape: got {list(block_shape)}, expected block rows and block columns of at least 1")
+    lines = _blocks_across(grad.shape[-1], block_shape[0])
+    _check_sizes({"crow_indices": crow_indices}, lines + 1, "one per block row, and the end")
+    if col_indices.ndim != 1:
+        raise FormatError(f"col_indices: got size {list(col_indices.shape)}, expected [blocks]")
+
+
+def _fake_transpose(crow_indices: Tensor, col_indices: Tensor, block_cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check_transpose(crow_indices, col_indices, block_cols)
+    return (
+        col_indices.new_empty([block_cols + 1]),
+        col_indices.new_empty(col_indices.shape),
+        col_indices.new_empty(col_indices.shape),
+    )
+
+
+def _fake_linear(
+    x: Tensor,
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+    ccol_indices: Tensor | None = None,
+    row_indices: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    _check_linear(x, values, crow_indices, col_indices, out_features, bias, ccol_indices, row_indices, order)
+    return x.new_empty([*x.shape[:-1], out_features])
+
+
+def _fake_backward_input(
+    grad: Tensor, values: Tensor, ccol_indices: Tensor, row_indices: Tensor, order: Tensor, in_features: int
+) -> Tensor:
+    _check_backward_input(grad, values, ccol_indices, row_indices, order, in_features)
+    return grad.new_empty([*grad.shape[:-1], in_features])
+
+
+def _fake_backward_values(
+    grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block_shape: Sequence[int]
+) -> Tensor:
+    _check_backward_values(grad, x, crow_indices, col_indices, block_shape)
+    return grad.new_empty([col_indices.shape[0], *block_shape])
+
+
+# The three products are the gradients of each other. Each formula saves only what its gradients need.
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, crow_indices, col_indices, _, _, *transposed = inputs
+    needs_x, needs_values, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(
+        x if needs_values else None, values if needs_x else None, crow_indices, col_indices, *transposed
+    )
+    ctx.in_features = x.shape[-1]
+    ctx.block_shape = values.shape[1:]
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs_x, needs_values, *needs_others = ctx.needs_input_grad  # as many as were given: defaults are left out
+    x, values, crow_indices, col_indices, *transposed = ctx.saved_tensors
+    grad_x = grad_values = None
+    if needs_x:
+        if transposed[0] is None:
+            transposed = bsr_transpose(crow_indices, col_indices, _blocks_across(ctx.in_features, ctx.block_shape[1]))
+        grad_x = bsr_linear_backward_input(grad, values, TransposedIndex(*transposed), ctx.in_features)
+    if needs_values:
+        grad_values = bsr_linear_backward_values(grad, x, crow_indices, col_indices, ctx.block_shape)
+    grad_bias = grad.sum_to_size(grad.shape[-1:]) if any(needs_others) else None
+    return grad_x, grad_values, None, None, None, grad_bias, None, None, None
+
+
+def _backward_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, values, *transposed, _ = inputs
+    needs_grad, needs_values, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(grad if needs_values else None, values if needs_grad else None, *transposed)
+    ctx.out_features = grad.shape[-1]
+    ctx.block_shape = values.shape[1:]
+
+
+def _backward_input_backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
+    grad, values, *transposed = ctx.saved_tensors
+    ccol_indices, row_indices, _ = transposed
+    block_rows = _blocks_across(ctx.out_features, ctx.block_shape[0])
+    crow_indices, col_indices, _ = bsr_transpose(ccol_indices, row_indices, block_rows)
+    grad_grad = grad_values = None
+    if ctx.needs_input_grad[0]:
+        index = TransposedIndex(*transposed)
+        grad_grad = bsr_linear(grad_x, values, crow_indices, col_indices, ctx.out_features, None, index)
+    if ctx.needs_input_grad[1]:
+        grad_values = bsr_linear_backward_values(grad, grad_x, crow_indices, col_indices, ctx.block_shape)
+    return grad_grad, grad_values, None, None, None, None
+
+
+def _backward_values_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, x, crow_indices, col_indices, block_shape = inputs
+    needs_grad, needs_x, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(grad if needs_x else None, x if needs_grad else None, crow_indices, col_indices)
+    ctx.out_features, ctx.in_features = grad.shape[-1], x.shape[-1]
+    ctx.block_cols = block_shape[1]
+
+
+def _backward_values_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
+    grad, x, crow_indices, col_indices = ctx.saved_tensors
+    grad_grad = grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_grad = bsr_linear(x, grad_values, crow_indices, col_indices, ctx.out_features)
+    if ctx.needs_input_grad[1]:
+        transposed = bsr_transpose(crow_indices, col_indices, _blocks_across(ctx.in_features, ctx.block_cols))
+        grad_x = bsr_linear_backward_input(grad, grad_values, transposed, ctx.in_features)
+    return grad_grad, grad_x, None, None, None
+
+
+library.register_fake("bitmask::bsr_linear", _fake_linear)
+library.register_fake("bitmask::bsr_linear_backward_input", _fake_backward_input)
+library.register_fake("bitmask::bsr_linear_backward_values", _fake_backward_values)
+library.register_fake("bitmask::bsr_transpose", _fake_transpose)
+library.register_autograd("bitmask::bsr_linear", _linear_backward, setup_context=_linear_setup)
+library.register_autograd(
+    "bitmask::bsr_linear_backward_input", _backward_input_backward, setup_context=_backward_input_setup
+)
+library.register_autograd(
+    "bitmask::bsr_linear_backward_values", _backward_values_backward, setup_context=_backward_values_setup
+)
+_implementations: Any = library.Library("bitmask", "FRAGMENT")  # type: ignore[no-untyped-call]  # die with it
+register_autocast(_implementations, torch.ops.bitmask.bsr_linear)

@@ -129,7 +129,7 @@ struct Float32Operands {
 
   static Lanes load(const uint8_t* src) { return _mm256_loadu_ps(reinterpret_cast<const float*>(src)); }
   static void store(Lanes lanes, uint8_t* dst) { _mm256_storeu_ps(reinterpret_cast<float*>(dst), lanes); }
-  static Lanes broadcast(const uint8_t* src) { return _mm256_broadcast_ss(reinterpret_cast<const float*>(src)); }
+  static Lanes broadcast(const uint8_t* src) { return _mm256_set1_ps(load_as<float>(src)); }
   static Sums multiply_add(Lanes a, Lanes b, Sums sums) { return _mm256_fmadd_ps(a, b, sums); }
   static Sums zero() { return _mm256_setzero_ps(); }
   static Sums add(Sums a, Sums b) { return _mm256_add_ps(a, b); }

@@ -10,7 +10,7 @@
 template <class L>
 constexpr int64_t kBlockTileRows = L::kMicroVectors * L::kLanes;
 template <class L>
-constexpr int64_t kBlockMostRows = 480;
+constexpr int64_t kBlockMostRows = 240;
 constexpr int64_t kBandRows = 128;     // rows of y whose sums are kept, and rounded together
 constexpr int64_t kChunkLanes = 512;   // of W that are multiplied with a tile at a time
 constexpr int64_t kChunkPieces = 128;  // the same, for small blocks
@@ -23,13 +23,22 @@ struct Piece {
   const uint8_t* upcoming;  // about where a piece of the next chunk lies: it is only prefetched
 };
 
+// Where a piece lies in a row of x whose pairs its ends may cut in two: the bits of its first and last lane that it meets.
+struct CutPairs {
+  int64_t x_lane;
+  uint32_t first, last;
+};
+
 template <class L>
 struct MultiplyScratch {
+  static_assert(kBlockMostRows<L> % kBlockTileRows<L> == 0 && kBandRows % L::kLanes == 0, "whole tiles, and vectors of sums");
   alignas(64) uint8_t sums[kBlockMostRows<L> / kBlockTileRows<L>][kBandRows][L::kMicroVectors * kVectorBytes<L>];
   alignas(64) uint8_t bias[kBandRows][kVectorBytes<L>];                            // one row of y in all lanes
   alignas(64) uint8_t packed[(kBandRows * kChunkLanes + kGroup) * kLaneBytes<L>];  // pieces, where W itself cannot be read
   alignas(64) uint8_t transposed[(kBandRows + L::kLanes - 1) / L::kLanes][L::kLanes * kVectorBytes<L>];  // sums as [rows of x][rows of y]
+  alignas(64) uint8_t x[L::kDepth == 1 ? 1 : kChunkLanes * L::kMicroVectors * kVectorBytes<L>];  // what pieces meet of x, if pairs are cut
   Piece pieces[kChunkPieces];
+  CutPairs cuts[kChunkPieces];
 };
 
 template <class L>
@@ -89,6 +98,7 @@ void pack_vector_of_rows(const uint8_t* x, int64_t rows, int64_t cols, uint8_t* 
 
 template <class L>
 void block_pack_tiles(const void* x, int64_t m, int64_t cols, void* tiles) {
+  if (cols == 0) return;  // tiles may be a null pointer
   for (int64_t row = 0; row < m; row += L::kLanes) {
     const int64_t first = row / kBlockTileRows<L> * kBlockTileRows<L>;
     uint8_t* const tile = static_cast<uint8_t*>(tiles) + block_tiles_bytes<L>(first, cols);
@@ -143,22 +153,12 @@ void widen_elements(const uint8_t* src, int64_t step, int64_t outer, int64_t inn
   for (int64_t i = 0; i < outer; ++i) widen_row<L>(src + i * step, inner, dst + i * stride * kLaneBytes<L>);
 }
 
-// Pairs of two-byte elements, N at a time so that the compiler makes vectors of them.
-template <int N>
-void pair_elements(const uint8_t* even, const uint8_t* odd, uint8_t* dst) {
-  uint16_t low[N], high[N];
-  uint32_t pairs[N];
-  copy_bytes(low, even, sizeof(low));
-  copy_bytes(high, odd, sizeof(high));
-  for (int i = 0; i < N; ++i) pairs[i] = low[i] | static_cast<uint32_t>(high[i]) << 16;
-  copy_bytes(dst, pairs, sizeof(pairs));
-}
-
 // One lane of each of `rows` rows, of the elements at `even` and `odd` and from there `step` bytes apart; null stands for zeros.
-inline void pair_rows(const uint8_t* even, const uint8_t* odd, int64_t step, int64_t rows, uint8_t* dst) {
+template <class L>
+void pair_rows(const uint8_t* even, const uint8_t* odd, int64_t step, int64_t rows, uint8_t* dst) {
   int64_t row = 0;
   if (even != nullptr && odd != nullptr && step == 2) {
-    for (; rows - row >= 16; row += 16) pair_elements<16>(even + row * 2, odd + row * 2, dst + row * 4);
+    for (; rows - row >= L::kLanes; row += L::kLanes) L::store(L::pair(even + row * 2, odd + row * 2), dst + row * 4);
   }
   for (; row < rows; ++row) {
     const uint32_t low = even == nullptr ? 0 : load_as<uint16_t>(even + row * step);
@@ -175,11 +175,13 @@ struct Pieces {
   int64_t parts;      // of a block
   int64_t most_lanes;
   bool in_place;
+  bool cuts_pairs;
 
   Pieces(const BlockOperand& operand, int64_t first_row, int64_t count) : w(operand), row(first_row), rows(count) {
     parts = (lanes_of<L>(w.block_depth) + kChunkLanes - 1) / kChunkLanes;
     most_lanes = parts == 1 ? lanes_of<L>(w.block_depth) : kChunkLanes;
     in_place = multiplies_in_place<L>(w);
+    cuts_pairs = L::kDepth == 2 && w.block_depth % 2 != 0;
   }
 
   int64_t first(int64_t line) const { return w.w.line_starts[line] * parts; }
@@ -191,6 +193,10 @@ struct Pieces {
     for (int64_t i = 0; i < count; ++i) {
       scratch.pieces[i] = piece(index + i, scratch.packed + i * most_lanes * rows * kLaneBytes<L>);
       scratch.pieces[i].upcoming = upcoming(index + i + count);
+      if (cuts_pairs) {
+        scratch.cuts[i] = cuts(index + i, scratch.pieces[i]);
+        scratch.pieces[i].x_lane = i * most_lanes;  // of the copy
+      }
     }
     const bool row_after_row = w.row_step > w.depth_step;
     const int64_t packed_step = L::kDepth == 1 && row_after_row ? most_lanes * kLaneBytes<L> : kLaneBytes<L>;
@@ -229,6 +235,12 @@ struct Pieces {
     return {packed, x_lane, lanes, nullptr};
   }
 
+  CutPairs cuts(int64_t index, const Piece& piece) const {
+    const int64_t start = w.w.positions[index / parts] * w.block_depth, end = start + w.block_depth;
+    return {piece.x_lane, piece.x_lane * 2 < start ? 0xffff0000 : 0xffffffff,
+            (piece.x_lane + piece.lanes) * 2 > end ? 0x0000ffff : 0xffffffff};
+  }
+
   void widen(const uint8_t* src, int64_t lanes, uint8_t* packed) const {
     if (w.row_step > w.depth_step) {
       widen_elements<L>(src, w.row_step, rows, lanes, most_lanes, packed);
@@ -242,7 +254,7 @@ struct Pieces {
     const auto element = [&](int64_t k) { return k < start || k >= end ? nullptr : src + (k - start) * w.depth_step; };
     for (int64_t lane = 0; lane < lanes; ++lane) {
       const int64_t k = (x_lane + lane) * 2;
-      pair_rows(element(k), element(k + 1), w.row_step, rows, packed + lane * rows * kLaneBytes<L>);
+      pair_rows<L>(element(k), element(k + 1), w.row_step, rows, packed + lane * rows * kLaneBytes<L>);
     }
   }
 };
@@ -306,6 +318,24 @@ void multiply_tile(const Chunk& chunk, int64_t rows, int64_t vectors, const uint
   }
 }
 
+// The lanes of a tile of x that each piece meets, with zeros for the columns that are not its own: they may hold infinities.
+template <class L>
+const uint8_t* copy_cut_pairs(const uint8_t* tile, int64_t vectors, int64_t pieces, MultiplyScratch<L>& scratch) {
+  const int64_t step = vectors * kVectorBytes<L>;
+  const auto keep = [&](uint8_t* lane, uint32_t bits) {
+    for (int64_t i = 0; i < step; i += 4) store_as(load_as<uint32_t>(lane + i) & bits, lane + i);
+  };
+  for (int64_t i = 0; i < pieces; ++i) {
+    const Piece& piece = scratch.pieces[i];
+    if (piece.lanes == 0) continue;
+    uint8_t* const dst = scratch.x + piece.x_lane * step;
+    copy_bytes(dst, tile + scratch.cuts[i].x_lane * step, piece.lanes * step);
+    keep(dst, scratch.cuts[i].first);
+    keep(dst + (piece.lanes - 1) * step, scratch.cuts[i].last);
+  }
+  return scratch.x;
+}
+
 // The rows [row, row + rows) of a line, as rows from `band_row` on of the band.
 template <class L>
 void multiply_part(const BlockOperand& w, int64_t line, int64_t row, int64_t rows, const uint8_t* tiles, int64_t m, int64_t band_row,
@@ -319,7 +349,10 @@ void multiply_part(const BlockOperand& w, int64_t line, int64_t row, int64_t row
       uint8_t* const sums = scratch.sums[tile][band_row];
       const Start start = index == first ? Start{scratch.bias[band_row], kVectorBytes<L>, 0}
                                          : Start{sums, L::kMicroVectors * kVectorBytes<L>, kVectorBytes<L>};
-      multiply_tile<L, L::kMicroVectors>(chunk, rows, tile_vectors<L>(i, m), tiles + block_tiles_bytes<L>(i, w.depth), start, sums);
+      const int64_t vectors = tile_vectors<L>(i, m);
+      const uint8_t* x = tiles + block_tiles_bytes<L>(i, w.depth);
+      if (pieces.cuts_pairs) x = copy_cut_pairs<L>(x, vectors, chunk.count, scratch);
+      multiply_tile<L, L::kMicroVectors>(chunk, rows, vectors, x, start, sums);
       chunk.prefetched = 0;
     }
     index += chunk.count;

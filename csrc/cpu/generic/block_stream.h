@@ -17,21 +17,17 @@ struct BlockStreamScratch {
   static constexpr int64_t kSums = 1024;
 
   alignas(64) uint8_t sums[kSums * kVectorBytes<L>];
-  alignas(64) uint8_t lanes[L::kLanes * kVectorBytes<L>];             // [lanes][kLanes units], then [rows of a unit][kLanes units]
+  alignas(64) uint8_t lanes[L::kLanes * kVectorBytes<L>];             // [lanes][kLanes units]
   alignas(64) uint8_t totals[L::kLanes * L::kLanes * kLaneBytes<L>];  // [kLanes units][rows of a unit]
 };
 
 template <class L>
 constexpr int64_t kBlockStreamScratchBytes = sizeof(BlockStreamScratch<L>);
 
-// Bytes of W and x in a run, where one block is not more: for few rows of x, what the first cache holds besides the run that is prefetched;
-// for more rows, loading and storing their sums must pay.
-#ifndef FEW
-#define FEW 8192
-#define MORE 40960
-#endif
+// Bytes of W and x in a run, where one block is not more: what the first cache holds besides the next run; more where there are many sums,
+// for loading and storing them to pay.
 template <int M>
-constexpr int64_t kRunBytes = M <= 4 ? FEW : MORE;
+constexpr int64_t kRunBytes = (M <= 4 ? 8 : 40) << 10;
 
 // How many vectors, and rows of W, a unit has in blocks of `block_cols` columns. A lane belongs to one row.
 template <class L>
@@ -212,7 +208,7 @@ struct Strip {
 
   // Whether the units of a block lie within the values: what follows its last row belongs to lanes that count for nothing.
   bool is_readable(int64_t block) const {
-    const int64_t blocks = w.line_starts[w.rows / w.block_rows + (w.rows % w.block_rows != 0)];
+    const int64_t blocks = w.line_starts[lines_of(w)];
     return units * kBytes <= ((blocks - block) * w.block_rows - first) * row_bytes;
   }
 

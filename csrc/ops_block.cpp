@@ -113,12 +113,13 @@ Split split_lines(const BlockWeight& weight, int64_t m) {
   return {split_by_cost(lines, task_count(bytes), bytes_before), m, 1, bytes};
 }
 
-// Where there are too few lines for the threads, rows are split as well, by whole tiles.
+// Rows are split as well, by whole tiles: into as many as kernels take, and where there are too few lines for the threads.
 Split split_lines_and_rows(const BlockWeight& weight, int64_t m) {
   Split split = split_lines(weight, m);
   const int64_t tile = weight.kernels.tile_rows, tiles = (m + tile - 1) / tile;
   const int64_t missing = (task_count(split.bytes) + split.line_ranges() - 1) / split.line_ranges();
-  const int64_t ranges = std::clamp<int64_t>(missing, 1, tiles);
+  const int64_t least = (m + weight.kernels.most_rows - 1) / weight.kernels.most_rows;
+  const int64_t ranges = std::clamp(std::max(missing, least), int64_t{1}, tiles);
   split.rows = (tiles + ranges - 1) / ranges * tile;
   split.row_ranges = (m + split.rows - 1) / split.rows;
   return split;
@@ -151,11 +152,16 @@ Tensor pack_tiles(const BlockWeight& weight, const uint8_t* x, int64_t m) {
   return tiles;
 }
 
+// Rows that are packed at a time: what stays in a last cache, where kernels do not take more at once.
+constexpr int64_t kMostPackedBytes = 4 << 20;
+
 // Multiplies m > 0 rows [m, depth]: body(begin, end, tiles, m, y) does the lines [begin, end) of m repacked rows, which go to y.
 template <typename Body>
 void multiply(const BlockWeight& weight, const uint8_t* x, int64_t m, uint8_t* y, const Body& body) {
   const BlockKernels& kernels = weight.kernels;
-  for_each_block(m, kernels.most_rows, kernels.tile_rows, [&](int64_t start, int64_t count) {
+  const int64_t tile_bytes = std::max<int64_t>(kernels.tiles_bytes(kernels.tile_rows, weight.depth()), 1);
+  const int64_t most_rows = std::max(kernels.most_rows, kMostPackedBytes / tile_bytes * kernels.tile_rows);
+  for_each_block(m, most_rows, kernels.tile_rows, [&](int64_t start, int64_t count) {
     const Tensor tiles = pack_tiles(weight, x + start * weight.depth() * weight.width, count);
     const Split split = split_lines_and_rows(weight, count);
     for_each_task(split.count(), split.task_bytes(), [&](int64_t task) {

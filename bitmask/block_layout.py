@@ -6,7 +6,7 @@ edges may reach past it.
     values        [blocks, rows and columns of a block]: the kept blocks, block row by block row
     crow_indices  [block rows + 1]: the first block of each block row
     col_indices   [blocks]: the block column of each block, ascending in each block row
-    shape         [2]: out_features, in_features
+    dense_shape   [2]: out_features, in_features
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bitmask import ops_block
 from bitmask.calls import LINEAR_DTYPES, FormatError
 
 # What a layer consists of, beside its bias.
-PARTS = ("values", "crow_indices", "col_indices", "shape")
+PARTS = ("values", "crow_indices", "col_indices", "dense_shape")
 
 # crow_indices and col_indices.
 Index = tuple[Tensor, Tensor]
@@ -94,10 +94,10 @@ def check_parts(parts: Mapping[str, Any], prefix: str) -> tuple[int, int]:
         elif part.is_meta:
             raise FormatError(f"{prefix}{name}: got a meta tensor, expected one with data")
     values, crow_indices, col_indices, shape = (parts[name] for name in PARTS)
-    _check_size(prefix, "shape", shape, (2,), "out_features, in_features")
+    _check_size(prefix, "dense_shape", shape, (2,), "out_features, in_features")
     out_features, in_features = shape.tolist()
     if min(out_features, in_features) < 0:
-        raise FormatError(f"{prefix}shape: got {[out_features, in_features]}, expected no negative size")
+        raise FormatError(f"{prefix}dense_shape: got {[out_features, in_features]}, expected no negative size")
     if values.ndim != 3 or 0 in values.shape[1:]:
         raise FormatError(f"{prefix}values: got size {list(values.shape)}, expected [blocks, rows, columns] of blocks")
     block_rows = grid_of((out_features, in_features), (values.shape[1], values.shape[2]))[0]
@@ -108,7 +108,7 @@ def check_parts(parts: Mapping[str, Any], prefix: str) -> tuple[int, int]:
 
 def prove_index(parts: Mapping[str, Tensor], prefix: str) -> None:
     """Raise FormatError unless the index of parts that passed `check_parts` is one."""
-    width, in_features = parts["values"].shape[2], int(parts["shape"][1])
+    width, in_features = parts["values"].shape[2], int(parts["dense_shape"][1])
     try:
         ops_block.bsr_transpose(parts["crow_indices"].cpu(), parts["col_indices"].cpu(), -(-in_features // width))
     except FormatError as error:

@@ -26,8 +26,9 @@ class BlockSparseLinear(nn.Module):
     """`nn.Linear` whose weight is zero but for some blocks, which are stored, multiplied and trained alone.
 
     Parameters are `values` [blocks, rows and columns of a block] and `bias`, ordinary ones for optimizers and wrappers;
-    buffers are `crow_indices` and `col_indices` (as in torch's BSR layout) and `shape` (out_features, in_features).
-    Blocks at the lower and right edges may reach past the weight: their elements there are zero and stay it.
+    buffers are `crow_indices` and `col_indices` (as in torch's BSR layout) and `dense_shape` (out_features,
+    in_features). Blocks at the lower and right edges may reach past the weight: their elements there are zero and stay
+    it.
 
     Numbers are drawn as by `nn.Linear`, from the inputs that each output really has; outputs without a block get a bias
     of zero. Loading a `state_dict` takes over its pattern, if it has as many blocks; `from_state_dict` always does.
@@ -56,7 +57,7 @@ class BlockSparseLinear(nn.Module):
     bias: nn.Parameter | None
     crow_indices: Tensor
     col_indices: Tensor
-    shape: Tensor
+    dense_shape: Tensor
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class BlockSparseLinear(nn.Module):
         transposed = ops_block.bsr_transpose(*index, self._grid[1])
         device = self.values.device
         self.crow_indices, self.col_indices = crow_indices.to(device), col_indices.to(device)
-        self.shape = torch.tensor([self.out_features, self.in_features], device=device)
+        self.dense_shape = torch.tensor([self.out_features, self.in_features], device=device)
         for name, tensor in zip(_TRANSPOSED, transposed, strict=True):
             setattr(self, name, tensor.to(device))
         self._index_of_meta = index if self.values.is_meta else None

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("error", "ignore:Sparse", "ignore:Initia
 
 # in_features, out_features, block_shape: whole blocks, cut ones at both edges, blocks larger than the weight.
 SHAPES = [(64, 96, (32, 32)), (70, 50, (16, 32)), (33, 65, (8, 4)), (35, 7, (32, 32)), (9, 4, (1, 1)), (40, 1, (3, 7))]
-PARTS = ["values", "bias", "crow_indices", "col_indices", "shape"]
+PARTS = ["values", "bias", "crow_indices", "col_indices", "dense_shape"]
 TRANSPOSED = ["ccol_indices", "row_indices", "order"]
 
 
@@ -67,7 +67,7 @@ def assert_consistent(layer):
     assert torch.equal(layer.row_indices, rows[order])
     assert layer.ccol_indices.tolist() == [0, *pattern.sum(0).cumsum(0).tolist()]
     assert layer.values.shape == (len(cols), *layer.block_shape)
-    assert layer.shape.tolist() == [layer.out_features, layer.in_features]
+    assert layer.dense_shape.tolist() == [layer.out_features, layer.in_features]
 
 
 def assert_same_layer(got, expected):
@@ -501,7 +501,7 @@ def test_weight_cannot_be_set():
 def test_state_dict_has_the_parts_of_the_format():
     state = make().state_dict()
     assert sorted(state) == sorted(PARTS)
-    assert state["shape"].tolist() == [50, 70]
+    assert state["dense_shape"].tolist() == [50, 70]
     assert {str(state[name].dtype) for name in PARTS[2:]} == {"torch.int64"}
 
 
@@ -546,8 +546,8 @@ def test_state_dict_of_other_sizes_is_refused(source, message):
 
 def make_of(state):
     layer = BlockSparseLinear(
-        int(state["0.shape"][1]),
-        int(state["0.shape"][0]),
+        int(state["0.dense_shape"][1]),
+        int(state["0.dense_shape"][0]),
         block_shape=tuple(state["0.values"].shape[1:]),
         pattern=pattern_of(state),
     )
@@ -557,7 +557,7 @@ def make_of(state):
 
 def pattern_of(state):
     rows = len(state["0.crow_indices"]) - 1
-    cols = -(-int(state["0.shape"][1]) // state["0.values"].shape[2])
+    cols = -(-int(state["0.dense_shape"][1]) // state["0.values"].shape[2])
     pattern = torch.zeros(rows, cols, dtype=torch.bool)
     for row in range(rows):
         pattern[row, state["0.col_indices"][state["0.crow_indices"][row] : state["0.crow_indices"][row + 1]]] = True
@@ -580,22 +580,30 @@ CORRUPT = {
     "short of the blocks": (lambda s: s["crow_indices"].__setitem__(-1, 5), FormatError, r"crow_indices\[\d\]: got"),
     "past the blocks": (lambda s: s["crow_indices"].__setitem__(-1, 7), FormatError, r"crow_indices\[\d\]: got"),
     "beyond": (lambda s: s["crow_indices"].__setitem__(slice(1, None), 2**62), FormatError, r"crow_indices\[\d\]: got"),
-    "negative shape": (lambda s: s["shape"].neg_(), FormatError, r"shape: got \[-50, -70\]"),
+    "negative shape": (lambda s: s["dense_shape"].neg_(), FormatError, r"dense_shape: got \[-50, -70\]"),
     "small shape": (
-        lambda s: s["shape"].__setitem__(0, 16),
+        lambda s: s["dense_shape"].__setitem__(0, 16),
         FormatError,
         r"crow_indices: got size \[5\], expected \[2",
     ),
     "size of crow": (lambda s: s.update(crow_indices=s["crow_indices"][:-1]), FormatError, "crow_indices: got size"),
     "size of col": (lambda s: s.update(col_indices=s["col_indices"][:-1]), FormatError, r"col_indices: got size \[5\]"),
     "crow of 2 dims": (lambda s: s.update(crow_indices=s["crow_indices"][None]), FormatError, "crow_indices: got size"),
-    "size of shape": (lambda s: s.update(shape=s["shape"][:1]), FormatError, r"shape: got size \[1\], expected \[2\]"),
+    "size of shape": (
+        lambda s: s.update(dense_shape=s["dense_shape"][:1]),
+        FormatError,
+        r"dense_shape: got size \[1\], expected \[2\]",
+    ),
     "flat values": (lambda s: s.update(values=s["values"].flatten(1)), FormatError, r"values: got size \[6, 512\]"),
     "blocks of nothing": (lambda s: s.update(values=s["values"][:, :0]), FormatError, r"values: got size \[6, 0, 32\]"),
     "integers": (lambda s: s.update(values=s["values"].int()), TypeError, "values: got dtype torch.int32"),
     "int32 crow": (lambda s: s.update(crow_indices=s["crow_indices"].int()), TypeError, "crow_indices: got dtype"),
     "int32 col": (lambda s: s.update(col_indices=s["col_indices"].int()), TypeError, "col_indices: got dtype"),
-    "float shape": (lambda s: s.update(shape=s["shape"].float()), TypeError, "shape: got dtype torch.float32"),
+    "float shape": (
+        lambda s: s.update(dense_shape=s["dense_shape"].float()),
+        TypeError,
+        "dense_shape: got dtype torch.float32",
+    ),
     "no tensor": (lambda s: s.update(col_indices=[0, 1]), TypeError, "col_indices: got list, expected a torch.Tensor"),
     "meta": (lambda s: s.update(crow_indices=s["crow_indices"].to("meta")), FormatError, "crow_indices: got a meta"),
 }
@@ -619,7 +627,7 @@ def test_corrupt_state_dict_is_refused_and_changes_nothing(name, assign):
 
 def test_a_shape_too_narrow_for_the_blocks():
     state = make(density=1.0).state_dict()
-    state["shape"][1] = 64
+    state["dense_shape"][1] = 64
     with pytest.raises(FormatError, match=r"^col_indices\[2\]: got 2, expected at least 0 and less than 2"):
         BlockSparseLinear.from_state_dict(state)
 
@@ -627,7 +635,7 @@ def test_a_shape_too_narrow_for_the_blocks():
 def test_a_shape_larger_than_memory():
     """Refused for another size before anything is reserved for it; on its own, for the memory."""
     state = make().state_dict()
-    state["shape"] = torch.tensor([50, 2**62])
+    state["dense_shape"] = torch.tensor([50, 2**62])
     with pytest.raises(RuntimeError, match=f"values: got 6 blocks of 16 x 32 in a weight of 50 x {2**62}"):
         make().load_state_dict(state)
     with pytest.raises(RuntimeError, match="cannot allocate"):
@@ -636,15 +644,15 @@ def test_a_shape_larger_than_memory():
 
 @settings(max_examples=100, deadline=None)
 @given(
-    part=st.sampled_from(["crow_indices", "col_indices", "shape"]),
+    part=st.sampled_from(["crow_indices", "col_indices", "dense_shape"]),
     at=st.integers(0, 5),
     number=st.integers(-3, 80) | st.integers(-(2**63), 2**63 - 1),
 )
 def test_any_number_anywhere_is_refused_or_gives_a_layer(part, at, number):
     state = make().state_dict()
     tensor = state[part].clone()
-    tensor[at % len(tensor)] = number if part != "shape" else min(number, 1000)
-    state = {**state, part: tensor, "bias": torch.zeros(max(int(tensor[0]), 0) if part == "shape" else 50)}
+    tensor[at % len(tensor)] = number if part != "dense_shape" else min(number, 1000)
+    state = {**state, part: tensor, "bias": torch.zeros(max(int(tensor[0]), 0) if part == "dense_shape" else 50)}
     try:
         layer = BlockSparseLinear.from_state_dict(state)
     except FormatError as error:
@@ -658,7 +666,7 @@ def test_any_number_anywhere_is_refused_or_gives_a_layer(part, at, number):
 
 def test_parts_that_are_missing():
     state = make().state_dict()
-    for name in ["values", "crow_indices", "col_indices", "shape"]:
+    for name in ["values", "crow_indices", "col_indices", "dense_shape"]:
         rest = {key: part for key, part in state.items() if key != name}
         with pytest.raises(FormatError, match=f"^{name}: not in the state_dict"):
             BlockSparseLinear.from_state_dict(rest)
@@ -703,7 +711,7 @@ def test_the_worked_example_of_the_format():
         "values": ("0000803f 00000040 00004040 00008040 0000a040 00000000 00000000 00000000", torch.float32, (2, 2, 2)),
         "crow_indices": ("0000000000000000 0100000000000000 0200000000000000", torch.int64, (3,)),
         "col_indices": ("0000000000000000 0200000000000000", torch.int64, (2,)),
-        "shape": ("0300000000000000 0500000000000000", torch.int64, (2,)),
+        "dense_shape": ("0300000000000000 0500000000000000", torch.int64, (2,)),
     }
     state = {
         name: torch.frombuffer(bytearray.fromhex(octets), dtype=dtype).view(size)
@@ -716,6 +724,16 @@ def test_the_worked_example_of_the_format():
     assert written.keys() == state.keys()
     for name, part in state.items():
         assert_bits_equal(written[name], part)
+
+
+def test_beside_compressed_weights(tmp_path):
+    model = nn.Sequential(make(), nn.ReLU(), nn.Linear(50, 64))
+    model[2].weight.data[:, ::2] = 0
+    bitmask.save_compressed_model(bitmask.compress_(model, progress=False), tmp_path / "model.safetensors")
+    other = nn.Sequential(make(), nn.ReLU(), nn.Linear(50, 64))
+    other.load_state_dict(dict(bitmask.load_compressed(tmp_path / "model.safetensors")))
+    assert_same_layer(other[0], model[0])
+    torch.testing.assert_close(other(x := torch.randn(3, 70)), model(x))
 
 
 def test_safetensors(tmp_path):

@@ -13,7 +13,7 @@
 
 namespace bitmask {
 
-// The most rows, and columns, of a block: so that no size of one block, in bytes and rounded up, overflows.
+// The most rows, and columns, of a block: so that the bytes of one block, rounded up, do not overflow.
 constexpr int64_t kMostBlockSide = int64_t{1} << 28;
 
 // The parts of an index of blocks, line by line, as messages call them.

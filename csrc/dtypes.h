@@ -73,9 +73,9 @@ inline bool all_ones_is_nan(const Element& element) {
   return by_value.bytes[element.width - 1] != 0xff;
 }
 
-// The one of four that belongs to a dtype that has linear kernels.
+// The one of four that belongs to a dtype, that of `name`, which has linear kernels.
 template <typename T>
-T by_linear_dtype(int32_t dtype, T float32, T bfloat16, T float16, T float64) {
+T by_linear_dtype(int32_t dtype, T float32, T bfloat16, T float16, T float64, const char* name = "values") {
   switch (static_cast<ScalarType>(dtype)) {
     case ScalarType::Float:
       return float32;
@@ -86,7 +86,7 @@ T by_linear_dtype(int32_t dtype, T float32, T bfloat16, T float16, T float64) {
     case ScalarType::Double:
       return float64;
     default:
-      fail("values: got torch scalar type ", dtype, ", expected float32, bfloat16, float16 or float64");
+      fail(name, ": got torch scalar type ", dtype, ", expected float32, bfloat16, float16 or float64");
   }
 }
 

@@ -2,6 +2,7 @@
 // of blocks over threads. No arithmetic here.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -56,8 +57,11 @@ struct BlockWeight {
   }
 };
 
-const BlockKernels& kernels_for(int32_t dtype) {
-  return cpu::kernels().block[by_linear_dtype(dtype, cpu::kFloat32, cpu::kBfloat16, cpu::kFloat16, cpu::kFloat64)];
+constexpr const char* kOfValues = "the dtype of values";
+
+// `name` is what has the dtype.
+const BlockKernels& kernels_for(const char* name, int32_t dtype) {
+  return cpu::kernels().block[by_linear_dtype(dtype, cpu::kFloat32, cpu::kBfloat16, cpu::kFloat16, cpu::kFloat64, name)];
 }
 
 int64_t width_of(int32_t dtype) { return static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)); }
@@ -78,9 +82,9 @@ BlockIndex index_of(const BlockFields& fields, const Tensor& starts, int64_t lin
   return copy_block_index(fields, data_of(from), lines, data_of(at), blocks, limit);
 }
 
-// The last size of what is multiplied with a weight, or of a gradient; throws unless it has the weight's dtype.
-int64_t last_size(const char* name, const Tensor& tensor, int32_t dtype) {
-  check_dtype(name, dtype_of(tensor), "the dtype of the weight", dtype);
+// The last size of what is multiplied; throws unless it has the dtype that is `expected`.
+int64_t last_size(const char* name, const Tensor& tensor, const char* expected, int32_t dtype) {
+  check_dtype(name, dtype_of(tensor), expected, dtype);
   if (tensor.dim() == 0) fail(name, ": got size [], expected at least one dimension");
   return tensor.size(tensor.dim() - 1);
 }
@@ -104,7 +108,8 @@ struct Split {
 // All rows together: split by lines alone.
 Split split_lines(const BlockWeight& weight, int64_t m) {
   const BlockSizes& sizes = weight.sizes;
-  const int64_t block_bytes = product_bytes(sizes.block_rows * sizes.block_cols, m, weight.width);
+  const bool empty = weight.index.blocks() == 0;  // and then any size and m may meet
+  const int64_t block_bytes = empty ? 0 : product_bytes(sizes.block_rows * sizes.block_cols, m, weight.width);
   const int64_t line_bytes = weight.block_across() * m * weight.width, lines = weight.index.line_count();
   const auto bytes_before = [&](int64_t line) {
     return weight.index.line_starts[static_cast<size_t>(line)] * block_bytes + line * line_bytes;
@@ -152,7 +157,7 @@ Tensor pack_tiles(const BlockWeight& weight, const uint8_t* x, int64_t m) {
   return tiles;
 }
 
-// Rows that are packed at a time: what stays in a last cache, where kernels do not take more at once.
+// Bytes of x packed at a time, where one call of a kernel does not take more: what stays in a last cache.
 constexpr int64_t kMostPackedBytes = 4 << 20;
 
 // Multiplies m > 0 rows [m, depth]: body(begin, end, tiles, m, y) does the lines [begin, end) of m repacked rows, which go to y.
@@ -182,25 +187,25 @@ void check_transposed(const BlockIndex& index, int64_t lines, const std::optiona
   check_starts_size("ccol_indices", ccol_indices->sizes(), lines);
   check_entries_size("row_indices", row_indices->sizes(), index.blocks());
   check_entries_size("order", order->sizes(), index.blocks());
+  const Tensor starts = entries_of("ccol_indices", *ccol_indices), positions = entries_of("row_indices", *row_indices),
+               places = entries_of("order", *order);  // memory that is really there, before as much is reserved
   const BlockIndex expected = transpose(index, lines);
-  const auto check = [](const char* name, const Tensor& part, const std::vector<int64_t>& by_row) {
-    check_entries(name, data_of(entries_of(name, part)), by_row, "crow_indices and col_indices");
-  };
-  check("ccol_indices", *ccol_indices, expected.line_starts);
-  check("row_indices", *row_indices, expected.positions);
-  check("order", *order, expected.order);
+  const char* const yardstick = "crow_indices and col_indices";
+  check_entries("ccol_indices", data_of(starts), expected.line_starts, yardstick);
+  check_entries("row_indices", data_of(positions), expected.positions, yardstick);
+  check_entries("order", data_of(places), expected.order, yardstick);
 }
 
 Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow_indices, const Tensor& col_indices, int64_t out_features,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& ccol_indices, const std::optional<Tensor>& row_indices,
                   const std::optional<Tensor>& order) {
   const int32_t dtype = dtype_of(values);
-  const BlockKernels& kernels = kernels_for(dtype);
-  const int64_t in_features = last_size("x", x, dtype);
+  const BlockKernels& kernels = kernels_for("values", dtype);
+  const int64_t in_features = last_size("x", x, kOfValues, dtype);
   check_feature_count("out_features", out_features);
   check_block_values(values.sizes());
   const BlockSizes sizes{out_features, in_features, values.size(1), values.size(2)};
-  if (bias) check_dtype("bias", dtype_of(*bias), "the dtype of the weight", dtype);
+  if (bias) check_dtype("bias", dtype_of(*bias), kOfValues, dtype);
   if (bias) check_bias_size(bias->sizes(), out_features);
   BlockIndex index = index_of(kByRow, crow_indices, sizes.rows_of_blocks(), col_indices, values.size(0), sizes.cols_of_blocks());
   check_transposed(index, sizes.cols_of_blocks(), ccol_indices, row_indices, order);
@@ -225,8 +230,8 @@ Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow_indi
 Tensor bsr_linear_backward_input(const Tensor& grad, const Tensor& values, const Tensor& ccol_indices, const Tensor& row_indices,
                                  const Tensor& order, int64_t in_features) {
   const int32_t dtype = dtype_of(values);
-  const BlockKernels& kernels = kernels_for(dtype);
-  const int64_t out_features = last_size("grad", grad, dtype);
+  const BlockKernels& kernels = kernels_for("values", dtype);
+  const int64_t out_features = last_size("grad", grad, kOfValues, dtype);
   check_feature_count("in_features", in_features);
   check_block_values(values.sizes());
   const BlockSizes sizes{out_features, in_features, values.size(1), values.size(2)};
@@ -267,7 +272,8 @@ Tensor pack_columns(const BlockKernels& kernels, const uint8_t* x, int64_t m, in
   return columns;
 }
 
-// Adds what m rows give: sums of the rows before are in `sums` unless these are the first; unless these are the last, it stays there.
+// A block is the least task. Adds what m rows give: sums of the rows before are in `sums` unless these are the first; unless these are the
+// last, it stays there.
 void sample(const BlockWeight& weight, const uint8_t* g, const uint8_t* x, int64_t m, bool first, bool last, uint8_t* sums) {
   const BlockKernels& kernels = weight.kernels;
   const BlockMatrix w = weight.matrix();
@@ -284,8 +290,9 @@ void sample(const BlockWeight& weight, const uint8_t* g, const uint8_t* x, int64
 Tensor bsr_linear_backward_values(const Tensor& grad, const Tensor& x, const Tensor& crow_indices, const Tensor& col_indices,
                                   IntHeaderOnlyArrayRef block_shape) {
   const int32_t dtype = dtype_of(grad);
-  const BlockKernels& kernels = kernels_for(dtype);
-  const int64_t out_features = last_size("grad", grad, dtype), in_features = last_size("x", x, dtype);
+  const BlockKernels& kernels = kernels_for("grad", dtype);
+  const int64_t out_features = last_size("grad", grad, "the dtype of grad", dtype);
+  const int64_t in_features = last_size("x", x, "the dtype of grad", dtype);
   check_leading_sizes(grad, x);
   if (block_shape.size() != 2) fail("block_shape: got ", to_text(block_shape), ", expected block rows and block columns");
   check_block_shape("block_shape", block_shape, block_shape[0], block_shape[1]);
@@ -298,6 +305,10 @@ Tensor bsr_linear_backward_values(const Tensor& grad, const Tensor& x, const Ten
   geometry(shape);
   const Tensor values = empty(shape, dtype);
   if (blocks == 0) return values;
+  if (m == 0) {
+    std::memset(mutable_bytes(values), 0, static_cast<size_t>(nbytes(values)));
+    return values;
+  }
   const BlockWeight weight{kernels, std::move(index), values, sizes, false, width};
   const Tensor g = contiguous("grad", grad), rows = contiguous("x", x);
   if (m <= kernels.sampled_rows) {

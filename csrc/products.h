@@ -39,10 +39,15 @@ std::vector<int64_t> split_by_cost(int64_t count, int64_t pieces, const Cost& co
   const int64_t total = cost_before(count);
   std::vector<int64_t> borders{0};
   for (int64_t piece = 1; piece < pieces; ++piece) {
+    const int64_t cost = total / pieces * piece;
     int64_t low = borders.back(), high = count;
     while (low < high) {
       const int64_t middle = low + (high - low) / 2;
-      cost_before(middle) < total / pieces* piece ? low = middle + 1 : high = middle;
+      if (cost_before(middle) < cost) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
     }
     if (low > borders.back() && low < count) borders.push_back(low);
   }

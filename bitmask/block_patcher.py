@@ -105,7 +105,7 @@ def prune_blocks(
     options: dict[str, dict[str, Any]] = {name: {"density": density, "block_shape": sizes} for name in layers}
     if scope == "model" and layers:
         for name, pattern in _strongest(layers, density, sizes).items():
-            options[name]["pattern"] = pattern
+            options[name] = {"block_shape": sizes, "pattern": pattern}
     _replace(module, options)
     return module
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,9 +81,8 @@ def _targets(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
     """The arguments that a function writes to: by the schema of an op, by the name of another function."""
     schema = getattr(func, "_schema", None)
     if schema is not None:
-        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+        given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
         return [given.get(arg.name) for arg in schema.arguments if arg.alias_info and arg.alias_info.is_write]
     name = func.__name__
     in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__set__", "__setitem__")
-    augmented = name.startswith("__i") and hasattr(operator, f"__{name[3:]}")  # __iadd__ and its like
-    return [*(args[:1] or kwargs.values() if in_place or augmented else ()), kwargs.get("out")]
+    return [*(args[:1] or kwargs.values() if in_place else ()), kwargs.get("out")]

@@ -455,7 +455,7 @@ def test_gradients_under_torch_func_are_refused(transform):
         lambda grad: bsr_linear_backward_values(grad, x, *blocks.index, (16, 24)).sum(): grad,
     }
     for product, at in products.items():
-        with pytest.raises(NotImplementedError, match="bsr_linear.*: has no (gradient under torch.func|forward-mode)"):
+        with pytest.raises(NotImplementedError, match=r"bsr_linear.*: has no (gradient under torch.func|forward-mode)"):
             transform(product, at) if transform is torch.func.vjp else transform(product)(at)
 
 
@@ -464,10 +464,10 @@ def test_autocast_names_dtypes_that_it_leaves_different():
     x, _, bias = operands(blocks, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for got, other in [(x.double(), bias), (x, bias.double())]:
-            with pytest.raises(TypeError, match="(x|bias): got dtype torch.float64, expected torch.float32"):
+            with pytest.raises(TypeError, match=r"(x|bias): got dtype torch.float64, expected torch.float32"):
                 bsr_linear(got, blocks.values, *blocks.index, 37, other)
         bsr_linear(x.half(), blocks.values, *blocks.index, 37, bias)
-        with pytest.raises(TypeError, match="grad: got dtype torch.float64, expected torch.float32"):
+        with pytest.raises(TypeError, match=r"grad: got dtype torch.float64, expected torch.float32"):
             bsr_linear_backward_input(torch.ones(5, 37).double(), blocks.values, blocks.transposed, 53)
 
 

@@ -522,6 +522,10 @@ def test_looking_at_weight_makes_no_copy(monkeypatch):
     assert torch.overrides.has_torch_function((weight,))
 
 
+def add_to_data(weight):
+    weight.data += 1
+
+
 WRITES = {
     "fill_": lambda weight: weight.fill_(1),
     "constant_": lambda weight: nn.init.constant_(weight, 1),
@@ -534,7 +538,7 @@ WRITES = {
     "copy_": lambda weight: weight.copy_(torch.ones(50, 70)),
     "requires_grad_": lambda weight: weight.requires_grad_(False),
     "item": lambda weight: weight.__setitem__(0, 1),
-    "+=": lambda weight: weight.__iadd__(1),
+    "data +=": add_to_data,
     "out=": lambda weight: torch.add(torch.ones(50, 70), 1, out=weight),
     "foreach": lambda weight: torch._foreach_add_([weight], 1),
     "op": lambda weight: torch.ops.aten.fill_.Scalar(weight, 1),

@@ -184,6 +184,8 @@ class BlockSparseModelPatcher:
             if name not in _OPTIONS:
                 raise ValueError(f"options: got {name!r}, expected {', '.join(_OPTIONS)}")
             _OPTIONS[name](option)
+        if "density" in options and "pattern" in options:
+            raise ValueError("options: got density and pattern, expected one of them")
         self._patterns[regex] = dict(options)
 
     def get_patchable_layers(self, model: nn.Module) -> PatchReport:

@@ -43,11 +43,10 @@ class DenseCopy(Tensor):
                 return func(*args)
             made: list[Tensor] = []
             result = _on_copies(func, args, kwargs, made)
-            owned = {tensor.untyped_storage()._cdata for tensor in made}
+            owned = {_memory(tensor) for tensor in made} - {None}
 
             def guarded(tensor: Tensor) -> Tensor:
-                shared = tensor.layout is torch.strided and tensor.untyped_storage()._cdata in owned
-                return DenseCopy(lambda: tensor, tensor.shape, tensor) if shared else tensor
+                return DenseCopy(lambda: tensor, tensor.shape, tensor) if _memory(tensor) in owned else tensor
 
             return tree_map_only(Tensor, guarded, result)
 
@@ -75,6 +74,11 @@ def _on_copies(func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> Any:
 
     args, kwargs = tree_map_only(DenseCopy, make, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """What tells memory apart from other memory; sparse tensors and those of torch.func say nothing of theirs."""
+    return tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else None
 
 
 def _targets(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

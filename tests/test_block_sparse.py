@@ -566,6 +566,16 @@ def test_writing_to_weight_is_refused(name, grad):
     assert_same_layer(layer, before)
 
 
+def test_weight_under_transforms_and_as_sparse():
+    layer, x = make(), torch.randn(3, 70)
+    gradient = torch.func.grad(lambda x: F.linear(x, layer.weight.data).sum())(x)
+    torch.testing.assert_close(gradient, dense_weight(layer).sum(0).expand(3, 70))
+    with torch.no_grad():
+        rows = torch.func.vmap(lambda row: F.linear(row, layer.weight.view(50, 70)))(x)
+    torch.testing.assert_close(rows, x @ dense_weight(layer).t())
+    assert torch.equal(layer.weight.detach().to_sparse().to_dense(), dense_weight(layer))
+
+
 def test_what_weight_gives_may_be_written_to():
     layer = make()
     expected = dense_weight(layer)

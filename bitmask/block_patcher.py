@@ -105,7 +105,7 @@ def prune_blocks(
     options: dict[str, dict[str, Any]] = {name: {"density": density, "block_shape": sizes} for name in layers}
     if scope == "model" and layers:
         for name, pattern in _strongest(layers, density, sizes).items():
-            options[name]["pattern"] = pattern
+            options[name] = {"block_shape": sizes, "pattern": pattern}
     _replace(module, options)
     return module
 
@@ -184,6 +184,8 @@ class BlockSparseModelPatcher:
             if name not in _OPTIONS:
                 raise ValueError(f"options: got {name!r}, expected {', '.join(_OPTIONS)}")
             _OPTIONS[name](option)
+        if "density" in options and "pattern" in options:
+            raise ValueError("options: got density and pattern, expected one of them")
         self._patterns[regex] = dict(options)
 
     def get_patchable_layers(self, model: nn.Module) -> PatchReport:

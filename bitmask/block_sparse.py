@@ -33,17 +33,20 @@ class BlockSparseLinear(nn.Module):
     Numbers are drawn as by `nn.Linear`, from the inputs that each output really has; outputs without a block get a bias
     of zero. Loading a `state_dict` takes over its pattern, if it has as many blocks; `from_state_dict` always does.
 
+    Where `fully_shard` has spread `values` over processes, the layer trains and its state can be saved; what needs all
+    blocks in one place raises ValueError: `reset_parameters`, `weight`, `to_dense`, `to_bsr` and `update_pattern_`.
+
     Args:
         in_features, out_features: columns and rows of the weight.
         bias: whether there is a bias.
-        density: share of the blocks that are kept, above 0 and at most 1, without `pattern`: spread evenly over block
-            rows and block columns by torch's generator of random numbers.
+        density: share of the blocks that are kept, above 0 and at most 1 (0.5), without `pattern`: spread evenly over
+            block rows and block columns by torch's generator of random numbers.
         block_shape: rows and columns of a block; multiples of 16 are fast.
         pattern: the blocks that are kept: bool [ceil(out_features / rows), ceil(in_features / columns)].
         device, dtype: of the parameters; dtype is float32, bfloat16, float16 or float64.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of range.
+        TypeError, ValueError: an argument of the wrong kind or out of range, or both `density` and `pattern`.
 
     >>> layer = BlockSparseLinear(64, 128, density=0.25)
     >>> layer
@@ -64,7 +67,7 @@ class BlockSparseLinear(nn.Module):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        density: float = 0.5,
+        density: float | None = None,
         block_shape: Sequence[int] = (32, 32),
         pattern: Tensor | None = None,
         device: torch.device | str | int | None = None,
@@ -75,6 +78,7 @@ class BlockSparseLinear(nn.Module):
         block_shape = block_layout.check_block_shape(block_shape)
         block_layout.check_dtype("dtype", dtype or torch.get_default_dtype())
         grid = block_layout.grid_of(shape, block_shape)
+        density = _density_without(pattern, density)
         if pattern is None:
             pattern = block_patterns.spread_blocks(grid, block_patterns.count_blocks(density, grid[0] * grid[1]))
         else:
@@ -118,9 +122,15 @@ class BlockSparseLinear(nn.Module):
         known = self._index_of_meta if self.crow_indices.is_meta else None
         return known or (self.crow_indices, self.col_indices)
 
+    def _check_whole(self) -> None:
+        """Raise ValueError unless all values are here."""
+        if hasattr(self.values, "__tensor_flatten__"):
+            raise ValueError(f"values: got a {type(self.values).__name__}, sharded, expected a layer with all its data")
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new numbers as `nn.Linear` does, each output by the number of inputs that it has; the pattern stays."""
+        self._check_whole()
         inputs = block_layout.inputs_of(self._index, self.in_features, self.block_shape[1])
         bounds = torch.where(inputs > 0, inputs.double().rsqrt(), 0.0).to(self.values)
         self.values.uniform_(-1, 1)
@@ -134,7 +144,7 @@ class BlockSparseLinear(nn.Module):
     def from_dense(
         cls,
         linear: nn.Linear,
-        density: float = 0.5,
+        density: float | None = None,
         block_shape: Sequence[int] = (32, 32),
         pattern: Tensor | None = None,
     ) -> BlockSparseLinear:
@@ -144,13 +154,13 @@ class BlockSparseLinear(nn.Module):
 
         Args:
             linear: of dtype float32, bfloat16, float16 or float64.
-            density: share of the blocks to keep, without `pattern`.
+            density: share of the blocks to keep (0.5), without `pattern`.
             block_shape: rows and columns of a block.
             pattern: the blocks to keep: bool [ceil(out_features / rows), ceil(in_features / columns)].
 
         Raises:
             TypeError: not an `nn.Linear` with a dense weight, or an argument of the wrong kind.
-            ValueError: an argument out of range, or a layer on device meta without a pattern.
+            ValueError: an argument out of range, `density` and `pattern`, or a layer on device meta without a pattern.
 
         >>> dense = nn.Linear(4, 2, bias=False)
         >>> _ = dense.weight.data.copy_(torch.tensor([[1.0, 2.0, 0.1, 0.2], [0.3, 0.1, 3.0, 4.0]]))
@@ -163,6 +173,7 @@ class BlockSparseLinear(nn.Module):
         """
         weight = _dense_weight(linear)
         block_shape = block_layout.check_block_shape(block_shape)
+        density = _density_without(pattern, density)
         if pattern is None:
             if weight.is_meta:
                 raise ValueError("linear: got a layer on device meta, expected one with data, or a pattern")
@@ -193,20 +204,29 @@ class BlockSparseLinear(nn.Module):
         if weight.ndim != 2:
             raise ValueError(f"weight: got size {list(weight.shape)}, expected a matrix")
         index = (weight.crow_indices().long(), weight.col_indices().long())
-        parts = dict(zip(PARTS, (weight.values(), *index, torch.tensor(weight.shape)), strict=True))
+        parts = dict(zip(PARTS, (weight.values(), *index, torch.tensor(weight.shape, device="cpu")), strict=True))
         return cls._of_untrusted_parts(parts, bias)
 
     @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Any], prefix: str = "") -> BlockSparseLinear:
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Any],
+        prefix: str = "",
+        in_features: int | None = None,
+        out_features: int | None = None,
+    ) -> BlockSparseLinear:
         """The layer that `state_dict` describes, with copies of its tensors (FORMAT.md has what they are).
 
         Args:
             state_dict: of a BlockSparseLinear, or of a model that has one, of any pattern.
             prefix: what stands before the names of the layer's tensors, its dot included.
+            in_features, out_features: what is known of the weight's size. Give them for a file of unknown origin:
+                memory is reserved by `dense_shape`, whose in_features nothing else in the file bounds.
 
         Raises:
-            FormatError: tensors that are missing, or contradict each other.
-            TypeError: a tensor of the wrong kind or dtype.
+            FormatError: tensors that are missing, contradict each other, or are of another size than the expected one.
+            TypeError, ValueError: a tensor or an argument of the wrong kind, dtype, device or out of range.
+            RuntimeError: sizes for which there is no memory.
 
         >>> layer = BlockSparseLinear(64, 128, density=0.25)
         >>> model = nn.Sequential(layer, nn.ReLU())
@@ -217,11 +237,18 @@ class BlockSparseLinear(nn.Module):
         if missing:
             raise FormatError(f"{missing[0]}: not in the state_dict, expected {', '.join(PARTS)} and perhaps bias")
         parts = {name: state_dict[prefix + name] for name in PARTS}
-        return cls._of_untrusted_parts(parts, state_dict.get(f"{prefix}bias"), prefix)
+        known = {"out_features": out_features, "in_features": in_features}
+        expected = [None if size is None else _size(name, size) for name, size in known.items()]
+        return cls._of_untrusted_parts(parts, state_dict.get(f"{prefix}bias"), prefix, expected)
 
     @classmethod
-    def _of_untrusted_parts(cls, parts: Mapping[str, Any], bias: Any, prefix: str = "") -> BlockSparseLinear:
+    def _of_untrusted_parts(
+        cls, parts: Mapping[str, Any], bias: Any, prefix: str = "", expected: Sequence[int | None] = (None, None)
+    ) -> BlockSparseLinear:
         shape = block_layout.check_parts(parts, prefix)
+        for name, size, known in zip(("out_features", "in_features"), shape, expected, strict=True):
+            if known is not None and size != known:
+                raise FormatError(f"{prefix}dense_shape: got {name} {size}, expected {known}")
         block_layout.prove_index(parts, prefix)
         values = parts["values"]
         if bias is not None:
@@ -239,6 +266,8 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; gradients reach `x`, `values` and `bias`."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: got {type(x).__name__}, expected a torch.Tensor")
         if x.is_nested:
             return torch.nested.as_nested_tensor([self(part) for part in x.unbind()], layout=x.layout)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
@@ -264,10 +293,11 @@ class BlockSparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as a dense copy, made when something is done with it; differentiable, but not to be written to."""
+        """The weight as a dense copy, made when something is done with it; differentiable, writing to it raises."""
         return self._dense() if torch.compiler.is_compiling() else DenseCopy(self._dense, self._shape, self.values)
 
     def _dense(self) -> Tensor:
+        self._check_whole()
         return block_layout.dense_of(self.values, (self.crow_indices, self.col_indices), self._shape)
 
     def to_dense(self) -> nn.Linear:
@@ -284,12 +314,14 @@ class BlockSparseLinear(nn.Module):
         """A copy of the weight in torch's BSR layout.
 
         Raises:
-            ValueError: a weight that is no multiple of the blocks, which that layout does not know.
+            ValueError: a weight that is no multiple of the blocks, which that layout does not know, or a sharded one.
         """
+        self._check_whole()
         if any(size % block for size, block in zip(self._shape, self.block_shape, strict=True)):
             raise ValueError(f"block_shape: got {self.block_shape}, expected sizes that divide {self._shape}")
+        index = (self.crow_indices.clone(), self.col_indices.clone())
         values = self.values.detach().clone()
-        return torch.sparse_bsr_tensor(self.crow_indices.clone(), self.col_indices.clone(), values, size=self._shape)
+        return torch.sparse_bsr_tensor(*index, values, size=self._shape, check_invariants=False)
 
     @torch.no_grad()
     def update_pattern_(
@@ -301,10 +333,17 @@ class BlockSparseLinear(nn.Module):
     ) -> BlockSparseLinear:
         """Drop and grow blocks in place: those that stay keep their values, new ones start at zero.
 
-        `values` stays the same Parameter, so that optimizers go on; DistributedDataParallel has to be made anew if the
-        number of blocks changes. The gradient and the optimizer's state move with the blocks, zero for new ones. With
-        SET [1], blocks are dropped by `block_norms` and grown at random, with RigL [2] by the gradient of the dense
-        weight.
+        `values` stays the same Parameter, so that optimizers go on. Its gradient moves with the blocks, and so does the
+        state of `optimizer` if that is given, both zero for new blocks. State of an optimizer that is not given stays
+        where it lies, for other blocks than before: give it, or make the optimizer anew. Outputs from before cannot be
+        differentiated any more: autograd raises RuntimeError.
+
+        With DistributedDataParallel, every process must give the same pattern or scores (broadcast random ones first),
+        and the wrapper has to be made anew if the number of blocks changes.
+
+        With SET [1], blocks are dropped by `block_norms` and grown at random; with RigL [2], they are grown by the
+        gradient of the dense weight, which takes no more than the layer's input and its output's gradient: the last
+        example.
 
         [1] Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018,
         arXiv:1707.04780. [2] Evci et al., Rigging the lottery: making all tickets winners, 2020, arXiv:1911.11134.
@@ -329,6 +368,16 @@ class BlockSparseLinear(nn.Module):
                 [False,  True]])
         >>> torch.equal(layer.values[1], kept), bool(layer.values[0].any())
         (True, False)
+        >>> from bitmask import block_norms, largest_blocks
+        >>> x = torch.randn(8, 64)
+        >>> y = layer(x)
+        >>> y.retain_grad()
+        >>> y.square().mean().backward()
+        >>> gradient = y.grad.flatten(0, -2).T @ x.flatten(0, -2)  # of the dense weight
+        >>> survivors = largest_blocks(block_norms(layer.weight, layer.block_shape), density=0.25)
+        >>> scores = block_norms(gradient, layer.block_shape).masked_fill(survivors, torch.inf)
+        >>> int(layer.update_pattern_(scores=scores).pattern.sum())
+        2
         """
         if (pattern is None) == (scores is None):
             raise TypeError("pattern, scores: expected exactly one of them")
@@ -354,6 +403,8 @@ class BlockSparseLinear(nn.Module):
         for name, tensor in state.items():
             if isinstance(tensor, Tensor) and tensor.ndim == 3 and len(tensor) == len(self.values):
                 state[name] = moved(tensor)
+        # Backward passes of earlier outputs raise then: their gradients are of other blocks.
+        torch.autograd.graph.increment_version([getattr(self, name) for name in (*PARTS[1:3], *_TRANSPOSED)])
         values, grad = moved(self.values), self.values.grad
         self.values.grad = None
         _replace_data(self.values, values)
@@ -404,6 +455,13 @@ class BlockSparseLinear(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._set_index(*self._index)
+
+
+def _density_without(pattern: Tensor | None, density: float | None) -> float:
+    """The density to use; raises ValueError where a pattern says already what is kept."""
+    if density is not None and pattern is not None:
+        raise ValueError(f"density: got {density} and a pattern, expected one of them")
+    return 0.5 if density is None else density
 
 
 def _size(name: str, size: int) -> int:

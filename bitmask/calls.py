@@ -55,6 +55,15 @@ def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:
         raise NotImplementedError(f"{op}: has no forward-mode derivative, only gradients")
 
 
+def refuse_transforms(op: Any, args: tuple[Any, ...]) -> None:
+    """Raise where torch.func asks for a gradient of an op whose formula it cannot use."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return
+    _refuse_tangents(op, args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        raise NotImplementedError(f"{op}: has no gradient under torch.func, only with backward() or autograd.grad")
+
+
 def _past_autograd(op: Any, *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return op(*args)

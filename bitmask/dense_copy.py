@@ -1,24 +1,28 @@
-"""A dense copy of a weight that is not made before something is done with it."""
+"""A dense copy of a weight that is not made before something is done with it, and that refuses to be written to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 
 
 class DenseCopy(Tensor):
     """Stands for what `make` gives, which is called for every operation; gradients flow through it.
 
     Code that only looks at weights stays cheap so. Being no plain tensor, it also keeps nn.TransformerEncoderLayer from
-    its fused inference, which would multiply by the dense copy instead of calling the layer.
+    its fused inference, which would multiply by the dense copy instead of calling the layer. What is written to a copy
+    would be lost: that is refused, of views and detached ones, too.
 
     >>> copy = DenseCopy(lambda: torch.ones(2, 3), (2, 3), torch.ones(1))
     >>> copy.shape, copy @ torch.ones(3)
     (torch.Size([2, 3]), tensor([3., 3.]))
+    >>> copy[0].zero_()
+    Traceback (most recent call last):
+    TypeError: weight: got zero_ of a dense copy; write to values
     """
 
     _make: Callable[[], Tensor]
@@ -33,24 +37,56 @@ class DenseCopy(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Make the copy, unless the function needs no elements."""
+        """Make the copy, unless the function needs no elements; what shares its memory is a copy as well."""
         with torch._C.DisableTorchFunctionSubclass():
             if func in _LOOKS:
                 return func(*args)
-            return _on_copies(func, args, kwargs)
+            made: list[Tensor] = []
+            result = _on_copies(func, args, kwargs, made)
+            owned = {_memory(tensor) for tensor in made} - {None}
+
+            def guarded(tensor: Tensor) -> Tensor:
+                return DenseCopy(lambda: tensor, tensor.shape, tensor) if _memory(tensor) in owned else tensor
+
+            return tree_map_only(Tensor, guarded, result)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """For what comes past `__torch_function__`, as custom autograd functions do."""
-        return _on_copies(func, args, kwargs)
+        return _on_copies(func, args, kwargs, [])
 
 
 # What can be said of a tensor without its elements.
 _LOOKS = [getattr(Tensor, name).__get__ for name in ("device", "dtype", "ndim", "requires_grad", "shape")]
 
 
-def _on_copies(func: Any, args: Any, kwargs: Any) -> Any:
-    args, kwargs = tree_map_only(DenseCopy, lambda copy: copy.__dict__["_make"](), (args, kwargs or {}))
+def _on_copies(func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> Any:
+    """What the function gives for the copies, which are listed in `made`."""
+    kwargs = kwargs or {}
+    if any(isinstance(target, DenseCopy) for target in tree_iter(_targets(func, args, kwargs))):
+        raise TypeError(f"weight: got {func.__name__} of a dense copy; write to values")
+
+    def make(copy: DenseCopy) -> Tensor:
+        made.append(copy.__dict__["_make"]())
+        return made[-1]
+
+    args, kwargs = tree_map_only(DenseCopy, make, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """What tells memory apart from other memory; sparse tensors and those of torch.func say nothing of theirs."""
+    return tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else None
+
+
+def _targets(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that a function writes to: by the schema of an op, by the name of another function."""
+    schema = getattr(func, "_schema", None)
+    if schema is not None:
+        given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
+        return [given.get(arg.name) for arg in schema.arguments if arg.alias_info and arg.alias_info.is_write]
+    name = func.__name__
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__set__", "__setitem__")
+    return [*(args[:1] or kwargs.values() if in_place else ()), kwargs.get("out")]

@@ -20,6 +20,7 @@ from bitmask.calls import (
     call,
     call_past_autograd,
     check_strided,
+    refuse_transforms,
     register_autocast,
 )
 
@@ -88,6 +89,7 @@ def bsr_linear(
     Raises:
         FormatError: an index that contradicts itself, the blocks or the sizes of the weight.
         TypeError, ValueError: a tensor of the wrong kind, dtype, device or size.
+        NotImplementedError: gradients under torch.func, derivatives in forward mode.
 
     >>> values = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
     >>> bsr_linear(torch.tensor([1.0, 10.0, 7.0, 7.0]), values, torch.tensor([0, 0, 1]), torch.tensor([0]), 4)
@@ -95,11 +97,10 @@ def bsr_linear(
     """
     args = (x, values, crow_indices, col_indices, out_features, bias, *_parts_of(transposed))
     try:
-        y: Tensor = call_past_autograd(torch.ops.bitmask.bsr_linear.default, *args, invalid=FormatError)
+        return _product(torch.ops.bitmask.bsr_linear.default, *args)
     except (RuntimeError, TypeError, ValueError):
         _check_linear(*args)
         raise
-    return y
 
 
 def bsr_linear_backward_input(grad: Tensor, values: Tensor, transposed: TransposedIndex, in_features: int) -> Tensor:
@@ -112,11 +113,10 @@ def bsr_linear_backward_input(grad: Tensor, values: Tensor, transposed: Transpos
     """
     args = (grad, values, *_parts_of(transposed), in_features)
     try:
-        y: Tensor = call_past_autograd(torch.ops.bitmask.bsr_linear_backward_input.default, *args, invalid=FormatError)
+        return _product(torch.ops.bitmask.bsr_linear_backward_input.default, *args)
     except (RuntimeError, TypeError, ValueError):
         _check_backward_input(*args)
         raise
-    return y
 
 
 def bsr_linear_backward_values(
@@ -131,13 +131,16 @@ def bsr_linear_backward_values(
     """
     args = (grad, x, crow_indices, col_indices, block_shape)
     try:
-        values: Tensor = call_past_autograd(
-            torch.ops.bitmask.bsr_linear_backward_values.default, *args, invalid=FormatError
-        )
+        return _product(torch.ops.bitmask.bsr_linear_backward_values.default, *args)
     except (RuntimeError, TypeError, ValueError):
         _check_backward_values(*args)
         raise
-    return values
+
+
+def _product(op: Any, *args: Any) -> Tensor:
+    refuse_transforms(op, args)
+    y: Tensor = call_past_autograd(op, *args, invalid=FormatError)
+    return y
 
 
 def _parts_of(transposed: TransposedIndex | None) -> tuple[Any, Any, Any]:
@@ -152,21 +155,21 @@ def _parts_of(transposed: TransposedIndex | None) -> tuple[Any, Any, Any]:
 # first, the functions above only when the native op has refused: so small products stay fast.
 
 
-def _check_tensors(floating: dict[str, Any], indices: dict[str, Any]) -> None:
-    """Raise unless these are plain tensors of the right dtypes on one device that has kernels."""
+def _check_tensors(floating: dict[str, Any], indices: dict[str, Any], autocasts: bool = False) -> None:
+    """Raise unless these are plain tensors on one device that has kernels, of the right dtypes after autocast."""
     tensors = floating | indices
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
         check_strided(name, tensor)
     first_name, first = next(iter(tensors.items()))
-    autocast = torch.is_autocast_enabled("cpu")  # gives them one dtype
+    cast_to = torch.get_autocast_dtype("cpu") if autocasts and torch.is_autocast_enabled("cpu") else None
     for name, tensor in tensors.items():
         if name in indices and tensor.dtype != torch.int64:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected torch.int64")
         if name in floating and tensor.dtype not in LINEAR_DTYPES:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
-        if name in floating and tensor.dtype != first.dtype and not autocast:
+        if name in floating and _after_autocast(tensor.dtype, cast_to) != _after_autocast(first.dtype, cast_to):
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {first.dtype}, the dtype of {first_name}")
         if tensor.device != first.device:
             raise ValueError(f"{name}: got device {tensor.device}, expected {first.device}, the device of {first_name}")
@@ -174,6 +177,10 @@ def _check_tensors(floating: dict[str, Any], indices: dict[str, Any]) -> None:
         raise NotImplementedError(
             f"{first_name}: got device {first.device}, expected cpu: bitmask has no block-sparse kernels for others yet"
         )
+
+
+def _after_autocast(dtype: torch.dtype, cast_to: torch.dtype | None) -> torch.dtype:
+    return dtype if cast_to is None or dtype == torch.float64 else cast_to
 
 
 def _check_count(name: str, count: int) -> None:
@@ -231,6 +238,7 @@ def _check_linear(
     _check_tensors(
         {"values": values, "x": x} | ({} if bias is None else {"bias": bias}),
         {"crow_indices": crow_indices, "col_indices": col_indices} | transposed,
+        autocasts=True,
     )
     _check_count("out_features", out_features)
     _check_values(values)

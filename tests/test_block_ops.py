@@ -443,6 +443,34 @@ def test_forward_mode_is_refused():
             bsr_linear(dual, blocks.values, *blocks.index, 37)
 
 
+@pytest.mark.parametrize(
+    "transform", [torch.func.grad, torch.func.vjp, torch.func.jacrev, torch.func.hessian], ids=lambda f: f.__name__
+)
+def test_gradients_under_torch_func_are_refused(transform):
+    blocks = random_blocks(37, 53, (16, 24))
+    x, grad, _ = operands(blocks, 5)
+    products = {
+        lambda x: bsr_linear(x, blocks.values, *blocks.index, 37).sum(): x,
+        lambda grad: bsr_linear_backward_input(grad, blocks.values, blocks.transposed, 53).sum(): grad,
+        lambda grad: bsr_linear_backward_values(grad, x, *blocks.index, (16, 24)).sum(): grad,
+    }
+    for product, at in products.items():
+        with pytest.raises(NotImplementedError, match=r"bsr_linear.*: has no (gradient under torch.func|forward-mode)"):
+            transform(product, at) if transform is torch.func.vjp else transform(product)(at)
+
+
+def test_autocast_names_dtypes_that_it_leaves_different():
+    blocks = random_blocks(37, 53, (16, 24))
+    x, _, bias = operands(blocks, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for got, other in [(x.double(), bias), (x, bias.double())]:
+            with pytest.raises(TypeError, match=r"(x|bias): got dtype torch.float64, expected torch.float32"):
+                bsr_linear(got, blocks.values, *blocks.index, 37, other)
+        bsr_linear(x.half(), blocks.values, *blocks.index, 37, bias)
+        with pytest.raises(TypeError, match=r"grad: got dtype torch.float64, expected torch.float32"):
+            bsr_linear_backward_input(torch.ones(5, 37).double(), blocks.values, blocks.transposed, 53)
+
+
 @pytest.mark.parametrize("m", [1, 20])
 def test_autocast(m):
     blocks = random_blocks(37, 53, (16, 24)).with_padding(0.0)

@@ -252,6 +252,7 @@ def test_reprs():
         ("a", {"block_shape": (0, 1)}, ValueError, "block_shape: got"),
         ("a", {"pattern": torch.ones(2, 2)}, TypeError, "pattern: got dtype"),
         ("a", {"pattern": torch.ones(2) > 0}, ValueError, "pattern: got 1 dimensions"),
+        ("a", {"density": 0.5, "pattern": torch.ones(2, 2) > 0}, ValueError, "options: got density and pattern"),
         ("a", {"dnesity": 0.5}, ValueError, "options: got 'dnesity', expected density, block_shape, pattern"),
         ("a", 0.5, TypeError, "options: got float, expected a dict"),
     ],

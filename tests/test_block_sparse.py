@@ -21,7 +21,7 @@ from bitmask.block_layout import block_sizes
 from bitmask.block_patterns import spread_blocks
 from bitmask.calls import LINEAR_DTYPES
 
-pytestmark = pytest.mark.filterwarnings("error", "ignore:Sparse", "ignore:Initializing", "ignore:.*nested")
+pytestmark = pytest.mark.filterwarnings("error", "ignore:Sparse .* beta", "ignore:Initializing", "ignore:.*nested")
 
 # in_features, out_features, block_shape: whole blocks, cut ones at both edges, blocks larger than the weight.
 SHAPES = [(64, 96, (32, 32)), (70, 50, (16, 32)), (33, 65, (8, 4)), (35, 7, (32, 32)), (9, 4, (1, 1)), (40, 1, (3, 7))]
@@ -39,7 +39,7 @@ def seed():
     torch.manual_seed(0)
 
 
-def make(in_features=70, out_features=50, density=0.5, block_shape=(16, 32), **options):
+def make(in_features=70, out_features=50, density=None, block_shape=(16, 32), **options):
     return BlockSparseLinear(in_features, out_features, density=density, block_shape=block_shape, **options)
 
 
@@ -185,8 +185,17 @@ def test_wrong_input(size):
         make()(torch.randn(size))
 
 
-def test_wrong_dtype_of_input():
-    with pytest.raises(TypeError, match=r"x: got dtype torch.float64, expected torch.float32"):
+@pytest.mark.parametrize("x", [None, [1.0] * 70, 3], ids=str)
+def test_input_that_is_no_tensor(x):
+    with pytest.raises(TypeError, match=r"x: got (NoneType|list|int), expected a torch.Tensor"):
+        make()(x)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_wrong_dtype_of_input(autocast):
+    """Autocast leaves float64 as it is."""
+    refused = pytest.raises(TypeError, match=r"x: got dtype torch.float64, expected torch.float32")
+    with torch.autocast("cpu", torch.bfloat16, autocast), refused:
         make()(torch.randn(3, 70, dtype=torch.float64))
 
 
@@ -277,7 +286,11 @@ def test_reset_parameters_keeps_the_pattern(dtype):
         ({"density": math.nan}, ValueError, "density: got nan"),
         ({"density": "0.5"}, TypeError, "density: got '0.5', expected a number"),
         ({"density": True}, TypeError, "density: got True"),
-        ({"density": None}, TypeError, "density: got None"),
+        (
+            {"density": 0.5, "pattern": torch.ones(4, 3, dtype=torch.bool)},
+            ValueError,
+            "density: got 0.5 and a pattern, expected one of them",
+        ),
         ({"block_shape": (0, 32)}, ValueError, r"block_shape: got \(0, 32\), expected sizes of at least 1"),
         ({"block_shape": (32, -1)}, ValueError, "block_shape: got"),
         ({"block_shape": (32,)}, TypeError, r"block_shape: got \(32,\), expected two integers"),
@@ -304,6 +317,11 @@ def test_reset_parameters_keeps_the_pattern(dtype):
 def test_wrong_arguments(options, error, message):
     with pytest.raises(error, match=message):
         make(**options)
+
+
+def test_without_density_and_pattern_half_of_the_blocks_are_kept():
+    assert int(BlockSparseLinear(256, 256).pattern.sum()) == 32
+    assert int(BlockSparseLinear.from_dense(nn.Linear(256, 256)).pattern.sum()) == 32
 
 
 def test_repr():
@@ -389,6 +407,12 @@ def lazy():
             ValueError,
             r"pattern: got size \[2, 1\], expected \[1, 1\]",
         ),
+        (
+            lambda: nn.Linear(4, 4),
+            {"density": 0.5, "pattern": torch.ones(1, 1, dtype=torch.bool)},
+            ValueError,
+            "density: got 0.5 and a pattern, expected one of them",
+        ),
     ],
 )
 def test_wrong_arguments_of_from_dense(linear, options, error, message):
@@ -407,9 +431,30 @@ def test_torch_bsr_and_back(density, dtype):
     assert layer.values.numel() == 0 or layer.values.abs().max() < 1, "a copy"
 
 
+@pytest.mark.filterwarnings("error")
+def test_torch_bsr_comes_without_a_warning_about_checks():
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            make(64, 96).to_bsr()
+    finally:
+        torch.set_warn_always(False)
+    assert not [warning for warning in caught if "invariant" in str(warning.message)]
+
+
+def test_from_bsr_under_a_default_device():
+    layer = make(64, 96)
+    weight = layer.to_bsr()
+    with torch.device("meta"):
+        again = BlockSparseLinear.from_bsr(weight, layer.bias)
+    assert_same_layer(again, layer)
+
+
 def test_bsr_with_int32_indices():
     layer = make(64, 96)
-    narrow = torch.sparse_bsr_tensor(layer.crow_indices.int(), layer.col_indices.int(), layer.values.data, (96, 64))
+    narrow = torch.sparse_bsr_tensor(
+        layer.crow_indices.int(), layer.col_indices.int(), layer.values.data, (96, 64), check_invariants=False
+    )
     assert_same_layer(BlockSparseLinear.from_bsr(narrow, layer.bias), layer)
     assert BlockSparseLinear.from_bsr(narrow).bias is None
 
@@ -465,7 +510,7 @@ def test_weight_is_a_dense_copy_through_which_gradients_flow():
         (expected,) = torch.autograd.grad(layer(x).pow(2).sum(), layer.values)
         torch.testing.assert_close(gradient, expected)
     torch.testing.assert_close(layer.weight.norm(), layer.values.norm())
-    assert "BackwardForward" not in repr(layer.weight)
+    assert repr(layer.weight) == repr(layer._dense())
 
 
 def test_looking_at_weight_makes_no_copy(monkeypatch):
@@ -475,6 +520,82 @@ def test_looking_at_weight_makes_no_copy(monkeypatch):
     assert (weight.shape, weight.ndim, weight.dtype, weight.device.type) == ((50, 70), 2, torch.float32, "cpu")
     assert weight.requires_grad
     assert torch.overrides.has_torch_function((weight,))
+
+
+def add_to_data(weight):
+    weight.data += 1
+
+
+WRITES = {
+    "fill_": lambda weight: weight.fill_(1),
+    "constant_": lambda weight: nn.init.constant_(weight, 1),
+    "xavier_uniform_": nn.init.xavier_uniform_,
+    "kaiming_uniform_": lambda weight: nn.init.kaiming_uniform_(tensor=weight),
+    "trunc_normal_": nn.init.trunc_normal_,
+    "orthogonal_": nn.init.orthogonal_,
+    "eye_": nn.init.eye_,
+    "relu_": F.relu_,
+    "copy_": lambda weight: weight.copy_(torch.ones(50, 70)),
+    "requires_grad_": lambda weight: weight.requires_grad_(False),
+    "item": lambda weight: weight.__setitem__(0, 1),
+    "data +=": add_to_data,
+    "out=": lambda weight: torch.add(torch.ones(50, 70), 1, out=weight),
+    "foreach": lambda weight: torch._foreach_add_([weight], 1),
+    "op": lambda weight: torch.ops.aten.fill_.Scalar(weight, 1),
+    "packet": lambda weight: torch.ops.aten.fill_(weight, 1),
+    ".data =": lambda weight: setattr(weight, "data", torch.ones(50, 70)),
+    ".grad =": lambda weight: setattr(weight, "grad", torch.ones(50, 70)),
+    "data": lambda weight: weight.data.fill_(1),
+    "detach": lambda weight: weight.detach().zero_(),
+    "row": lambda weight: weight[0].zero_(),
+    "transposed": lambda weight: weight.data.t()[:3].mul_(2),
+    "part": lambda weight: weight.split(10)[1].zero_(),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_writing_to_weight_is_refused(name, grad):
+    layer = make()
+    before = copy.deepcopy(layer)
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(TypeError, match=r"^weight: got \w+(\.\w+)? of a dense copy; write"),
+    ):
+        WRITES[name](layer.weight)
+    assert_same_layer(layer, before)
+
+
+def test_weight_under_transforms_and_as_sparse():
+    layer, x = make(), torch.randn(3, 70)
+    gradient = torch.func.grad(lambda x: F.linear(x, layer.weight.data).sum())(x)
+    torch.testing.assert_close(gradient, dense_weight(layer).sum(0).expand(3, 70))
+    with torch.no_grad():
+        rows = torch.func.vmap(lambda row: F.linear(row, layer.weight.view(50, 70)))(x)
+    torch.testing.assert_close(rows, x @ dense_weight(layer).t())
+    assert torch.equal(layer.weight.detach().to_sparse().to_dense(), dense_weight(layer))
+
+
+def test_what_weight_gives_may_be_written_to():
+    layer = make()
+    expected = dense_weight(layer)
+    with torch.no_grad():
+        assert torch.equal(torch.zeros(50, 70).add_(layer.weight), expected)
+        assert torch.equal(layer.weight.clone().mul_(2), 2 * expected)
+        assert torch.equal((layer.weight.data * 1).mul_(2), 2 * expected)
+        assert torch.equal(torch.empty(70, 50).copy_(layer.weight.t()), expected.t())
+        assert not (~layer.weight.bool() & (expected != 0)).any()
+
+
+def test_writing_past_torch_function_is_refused():
+    class Zero(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight):
+            with torch._C.DisableTorchFunctionSubclass():
+                return weight.zero_()
+
+    with pytest.raises(TypeError, match=r"^weight: got zero_(\.default)? of a dense copy; write to values"):
+        Zero.apply(make().weight)
 
 
 def test_weight_past_torch_function():
@@ -640,6 +761,20 @@ def test_a_shape_larger_than_memory():
         make().load_state_dict(state)
     with pytest.raises(RuntimeError, match="cannot allocate"):
         BlockSparseLinear.from_state_dict(state)
+    with pytest.raises(FormatError, match=rf"^dense_shape: got in_features {2**62}, expected 70"):
+        BlockSparseLinear.from_state_dict(state, in_features=70)
+
+
+def test_sizes_that_are_known():
+    layer = make()
+    state = nn.Sequential(layer).state_dict()
+    assert_same_layer(BlockSparseLinear.from_state_dict(state, "0.", in_features=70, out_features=50), layer)
+    with pytest.raises(FormatError, match=r"^0\.dense_shape: got out_features 50, expected 51"):
+        BlockSparseLinear.from_state_dict(state, "0.", 70, 51)
+    with pytest.raises(TypeError, match="in_features: got '70', expected an integer"):
+        BlockSparseLinear.from_state_dict(state, "0.", "70")
+    with pytest.raises(ValueError, match="out_features: got -1, expected at least 0"):
+        BlockSparseLinear.from_state_dict(state, "0.", out_features=-1)
 
 
 @settings(max_examples=100, deadline=None)

@@ -9,7 +9,7 @@ from conftest import run_python
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from bitmask import BlockSparseLinear, block_norms, prune_blocks
+from bitmask import BlockSparseLinear, block_norms, largest_blocks, prune_blocks
 from bitmask.block_patterns import spread_blocks
 
 OPTIMIZERS = {
@@ -113,6 +113,46 @@ def test_patterns_that_change_while_training():
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.parametrize("count", [7, 9])
+@pytest.mark.parametrize("output", ["layer", "frozen values", "bias alone", "weight", "compiled"])
+def test_gradients_of_an_old_pattern_are_refused(output, count):
+    """They would be of other blocks: silently, where there are as many."""
+    layer = BlockSparseLinear(20, 50, block_shape=(8, 16), pattern=spread_blocks((7, 2), 7))
+    x = torch.randn(3, 20, requires_grad=output != "bias alone")
+    layer.values.requires_grad_(output not in ("frozen values", "bias alone"))
+    if output == "weight":
+        y = F.linear(x, layer.weight)
+    else:
+        y = (torch.compile(layer, backend="aot_eager") if output == "compiled" else layer)(x)
+    layer.update_pattern_(spread_blocks((7, 2), count))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    assert layer.values.grad is None
+    layer(x).sum().backward()
+    assert not layer.values.requires_grad or layer.values.grad.shape == layer.values.shape
+    torch._dynamo.reset()
+
+
+def test_the_gradient_of_the_dense_weight():
+    """What the documentation of update_pattern_ says of it; it is there for blocks that do not exist, too."""
+    layer = BlockSparseLinear(20, 50, block_shape=(8, 16), dtype=torch.float64)
+    dense, x = layer.to_dense(), torch.randn(3, 5, 20, dtype=torch.float64)
+    y = layer(x)
+    y.retain_grad()
+    y.pow(3).sum().backward()
+    dense(x).pow(3).sum().backward()
+    gradient = y.grad.flatten(0, -2).T @ x.flatten(0, -2)
+    torch.testing.assert_close(gradient, dense.weight.grad)
+    norms = block_norms(gradient, layer.block_shape)
+    assert norms[~layer.pattern].all()
+    survivors = largest_blocks(block_norms(layer.weight, layer.block_shape), 0.25)
+    layer.update_pattern_(scores=norms.masked_fill(survivors, torch.inf))
+    assert layer.pattern[survivors].all()
+    assert norms[layer.pattern & ~survivors].min() >= norms[~layer.pattern].max()
+    mask = torch.kron(layer.pattern, torch.ones(8, 16))[:50, :20]
+    assert torch.equal(layer.to_dense().weight, dense.weight * mask)
+
+
 def test_gradient_accumulation_and_clipping():
     model, (x, y) = network(), task()
     F.mse_loss(model(x), y).backward()
@@ -202,12 +242,15 @@ def run(rank, file):
         fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
     got = [getattr(tensor, "full_tensor", lambda: tensor)() for tensor in train(sharded, part)]
     torch.testing.assert_close(got, expected)
-    try:
-        sharded[0].update_pattern_(sharded[0].pattern)
-    except ValueError as error:
-        assert str(error).startswith("values: on device meta or sharded")
-    else:
-        raise AssertionError("update_pattern_ of a sharded layer")
+    layer = sharded[0]
+    update, add = lambda: layer.update_pattern_(layer.pattern), lambda: layer.weight + 1
+    for refused in (update, layer.reset_parameters, layer.to_dense, layer.to_bsr, add):
+        try:
+            refused()
+        except ValueError as error:
+            assert str(error).startswith("values: ") and "sharded, expected a layer with all" in str(error), error
+        else:
+            raise AssertionError("what needs all blocks, of a sharded layer")
     dist.destroy_process_group()
 
 if __name__ == "__main__":

@@ -340,7 +340,7 @@ def test_layers_on_other_devices():
 
 def test_warnings_name_the_layer():
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="one is kept") as caught:
         patcher_of(**{".": {"density": 0.1}}).patch_model(model)
     text = "density: 0.1 of 1 blocks is less than half a block; one is kept"
     assert [str(each.message) for each in caught] == [f"0: {text}", f"1: {text}"]

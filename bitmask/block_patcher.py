@@ -169,7 +169,9 @@ def _strongest(
         warnings.warn(
             f"density: {density} of {total} blocks is {count}; each of {least} layers keeps one", stacklevel=3
         )
-    every = torch.cat([torch.empty(0, dtype=torch.float64), *(score.view(-1) for score in scores.values())])
+    every = torch.cat(
+        [torch.empty(0, dtype=torch.float64, device="cpu"), *(score.view(-1) for score in scores.values())]
+    )
     pattern = block_patterns.largest(every, max(count, least))
     parts = torch.split(pattern, [score.numel() for score in scores.values()])
     return {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 from bitmask import block_layout, block_patterns
 from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.block_sparse import BlockSparseLinear
-from bitmask.models import Filter, LinearWeight, linear_weights, reason_against
+from bitmask.calls import LINEAR_DTYPES
+from bitmask.models import Filter, LinearWeight, linear_weights, use_against
+
+# What becomes of a layer: the blocks that it keeps, and their shape.
+_Cut = tuple[Tensor, tuple[int, int]]
+
+
+# What stands for NaN where scores are compared.
+_GREATEST = torch.finfo(torch.float64).max
 
 
 @dataclass(frozen=True)
@@ -22,18 +31,23 @@ class PatchRow:
     """One linear layer of a model in a PatchReport.
 
     Attributes:
-        name: of the layer in the model.
+        names: all that the layer has in the model; several, if it is in several places.
         shape: out_features and in_features.
-        regex: the first pattern that matches the name; None if none does.
+        regex: the first pattern that matches one of the names; None if none does.
         density: share of the weight's elements that are kept; 1 if the layer is dense.
         reason: why the layer cannot be replaced; empty if it can, or is.
     """
 
-    name: str
-    shape: tuple[int, int]
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
     regex: str | None = None
     density: float = 1.0
     reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The first of the names."""
+        return self.names[0]
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,8 @@ class PatchReport:
         lines = [("layer", "shape", "density", "pattern", "stays dense, because")]
         for row in self.rows:
             shape = " x ".join(map(str, row.shape))
-            lines.append((row.name or "(model)", shape, f"{row.density:.4f}", row.regex or "", row.reason))
+            names = " = ".join(name or "(model)" for name in row.names)
+            lines.append((names, shape, f"{row.density:.4f}", row.regex or "", row.reason))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
@@ -63,22 +78,25 @@ def prune_blocks(
 ) -> nn.Module:
     """Keep the blocks of largest norm of a linear layer, or of all linear layers of a model, which is changed in place.
 
-    Layers whose weight is tied, computed, or used without their `forward` stay dense: `get_patchable_layers` of a
-    BlockSparseModelPatcher says which and why. Hooks of replaced layers stay behind.
+    A BlockSparseLinear keeps the largest of the blocks that it has, in place, with the block shape that it has, and
+    gets no new ones. Layers whose weight is tied, computed, or used without their `forward` stay dense, with a warning
+    that says which and why. Optimizers have to be made anew; hooks of replaced layers stay behind.
 
     Args:
         module: an `nn.Linear`, of which a BlockSparseLinear is made, or a model, of which modules are replaced.
-        density: share of the blocks to keep, above 0 and at most 1; each layer keeps one at least.
-        block_shape: rows and columns of a block.
+        density: share of the blocks of a whole weight to keep, above 0 and at most 1; each layer keeps one at least.
+        block_shape: rows and columns of a block, where there are none yet.
         scope: "layer" keeps that share of each layer; "model" compares the blocks of all layers by the root mean square
             of their elements, so that blocks cut off at an edge compete with whole ones.
-        filter_fn: called with the name and module of each linear layer; where it is false, the layer stays dense.
+        filter_fn: called with the first name and the module of each layer that can be pruned, no other; where it is
+            false, the layer stays as it is.
 
     Returns:
         The BlockSparseLinear, or the model.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of range.
+        TypeError: an argument of the wrong kind, or a single layer whose kind or use allows no other in its place.
+        ValueError: an argument out of range, or nothing that can be pruned.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     >>> _ = model[0].weight.data.mul_(100)
@@ -95,36 +113,71 @@ def prune_blocks(
         raise ValueError(f"scope: got {scope!r}, expected 'layer' or 'model'")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: got {filter_fn!r}, expected a function of name and module")
-    if isinstance(module, nn.Linear):
-        return BlockSparseLinear.from_dense(module, density, sizes)
-    layers = {
-        name: layer
-        for name, layer, reason in _linear_layers(module)
-        if isinstance(layer, nn.Linear) and not reason and (filter_fn is None or filter_fn(name, layer))
-    }
-    options: dict[str, dict[str, Any]] = {name: {"density": density, "block_shape": sizes} for name in layers}
-    if scope == "model" and layers:
-        for name, pattern in _strongest(layers, density, sizes).items():
-            options[name] = {"block_shape": sizes, "pattern": pattern}
-    _replace(module, options)
-    return module
+    layers = _layers(module)
+    if isinstance(module, nn.Linear) and layers and layers[0].reason:
+        raise TypeError(f"module: got a {type(module).__name__} that cannot be replaced: {layers[0].reason}")
+    layers = [replace(layer, reason=layer.reason or _place_against(layer.module)) for layer in layers]
+    refused = "; ".join(f"{layer.name or '(model)'}: {layer.reason}" for layer in layers if layer.reason)
+    able = [layer for layer in layers if not layer.reason]
+    if not able:
+        raise ValueError(f"module: got no linear layer that can be pruned ({refused or 'there is none at all'})")
+    if refused:
+        warnings.warn(f"layers that are not pruned: {refused}", stacklevel=2)
+    chosen = [layer for layer in able if filter_fn is None or filter_fn(layer.name, layer.module)]
+    shapes = {layer: getattr(layer.module, "block_shape", sizes) for layer in chosen}
+    norms = {layer: _norms(layer.module, shapes[layer]) for layer in chosen}
+    if scope == "model":
+        patterns = _strongest(norms, shapes, density)
+    else:
+        patterns = {}
+        for layer in chosen:
+            patterns[layer] = _largest(norms[layer], density, layer.name)
+    return _cut(module, {layer.module: (patterns[layer], shapes[layer]) for layer in chosen})
 
 
-def _strongest(layers: dict[str, nn.Linear], density: float, block_shape: tuple[int, int]) -> dict[str, Tensor]:
+def _norms(layer: Any, block_shape: tuple[int, int]) -> Tensor:
+    """The norm of each block of a linear layer; minus infinity where a BlockSparseLinear has none."""
+    if isinstance(layer, BlockSparseLinear):
+        return block_patterns.block_norms(layer.to_dense().weight, block_shape).masked_fill(~layer.pattern, -torch.inf)
+    return block_patterns.block_norms(layer.weight, block_shape)
+
+
+def _largest(norms: Tensor, density: float, name: str) -> Tensor:
+    """The pattern of the largest blocks of a layer, of those that it has."""
+    count = block_patterns.count_blocks(density, norms.numel(), name, stacklevel=4)
+    return block_patterns.largest(norms, count) & ~norms.isneginf()
+
+
+def _strongest(
+    norms: Mapping[_Layer, Tensor], shapes: Mapping[_Layer, tuple[int, int]], density: float
+) -> dict[_Layer, Tensor]:
     """The patterns of the blocks with the largest root mean squares over all layers; the best of each is among them."""
     scores = {}
-    for name, layer in layers.items():
-        heights, widths = (
-            block_layout.block_sizes(size, block) for size, block in zip(layer.weight.shape, block_shape, strict=True)
-        )
-        elements = torch.outer(heights, widths).to(layer.weight.device)
-        score = block_patterns.block_norms(layer.weight, block_shape).double() / elements.sqrt()
-        if score.numel() > 0:
+    for layer, norm in norms.items():
+        sizes = (layer.module.out_features, layer.module.in_features)
+        heights, widths = (block_layout.block_sizes(*pair) for pair in zip(sizes, shapes[layer], strict=True))
+        score = norm.double().cpu() / torch.outer(heights, widths).sqrt()
+        # Only the best of each layer may be infinite, so that no NaN or overflow elsewhere comes before it.
+        score = score.nan_to_num(nan=_GREATEST, posinf=_GREATEST, neginf=-torch.inf)
+        if not score.isneginf().all():
             score.view(-1)[score.argmax()] = torch.inf
-        scores[name] = score.cpu()
-    pattern = block_patterns.largest_blocks(torch.cat([score.view(-1) for score in scores.values()])[None], density)
-    parts = torch.split(pattern[0], [score.numel() for score in scores.values()])
-    return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
+        scores[layer] = score
+    total = sum(score.numel() for score in scores.values())
+    least = sum(bool(score.isposinf().any()) for score in scores.values())
+    count = block_patterns.nearest_count(density, total)
+    if count < least:
+        warnings.warn(
+            f"density: {density} of {total} blocks is {count}; each of {least} layers keeps one", stacklevel=3
+        )
+    every = torch.cat(
+        [torch.empty(0, dtype=torch.float64, device="cpu"), *(score.view(-1) for score in scores.values())]
+    )
+    pattern = block_patterns.largest(every, max(count, least))
+    parts = torch.split(pattern, [score.numel() for score in scores.values()])
+    return {
+        layer: part.view(score.shape) & ~score.isneginf()
+        for (layer, score), part in zip(scores.items(), parts, strict=True)
+    }
 
 
 # What a pattern of BlockSparseModelPatcher may say, and how it is checked.
@@ -165,10 +218,11 @@ class BlockSparseModelPatcher:
 
         Args:
             regex: a regular expression, for `re.fullmatch`.
-            options: any of `density`, `block_shape`, and `pattern`, as `BlockSparseLinear.from_dense` takes them.
+            options: `block_shape`, and either `density` or `pattern`, as `BlockSparseLinear.from_dense` takes them.
 
         Raises:
-            TypeError, ValueError: an invalid or repeated regex, an unknown option, or one of the wrong kind or range.
+            TypeError, ValueError: an invalid or repeated regex, an unknown option, one of the wrong kind or range, or
+                both `density` and `pattern`.
         """
         if not isinstance(regex, str):
             raise TypeError(f"regex: got {type(regex).__name__}, expected a string")
@@ -185,7 +239,7 @@ class BlockSparseModelPatcher:
                 raise ValueError(f"options: got {name!r}, expected {', '.join(_OPTIONS)}")
             _OPTIONS[name](option)
         if "density" in options and "pattern" in options:
-            raise ValueError("options: got density and pattern, expected one of them")
+            raise ValueError("options: got density and pattern, expected at most one of them")
         self._patterns[regex] = dict(options)
 
     def get_patchable_layers(self, model: nn.Module) -> PatchReport:
@@ -201,9 +255,16 @@ class BlockSparseModelPatcher:
         linear2             64 x 128  1.0000
         """
         rows = []
-        for name, layer, reason in _linear_layers(model):
-            regex = next((regex for regex in self._patterns if re.fullmatch(regex, name)), None)
-            rows.append(PatchRow(name, _shape_of(layer), regex, reason=reason))
+        for layer in _layers(model):
+            if isinstance(layer.module, BlockSparseLinear):
+                continue
+            regex = next(
+                (regex for regex in self._patterns if any(re.fullmatch(regex, name) for name in layer.names)), None
+            )
+            reason = layer.reason or _place_against(layer.module, "pattern" in self._patterns.get(regex or "", {}))
+            if layer.module is model and not reason:
+                reason = "it is the model: BlockSparseLinear.from_dense"
+            rows.append(PatchRow(layer.names, _shape_of(layer.module), regex, reason=reason))
         return PatchReport(rows)
 
     def patch_model(self, model: nn.Module) -> PatchReport:
@@ -224,62 +285,115 @@ class BlockSparseModelPatcher:
         for regex in self._patterns:
             if all(row.regex != regex for row in matched):
                 raise ValueError(f"regex: got {regex!r}, by which no layer would be replaced:\n{report}")
+        cuts: dict[nn.Module, _Cut] = {}
         for row in matched:
-            self._check_fit(row)
+            layer = model.get_submodule(row.name)
+            cuts[layer] = _cut_by(self._patterns[row.regex or ""], layer, row.name)
         if refused := [f"{row.name}: {row.reason}" for row in report.rows if row.regex is not None and row.reason]:
             warnings.warn(f"layers that match but stay dense: {'; '.join(refused)}", stacklevel=2)
-        _replace(model, {row.name: self._patterns[row.regex or ""] for row in matched})
+        _cut(model, cuts)
         return PatchReport([_with_density(row, model) for row in report.rows])
 
-    def _check_fit(self, row: PatchRow) -> None:
-        """Raise ValueError unless the pattern of a row's options has the size of its layer."""
-        options = self._patterns[row.regex or ""]
-        if "pattern" in options:
-            block_shape = block_layout.check_block_shape(options.get("block_shape", (32, 32)))
-            try:
-                block_patterns.check_pattern(options["pattern"], block_layout.grid_of(row.shape, block_shape))
-            except ValueError as error:
-                raise ValueError(f"{row.name}: {error}") from None
+
+def _cut_by(options: Mapping[str, Any], layer: Any, name: str) -> _Cut:
+    """What options make of a layer; raises ValueError unless their pattern, if there is one, has its size."""
+    block_shape = block_layout.check_block_shape(options.get("block_shape", (32, 32)))
+    if "pattern" not in options:
+        norms = _norms(layer, block_shape)
+        count = block_patterns.count_blocks(options.get("density", 0.5), norms.numel(), name, stacklevel=4)
+        return block_patterns.largest(norms, count), block_shape
+    try:
+        block_patterns.check_pattern(options["pattern"], block_layout.grid_of(layer.weight.shape, block_shape))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return options["pattern"], block_shape
 
 
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Name and module of each linear layer in the order of the model, and why it cannot be replaced, if it cannot."""
-    reasons = {}
+@dataclass(frozen=True)
+class _Layer:
+    """A layer, all names that it has in a model, and why it cannot be replaced or pruned wherever its numbers are."""
+
+    names: tuple[str, ...]
+    module: Any
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def _layers(model: nn.Module) -> list[_Layer]:
+    """The linear layers of a model in its order, block-sparse ones too."""
+    reasons: dict[nn.Module, str] = {}
     for weight in linear_weights(model):
         for layer in weight.layers.values():
             reasons[layer] = _reason_against(weight)
-    for name, module in model.named_modules():
-        if module in reasons:
-            yield name, module, reasons[module] or ("" if name else "it is the model: BlockSparseLinear.from_dense")
+    holders = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+        if isinstance(module, BlockSparseLinear):
+            reasons[module] = _reason_against_pruning(module, holders)
         elif type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
-            yield name, module, "transformers' Conv1D is no nn.Linear: its weight is [in_features, out_features]"
+            reasons[module] = "transformers' Conv1D is no nn.Linear: its weight is [in_features, out_features]"
+    return [_Layer(tuple(names[module]), module, reasons[module]) for module in names if module in reasons]
 
 
 def _reason_against(weight: LinearWeight) -> str:
-    """Why layers with this weight cannot be replaced; empty if they can."""
-    if isinstance(weight.tensor, BitmaskTensor):
+    """Why layers with this weight cannot be replaced, wherever it is; empty if they can."""
+    tensor = weight.tensor
+    if isinstance(tensor, BitmaskTensor):
         return "its weight is compressed: decompress_ the model first"
     if len(weight.layers) > 1:
         return f"{' and '.join(weight.layers)} share one weight"
-    return reason_against(weight)
+    if reason := use_against(weight):
+        return reason
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.ndim != 2:
+        return f"its weight is a {tensor.ndim}-dimensional {type(tensor).__name__}, not a plain matrix"
+    if tensor.dtype not in LINEAR_DTYPES:
+        return f"its weight is of {tensor.dtype}, not of float32, bfloat16, float16 or float64"
+    return ""
 
 
-def _shape_of(layer: Any) -> tuple[int, int]:
+def _reason_against_pruning(layer: BlockSparseLinear, holders: Mapping[int, int]) -> str:
+    """Why a block-sparse layer cannot get fewer blocks; empty if it can."""
+    values = layer._parameters.get("values")
+    if values is None:
+        return "its values are computed from other parameters"
+    if holders[id(values)] > 1:
+        return "it shares its values"
+    return "its values are sharded" if hasattr(values, "__tensor_flatten__") else ""
+
+
+def _place_against(layer: Any, pattern_is_known: bool = False) -> str:
+    """Why a layer cannot be replaced or pruned while its numbers are where they are; empty if it can."""
+    tensor = layer.values if isinstance(layer, BlockSparseLinear) else layer.weight
+    if tensor.is_meta:
+        return "" if pattern_is_known else "it is on device meta: load it first"
+    if tensor.device.type != "cpu" and not isinstance(layer, BlockSparseLinear):
+        return f"it is on device {tensor.device.type}: block-sparse layers run on the CPU only"
+    return ""
+
+
+def _shape_of(layer: Any) -> tuple[int, ...]:
     """out_features and in_features of an nn.Linear or a Conv1D."""
-    rows, cols = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
-    return rows, cols
+    return tuple(layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1])
 
 
-def _replace(model: nn.Module, options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the block-sparse twins of the layers with these names in all places that the layers have in the model."""
-    layers = {model.get_submodule(name): name for name in options}
+def _cut(model: nn.Module, cuts: Mapping[nn.Module, _Cut]) -> nn.Module:
+    """Leave layers of a model only these blocks, in all places that they have; returns it, or what replaces it."""
     twins: dict[nn.Module, BlockSparseLinear] = {}
+    for layer, (pattern, block_shape) in cuts.items():
+        if isinstance(layer, nn.Linear):
+            twins[layer] = BlockSparseLinear.from_dense(layer, block_shape=block_shape, pattern=pattern)
+    for layer, (pattern, _) in cuts.items():
+        if isinstance(layer, BlockSparseLinear):
+            layer.update_pattern_(pattern)
     for parent in list(model.modules()):
         for slot, child in list(parent._modules.items()):
-            if isinstance(child, nn.Linear) and child in layers:
-                if child not in twins:
-                    twins[child] = BlockSparseLinear.from_dense(child, **options[layers[child]])
+            if child in twins:
                 setattr(parent, slot, twins[child])
+    return twins.get(model, model)
 
 
 def _with_density(row: PatchRow, model: nn.Module) -> PatchRow:

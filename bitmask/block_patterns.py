@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from bitmask.block_layout import check_block_shape, grid_of
 
 def check_density(density: float) -> None:
     """Raise TypeError or ValueError unless 0 < density <= 1."""
-    if isinstance(density, bool) or not isinstance(density, int | float):
+    if isinstance(density, bool) or not isinstance(density, Real):
         raise TypeError(f"density: got {density!r}, expected a number")
     if not 0 < density <= 1:
         raise ValueError(f"density: got {density}, expected more than 0 and at most 1")
@@ -34,14 +36,23 @@ def check_pattern(pattern: Tensor, grid: tuple[int, int] | None = None) -> None:
         raise ValueError("pattern: got a meta tensor, expected one with data")
 
 
-def count_blocks(density: float, total: int) -> int:
-    """How many of `total` blocks a density keeps: the nearest number, but one rather than none, with a warning."""
-    check_density(density)
-    count = round(density * total)
+def count_blocks(density: float, total: int, layer: str = "", stacklevel: int = 3) -> int:
+    """How many of `total` blocks a density keeps, but one rather than none, with a warning that names the layer."""
+    count = nearest_count(density, total)
     if count == 0 and total > 0:
-        warnings.warn(f"density: {density} of {total} blocks is less than half a block; one is kept", stacklevel=3)
+        prefix = f"{layer}: " if layer else ""
+        warnings.warn(
+            f"{prefix}density: {density} of {total} blocks is less than half a block; one is kept",
+            stacklevel=stacklevel,
+        )
         return 1
     return count
+
+
+def nearest_count(density: float, total: int) -> int:
+    """The number of blocks that comes nearest to a density; of two, the larger one."""
+    check_density(density)
+    return math.floor(float(density) * total + 0.5)
 
 
 def block_norms(weight: Tensor, block_shape: Sequence[int] = (32, 32)) -> Tensor:

@@ -194,6 +194,17 @@ def linear_weights(model: nn.Module) -> list[LinearWeight]:
 def reason_against(weight: LinearWeight) -> str:
     """Why a dense weight cannot be compressed, whatever its size; empty if nothing speaks against it."""
     tensor = weight.tensor
+    if reason := use_against(weight):
+        return reason
+    if not _can_be_measured(tensor):
+        kind = "" if type(tensor) is nn.Parameter else f"{type(tensor).__name__} "
+        shape = "" if tensor.ndim == 2 else f"{tensor.ndim}-dimensional "
+        return f"there is no kernel for a {shape}{kind}weight of {_name_of(tensor.dtype)} on {tensor.device.type}"
+    return ""
+
+
+def use_against(weight: LinearWeight) -> str:
+    """Which use of a weight allows no other in its place; empty if only `nn.Linear.forward` uses it."""
     if weight.elsewhere:
         places = (
             f"{name}.{slot} ({type(module).__name__})".removeprefix(".") for name, module, slot in weight.elsewhere
@@ -206,10 +217,6 @@ def reason_against(weight: LinearWeight) -> str:
             return "nn.MultiheadAttention uses it without calling the layer"
         if type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__:
             return f"{name or 'the model'} ({type(layer).__name__}) has a forward of its own"
-    if not _can_be_measured(tensor):
-        kind = "" if type(tensor) is nn.Parameter else f"{type(tensor).__name__} "
-        shape = "" if tensor.ndim == 2 else f"{tensor.ndim}-dimensional "
-        return f"there is no kernel for a {shape}{kind}weight of {_name_of(tensor.dtype)} on {tensor.device.type}"
     return ""
 
 

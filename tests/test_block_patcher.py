@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitmask import BlockSparseLinear, BlockSparseModelPatcher
+from bitmask.block_patcher import _place_against
 from bitmask.block_patterns import spread_blocks
 
 pytestmark = pytest.mark.filterwarnings("error", "ignore:.*nested tensor")
@@ -254,6 +256,12 @@ def test_reprs():
         ("a", {"pattern": torch.ones(2) > 0}, ValueError, "pattern: got 1 dimensions"),
         ("a", {"density": 0.5, "pattern": torch.ones(2, 2) > 0}, ValueError, "options: got density and pattern"),
         ("a", {"dnesity": 0.5}, ValueError, "options: got 'dnesity', expected density, block_shape, pattern"),
+        (
+            "a",
+            {"density": 0.5, "pattern": torch.ones(2, 2) > 0},
+            ValueError,
+            "options: got density and pattern, expected at most one",
+        ),
         ("a", 0.5, TypeError, "options: got float, expected a dict"),
     ],
     ids=str,
@@ -306,3 +314,35 @@ def test_lazy_layers_are_left_out():
         warnings.simplefilter("ignore")
         model = nn.Sequential(nn.LazyLinear(4))
     assert BlockSparseModelPatcher().get_patchable_layers(model).rows == []
+
+
+def test_a_layer_matches_by_any_of_its_names():
+    layer = nn.Linear(64, 64)
+    model = nn.ModuleDict({"a": layer, "b": layer})
+    report = patcher_of(b={}).patch_model(model)
+    assert model["a"] is model["b"]
+    assert isinstance(model["a"], BlockSparseLinear)
+    assert [row.names for row in report.rows] == [("a", "b")]
+    assert "a = b" in str(report)
+
+
+def test_layers_on_other_devices():
+    """On meta there are no norms, but a pattern needs none."""
+    model = nn.Sequential(nn.Linear(64, 64, device="meta"), nn.Linear(64, 64, device="meta"))
+    pattern = torch.eye(2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"regex: got '1'(.|\n)*it is on device meta: load it first"):
+        patcher_of(**{"0": {"pattern": pattern}, "1": {}}).patch_model(model)
+    report = patcher_of(**{"0": {"pattern": pattern}}).patch_model(model)
+    assert torch.equal(model[0].pattern, pattern)
+    assert [row.reason for row in report.rows] == ["", "it is on device meta: load it first"]
+    elsewhere = SimpleNamespace(weight=SimpleNamespace(is_meta=False, device=torch.device("cuda")))
+    assert _place_against(elsewhere, True) == "it is on device cuda: block-sparse layers run on the CPU only"
+
+
+def test_warnings_name_the_layer():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    with pytest.warns(UserWarning, match="one is kept") as caught:
+        patcher_of(**{".": {"density": 0.1}}).patch_model(model)
+    text = "density: 0.1 of 1 blocks is less than half a block; one is kept"
+    assert [str(each.message) for each in caught] == [f"0: {text}", f"1: {text}"]
+    assert {each.filename for each in caught} == {__file__}

@@ -3,7 +3,9 @@
 import copy
 import itertools
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -72,7 +74,7 @@ def test_the_largest_are_kept(density):
     scores = torch.randn(7, 11)
     pattern = largest_blocks(scores, density)
     assert pattern.dtype == torch.bool
-    assert int(pattern.sum()) == round(density * 77)
+    assert int(pattern.sum()) == math.floor(density * 77 + 0.5)
     assert density == 1 or scores[pattern].min() >= scores[~pattern].max()
 
 
@@ -176,7 +178,10 @@ def test_layers_that_stay_dense():
     compress_(model["d"], progress=False)
     model["attention"] = nn.MultiheadAttention(64, 4)
     for scope in ("layer", "model"):
-        prune_blocks(model, 0.5, scope=scope)
+        with pytest.warns(
+            UserWarning, match=r"layers that are not pruned: a: a and b share(.*)attention.out_proj: nn.Mul"
+        ):
+            prune_blocks(model, 0.5, scope=scope)
         assert [name for name, layer in model.items() if isinstance(layer, BlockSparseLinear)] == ["e"]
     reasons = {row.name: row.reason for row in BlockSparseModelPatcher().get_patchable_layers(model).rows}
     assert reasons == {
@@ -214,10 +219,98 @@ def test_wrong_arguments_of_pruning(options, error, message):
     assert all(isinstance(layer, nn.Linear) for layer in model[::2])
 
 
-def test_nothing_to_prune():
-    model = nn.Sequential(nn.Conv1d(2, 2, 1))
-    for scope in ("layer", "model"):
-        assert prune_blocks(model, 0.5, scope=scope) is model
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_nothing_to_prune(scope):
+    meta = nn.Sequential(nn.Linear(64, 64, device="meta"))
+    for model, reason in [
+        (nn.Sequential(nn.Conv1d(2, 2, 1)), "there is none at all"),
+        (meta, "0: it is on device meta: load it first"),
+        (meta[0], r"\(model\): it is on device meta: load it first"),
+        (nn.Sequential(nn.Linear(64, 64).to(torch.float8_e4m3fn)), "0: its weight is of torch.float8_e4m3fn"),
+        (BlockSparseLinear(64, 64, device="meta"), "on device meta"),
+    ]:
+        with pytest.raises(ValueError, match=f"got no linear layer that can be pruned .*{reason}"):
+            prune_blocks(model, 0.5, scope=scope)
+    model = three_layers()
+    assert prune_blocks(model, 0.5, scope=scope, filter_fn=lambda *_: False) is model
+    assert all(isinstance(layer, nn.Linear) for layer in model[::2])
+
+
+def test_each_layer_keeps_a_block_of_its_own():
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(10)))
+    model[3].weight.data.fill_(math.nan)
+    with pytest.warns(UserWarning, match="density: 0.1 of 40 blocks is 4; each of 10 layers keeps one"):
+        prune_blocks(model, 0.1, scope="model")
+    assert [len(layer.values) for layer in model] == [1] * 10
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_pruning_again(scope):
+    model = three_layers()
+    prune_blocks(model, 0.5, (16, 16), scope=scope)
+    before, parameters = copy.deepcopy(model), [layer.values for layer in model[::2]]
+    prune_blocks(model, 0.75, scope=scope)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), before.parameters(), strict=True)), (
+        "none is added"
+    )
+    prune_blocks(model, 0.25, scope=scope)
+    assert sum(len(layer.values) for layer in model[::2]) == sum((6, 8, 3) if scope == "layer" else (16,))
+    for layer, old, parameter in zip(model[::2], before[::2], parameters, strict=True):
+        assert layer.values is parameter
+        assert layer.block_shape == (16, 16)
+        assert not (layer.pattern & ~old.pattern).any()
+        expected = BlockSparseLinear.from_dense(old.to_dense(), block_shape=(16, 16), pattern=layer.pattern)
+        assert torch.equal(layer.values, expected.values)
+        if scope == "layer":
+            norms = block_norms(old.to_dense().weight, (16, 16))
+            assert norms[layer.pattern].min() >= norms[old.pattern & ~layer.pattern].max()
+
+
+def test_pruning_a_lone_layer_again():
+    layer = BlockSparseLinear(64, 64, density=0.75)
+    assert prune_blocks(layer, 0.25) is layer
+    assert layer.density == 0.25
+
+
+def test_layers_that_share_values_are_not_pruned():
+    model = nn.Sequential(BlockSparseLinear(64, 64), BlockSparseLinear(64, 64), nn.Linear(64, 64))
+    model[1].values = model[0].values
+    with pytest.warns(UserWarning, match="0: it shares its values; 1: it shares its values"):
+        prune_blocks(model, 0.25)
+    assert [len(layer.values) for layer in model] == [2, 2, 1]
+
+
+def test_single_layers_are_refused_as_in_a_model():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    with pytest.raises(TypeError, match=r"got a Own that cannot be replaced: .* has a forward of its own"):
+        prune_blocks(Own(64, 64), 0.5)
+    with pytest.raises(TypeError, match=r"cannot be replaced: nn\.MultiheadAttention uses it"):
+        prune_blocks(nn.MultiheadAttention(64, 4).out_proj, 0.5)
+    layer = nn.Linear(64, 64)
+    assert prune_blocks(layer, 0.5, filter_fn=lambda name, module: name != "" or module is not layer) is layer
+
+
+def test_half_a_block_is_one_without_a_warning():
+    assert len(BlockSparseLinear(32, 32).values) == 1
+    assert int(largest_blocks(torch.randn(1, 5), 0.5).sum()) == 3
+
+
+def test_warnings_name_the_layer():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    with pytest.warns(UserWarning, match="one is kept") as caught:
+        prune_blocks(model, 0.1)
+    text = "density: 0.1 of 1 blocks is less than half a block; one is kept"
+    assert [str(each.message) for each in caught] == [f"0: {text}", f"1: {text}"]
+    assert {each.filename for each in caught} == {__file__}
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, Fraction])
+def test_densities_of_any_real_type(kind):
+    assert prune_blocks(nn.Linear(64, 64), kind(0.5)).density == 0.5
+    assert BlockSparseLinear(64, 64, density=kind(0.5)).density == 0.5
 
 
 # Patterns that change.

@@ -176,7 +176,7 @@ def test_ops_on_cuda_tensors_say_why_there_are_none(monkeypatch):
         raise NotImplementedError(message)
 
     with pytest.raises(NotImplementedError, match="no kernels for CUDA here: bitmask was built without CUDA") as caught:
-        ops._call(refuse)
+        calls.call(refuse)
     assert str(caught.value.__cause__) == message
 
 
@@ -185,7 +185,7 @@ def test_out_of_memory_comes_out_as_torch_has_it():
         raise RuntimeError(f"{bitmask._C.OUT_OF_MEMORY}bitmask: cannot allocate")
 
     with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\. bitmask: cannot allocate"):
-        ops._call(refuse)
+        calls.call(refuse)
 
 
 def test_build_info():

@@ -52,7 +52,10 @@ LONG_OPS = {
         WEIGHT.format(**LARGE, m=64) + f"x.requires_grad_()\ny = {PRODUCT}",
         "torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)",
     ),
-    "block-sparse, few rows of x": (LARGE_BLOCKS, "ops_block.bsr_linear(x[:4], values, *index, lines * 64)"),
+    "block-sparse, few rows of x": (
+        LARGE_BLOCKS + "values, x = values.half(), x[:4].half()",
+        "ops_block.bsr_linear(x, values, *index, lines * 64)",
+    ),
     "block-sparse, more rows of x": (LARGE_BLOCKS, "ops_block.bsr_linear(x, values, *index, lines * 64)"),
     "block-sparse, gradient of x": (
         LARGE_BLOCKS,

@@ -70,7 +70,7 @@ def _bounds(monkeypatch):
 def outcome(op, *args):
     """What a caller of bitmask.ops gets: the result, or the error's type and words."""
     try:
-        return ops._call(op, *args, invalid=FormatError)
+        return calls.call(op, *args, invalid=FormatError)
     except (ValueError, TypeError) as error:
         return type(error), str(error)
 

@@ -8,9 +8,10 @@
 //   0     dtype (mod 4), 4 elements are small integers, whose sums are exact   8 no bias
 //         16 entries of the index have one byte, with a sign, else eight       32 an index without a fault: a bit for each block
 //   1, 2  rows and columns of the weight (mod 64)      3, 4  rows and columns of a block, less one (mod 33)
-//   5     rows of x, less one (mod 20)                 6  number of blocks (mod 64; not with 32)
+//   5     rows of x, less one (mod 100)                6  number of blocks (mod 64; not with 32)
 //   7, 8  the first line of the range and the number of its lines, or blocks (mod those there are)
-//   9     which entry of the transposed index to replace: mod those there are and one, the last being none; and, 8 bytes, by what
+//   9     mod 4: which part of the transposed index to change, 3 being none; / 4: which entry of it (mod those there are)
+//   10    by what to replace that entry (8 bytes)
 //   18    crow_indices, col_indices, values, bias, x, g
 #include <algorithm>
 #include <cinttypes>
@@ -89,7 +90,7 @@ Input read_input(const uint8_t* data, size_t size) {
   input.cols = reader.byte() % 64;
   input.block_rows = 1 + reader.byte() % 33;
   input.block_cols = 1 + reader.byte() % 33;
-  input.m = 1 + reader.byte() % 20;
+  input.m = 1 + reader.byte() % 100;
   const int64_t blocks = reader.byte() % 64;
   input.first = reader.byte();
   input.count = reader.byte();

@@ -270,6 +270,18 @@ void test_pieces(const BlockSubjects& subjects, const Format& format, bool brief
   }
 }
 
+// Blocks that reach far past the weight.
+void test_far_past(const BlockSubjects& subjects, const Format& format) {
+  constexpr int64_t kSizes[][4] = {{10, 50, 3000, 20}, {50, 10, 20, 3000}, {10, 7, 301, 1101}};
+  for (const auto& [rows, cols, block_rows, block_cols] : kSizes) {
+    test_problem(subjects, make_problem(make_weight(format, rows, cols, block_rows, block_cols, 1, false), 49, kSpecials), "far past",
+                 few_m);
+  }
+  for (const auto& subject : subjects) {
+    check(subject->kernels.columns_bytes(9, 10, 1 << 20) == subject->kernels.columns_bytes(9, 10, 10), "packs what is past the weight");
+  }
+}
+
 void test_many_rows(const BlockSubjects& subjects, const Format& format, bool brief) {
   int64_t most = 0;
   for (const auto& subject : subjects) {
@@ -295,6 +307,7 @@ void bitmask::testing::test_block(bool brief) {
       test_problem(subjects, make_problem(weight, 49, kIntegers), "nothing", every_m);
     }
     test_pieces(subjects, format, brief);
+    test_far_past(subjects, format);
     test_many_rows(subjects, format, brief);
   }
 }

@@ -32,9 +32,6 @@ struct BlockIndex {
   int64_t blocks() const { return static_cast<int64_t>(positions.size()); }
 };
 
-// Block rows or block columns that cover `size` rows or columns.
-inline int64_t blocks_across(int64_t size, int64_t block) { return size / block + (size % block != 0); }
-
 // Fails on sizes of a weight that cannot be. One more than the size still is an int64.
 inline void check_feature_count(const char* name, int64_t count) {
   if (count < 0 || count == INT64_MAX) fail(name, ": got ", count, ", expected 0 or more, and less than 2^63 - 1");

@@ -12,8 +12,11 @@ constexpr int64_t kGroup = 64;
 // Element widths in bytes that kernels are compiled for: 1 << 0 ... 1 << 4.
 constexpr int kWidths = 5;
 
+// Blocks that cover `size` >= 0 rows or columns: size / block, rounded up without overflow.
+constexpr int64_t blocks_across(int64_t size, int64_t block) { return size / block + (size % block != 0); }
+
 // Bytes of one bitmask row: ceil(cols / 8), without overflow for any cols >= 0.
-constexpr int64_t bitmask_bytes(int64_t cols) { return cols / 8 + (cols % 8 != 0); }
+constexpr int64_t bitmask_bytes(int64_t cols) { return blocks_across(cols, 8); }
 
 // The zero rule. An element is zero iff all its bits that are set here are clear; the pattern of one element is repeated to 16 bytes so
 // that every vector unit can load it whole. All ones tests bits; floating-point kinds leave the sign out, so that -0.0 is zero too.

@@ -283,7 +283,7 @@ void sample(const BlockWeight& weight, const uint8_t* g, const uint8_t* x, int64
   const int64_t count = std::clamp<int64_t>(task_count(bytes), 1, blocks);
   for_each_task(count, bytes / count, [&](int64_t task) {
     kernels.sample(w, blocks * task / count, blocks * (task + 1) / count, const_bytes(g_columns), const_bytes(x_columns), m,
-                   first ? nullptr : sums, last ? nullptr : sums, mutable_bytes(weight.values), scratch(kernels.scratch_bytes));
+                   first ? nullptr : sums, last ? nullptr : sums, mutable_bytes(weight.values));
   });
 }
 

@@ -59,7 +59,7 @@ struct LinearKernels {
 
 // Products with a block-sparse W [rows, cols] for one dtype. What is multiplied with W is repacked first, once for all blocks that meet it;
 // how, only the kernels know. Bytes of packed memory are those of whole cache lines; it is aligned to one, and may be null if there are
-// none.
+// none. The order of `w` is null but for multiply_transposed; m > 0 but for sample.
 struct BlockKernels {
   // y = x W^T + bias, x [m, cols], y [m, rows], for few rows of x: bound by the bytes of W. Does the lines [begin, end), which are block
   // rows, for m <= streaming_rows. `bias` [rows] may be null.
@@ -86,10 +86,10 @@ struct BlockKernels {
   int64_t (*columns_bytes)(int64_t m, int64_t cols, int64_t block);
   void (*pack_columns)(const void* x, int64_t m, int64_t cols, int64_t block, int64_t first, int64_t last, void* columns);
   void (*sample)(const BlockMatrix& w, int64_t begin, int64_t end, const void* g_columns, const void* x_columns, int64_t m,
-                 const void* earlier, void* sums, void* values, void* scratch);
+                 const void* earlier, void* sums, void* values);
 
   int64_t sum_bytes;      // of one unrounded element
-  int64_t scratch_bytes;  // of a call of stream, multiply, multiply_transposed or sample, aligned to a cache line
+  int64_t scratch_bytes;  // of a call of stream, multiply or multiply_transposed, aligned to a cache line
 };
 
 // Dtypes that have linear kernels, in the order of Kernels::linear.

@@ -8,9 +8,10 @@
 //   0     dtype (mod 4), 4 elements are small integers, whose sums are exact   8 no bias
 //         16 entries of the index have one byte, with a sign, else eight       32 an index without a fault: a bit for each block
 //   1, 2  rows and columns of the weight (mod 64)      3, 4  rows and columns of a block, less one (mod 33)
-//   5     rows of x, less one (mod 20)                 6  number of blocks (mod 64; not with 32)
+//   5     rows of x, less one (mod 100)                6  number of blocks (mod 64; not with 32)
 //   7, 8  the first line of the range and the number of its lines, or blocks (mod those there are)
-//   9     which entry of the transposed index to replace: mod those there are and one, the last being none; and, 8 bytes, by what
+//   9     mod 4: which part of the transposed index to change, 3 being none; / 4: which entry of it (mod those there are)
+//   10    by what to replace that entry (8 bytes)
 //   18    crow_indices, col_indices, values, bias, x, g
 #include <algorithm>
 #include <cinttypes>
@@ -89,7 +90,7 @@ Input read_input(const uint8_t* data, size_t size) {
   input.cols = reader.byte() % 64;
   input.block_rows = 1 + reader.byte() % 33;
   input.block_cols = 1 + reader.byte() % 33;
-  input.m = 1 + reader.byte() % 20;
+  input.m = 1 + reader.byte() % 100;
   const int64_t blocks = reader.byte() % 64;
   input.first = reader.byte();
   input.count = reader.byte();
@@ -226,45 +227,57 @@ void* scratch_of(const BlockKernels& kernels) {
 
 Bytes packed_memory(int64_t bytes) { return Bytes(static_cast<size_t>(bytes), 0xff); }
 
-void test_rows(const BlockKernels& kernels, const Input& input, const BlockMatrix& w) {
+using Tables = std::vector<const Kernels*>;
+
+void test_rows(const Tables& tables, const Input& input, const BlockMatrix& w) {
   const Range lines(input, input.row_lines());
   const Bytes expected = product_reference(input, w, lines, false);
   const int64_t begin = lines.begin * w.block_rows, end = lines.end * w.block_rows;
   const void* const bias = input.biased ? input.bias.data() : nullptr;
-  if (input.m <= kernels.streaming_rows) {
-    Bytes rows = packed_memory(kernels.rows_bytes(input.m, w.cols, w.block_cols)), y(expected.size(), kUntouched);
-    kernels.pack_rows(input.x.data(), input.m, w.cols, w.block_cols, rows.data());
-    kernels.stream(w, lines.begin, lines.end, rows.data(), input.m, bias, y.data(), scratch_of(kernels));
-    test_result("stream", input, y, expected, w.rows, begin, end);
+  for (const Kernels* table : tables) {
+    const BlockKernels& kernels = table->block[input.dtype];
+    if (input.m <= kernels.streaming_rows) {
+      Bytes rows = packed_memory(kernels.rows_bytes(input.m, w.cols, w.block_cols)), y(expected.size(), kUntouched);
+      kernels.pack_rows(input.x.data(), input.m, w.cols, w.block_cols, rows.data());
+      kernels.stream(w, lines.begin, lines.end, rows.data(), input.m, bias, y.data(), scratch_of(kernels));
+      test_result("stream", input, y, expected, w.rows, begin, end);
+    }
+    Bytes tiles = packed_memory(kernels.tiles_bytes(input.m, w.cols)), y(expected.size(), kUntouched);
+    kernels.pack_tiles(input.x.data(), input.m, w.cols, tiles.data());
+    kernels.multiply(w, lines.begin, lines.end, tiles.data(), input.m, bias, y.data(), scratch_of(kernels));
+    test_result("multiply", input, y, expected, w.rows, begin, end);
   }
-  Bytes tiles = packed_memory(kernels.tiles_bytes(input.m, w.cols)), y(expected.size(), kUntouched);
-  kernels.pack_tiles(input.x.data(), input.m, w.cols, tiles.data());
-  kernels.multiply(w, lines.begin, lines.end, tiles.data(), input.m, bias, y.data(), scratch_of(kernels));
-  test_result("multiply", input, y, expected, w.rows, begin, end);
-
-  const Range blocks(input, input.blocks());
-  const Bytes expected_values = sample_reference(input, w, blocks);
-  Bytes g_columns = packed_memory(kernels.columns_bytes(input.m, w.rows, w.block_rows)),
-        x_columns = packed_memory(kernels.columns_bytes(input.m, w.cols, w.block_cols)), values(expected_values.size(), kUntouched);
-  kernels.pack_columns(input.g.data(), input.m, w.rows, w.block_rows, 0, input.row_lines(), g_columns.data());
-  kernels.pack_columns(input.x.data(), input.m, w.cols, w.block_cols, 0, input.col_lines(), x_columns.data());
-  kernels.sample(w, blocks.begin, blocks.end, g_columns.data(), x_columns.data(), input.m, nullptr, nullptr, values.data(),
-                 scratch_of(kernels));
-  const int64_t elements = w.block_rows * w.block_cols;
-  test_result("sample", input, values, expected_values, input.blocks() * elements, blocks.begin * elements, blocks.end * elements);
 }
 
-void test_columns(const BlockKernels& kernels, const Input& input, const BlockMatrix& w) {
+void test_sample(const Tables& tables, const Input& input, const BlockMatrix& w) {
+  const Range blocks(input, input.blocks());
+  const Bytes expected = sample_reference(input, w, blocks);
+  const int64_t elements = w.block_rows * w.block_cols;
+  for (const Kernels* table : tables) {
+    const BlockKernels& kernels = table->block[input.dtype];
+    Bytes g_columns = packed_memory(kernels.columns_bytes(input.m, w.rows, w.block_rows)),
+          x_columns = packed_memory(kernels.columns_bytes(input.m, w.cols, w.block_cols)), values(expected.size(), kUntouched);
+    kernels.pack_columns(input.g.data(), input.m, w.rows, w.block_rows, 0, input.row_lines(), g_columns.data());
+    kernels.pack_columns(input.x.data(), input.m, w.cols, w.block_cols, 0, input.col_lines(), x_columns.data());
+    kernels.sample(w, blocks.begin, blocks.end, g_columns.data(), x_columns.data(), input.m, nullptr, nullptr, values.data());
+    test_result("sample", input, values, expected, input.blocks() * elements, blocks.begin * elements, blocks.end * elements);
+  }
+}
+
+void test_columns(const Tables& tables, const Input& input, const BlockMatrix& w) {
   const Range lines(input, input.col_lines());
   const Bytes expected = product_reference(input, w, lines, true);
-  Bytes tiles = packed_memory(kernels.tiles_bytes(input.m, w.rows)), y(expected.size(), kUntouched);
-  kernels.pack_tiles(input.g.data(), input.m, w.rows, tiles.data());
-  kernels.multiply_transposed(w, lines.begin, lines.end, tiles.data(), input.m, y.data(), scratch_of(kernels));
-  test_result("transposed", input, y, expected, w.cols, lines.begin * w.block_cols, lines.end * w.block_cols);
+  for (const Kernels* table : tables) {
+    const BlockKernels& kernels = table->block[input.dtype];
+    Bytes tiles = packed_memory(kernels.tiles_bytes(input.m, w.rows)), y(expected.size(), kUntouched);
+    kernels.pack_tiles(input.g.data(), input.m, w.rows, tiles.data());
+    kernels.multiply_transposed(w, lines.begin, lines.end, tiles.data(), input.m, y.data(), scratch_of(kernels));
+    test_result("transposed", input, y, expected, w.cols, lines.begin * w.block_cols, lines.end * w.block_cols);
+  }
 }
 
 // The transposed index, an entry of which may be another.
-void test_transposed(const std::vector<const Kernels*>& tables, const Input& input, const BlockIndex& index) {
+void test_transposed(const Tables& tables, const Input& input, const BlockIndex& index) {
   BlockIndex parts = transpose(index, input.col_lines());
   require(can_be(parts.line_starts, parts.positions, input.row_lines()) && can_be_order(parts, parts.order), "transpose", input,
           "gives an index that cannot be");
@@ -283,14 +296,13 @@ void test_transposed(const std::vector<const Kernels*>& tables, const Input& inp
   const bool ordered = accepts([&] { add_order(taken, parts.order.data()); });
   require(ordered == can_be_order(taken, parts.order), "order", input, "wrongly accepted or refused");
   if (!ordered) return;
-  const BlockMatrix w = matrix_of(input, taken);
-  for (const Kernels* table : tables) test_columns(table->block[input.dtype], input, w);
+  test_columns(tables, input, matrix_of(input, taken));
 }
 
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  static const std::vector<const Kernels*> tables = runnable_tables();
+  static const Tables tables = runnable_tables();
   const Input input = read_input(data, size);
   BlockIndex index;
   const bool accepted = accepts([&] {
@@ -299,7 +311,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   require(accepted == can_be(input.starts, input.positions, input.col_lines()), "crow_indices", input, "wrongly accepted or refused");
   if (!accepted) return 0;
   const BlockMatrix w = matrix_of(input, index);
-  for (const Kernels* table : tables) test_rows(table->block[input.dtype], input, w);
+  test_rows(tables, input, w);
+  test_sample(tables, input, w);
   test_transposed(tables, input, index);
   return 0;
 }

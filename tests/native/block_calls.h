@@ -226,11 +226,10 @@ inline void run_sample(BlockSubject& subject, const BlockWeight& weight, const B
     Packing{kernels, g.data() + first * weight.rows * width, m, weight.rows, width, call.skew}.columns_into(g_columns, weight.block_rows);
     Packing{kernels, x.data() + first * weight.cols * width, m, weight.cols, width, call.skew}.columns_into(x_columns, weight.block_cols);
     const Bytes g_before = g_columns.bytes(), x_before = x_columns.bytes();
-    poison_scratch(subject);
     // Sums are added to where they are, or elsewhere.
     Buffer* const sums = chunk + 1 == call.chunks ? nullptr : random_below(2) == 0 ? &first_sums : &other_sums;
     kernels.sample(pattern, call.begin, call.end, g_columns.data(), x_columns.data(), m, earlier == nullptr ? nullptr : earlier->data(),
-                   sums == nullptr ? nullptr : sums->data(), sums == nullptr ? values.data() : nullptr, subject.scratch.data());
+                   sums == nullptr ? nullptr : sums->data(), sums == nullptr ? values.data() : nullptr);
     earlier = sums;
     check_surroundings(subject, g_columns, g_before, call);
     check_surroundings(subject, x_columns, x_before, call);

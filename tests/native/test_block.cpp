@@ -201,6 +201,12 @@ std::vector<int64_t> most_m(const BlockKernels& kernels, BlockWay way) {
   return {most - 1, most, most / 2 + 1};
 }
 
+// For large weights: the number of calls matters more than what they do.
+std::vector<int64_t> few_m(const BlockKernels& kernels, BlockWay way) {
+  if (way == kBlockStream) return {1, kernels.streaming_rows};
+  return {1, 9, 49};
+}
+
 void test_problem(const BlockSubjects& subjects, Problem problem, const std::string& what,
                   std::vector<int64_t> (*ms)(const BlockKernels&, BlockWay)) {
   const BlockWeight& weight = problem.weight;
@@ -249,6 +255,33 @@ void test_shape(const BlockSubjects& subjects, const Format& format, int64_t blo
   for (const Numbers numbers : {kTiny, kSpecials, kReals}) test(ragged, 0.5, false, numbers);
 }
 
+// Blocks too long to be multiplied at once, lines of more blocks than are, and blocks of more rows than sums are kept for.
+void test_pieces(const BlockSubjects& subjects, const Format& format, bool brief) {
+  constexpr int64_t kShapes[][4] = {{2, 1030, 2, 3},  {1030, 2, 3, 2}, {3, 1025, 2, 3}, {1025, 3, 3, 2}, {1100, 1, 2, 3},
+                                    {1100, 20, 2, 3}, {1, 1, 3, 230},  {1, 1, 230, 3},  {16, 16, 2, 70}, {16, 16, 70, 2}};
+  for (const auto& [block_rows, block_cols, lines, across] : kShapes) {
+    const int64_t rows = lines * block_rows - block_rows / 2, cols = across * block_cols - block_cols / 2, m = brief ? 9 : 49;
+    const auto test = [&, height = block_rows, width = block_cols](double density, Numbers numbers) {
+      const BlockWeight weight = make_weight(format, rows, cols, height, width, density, false);
+      test_problem(subjects, make_problem(weight, m, numbers), name_of(density, numbers), few_m);
+    };
+    test(1.0, kIntegers);
+    if (!brief) test(0.6, kSpecials);
+  }
+}
+
+// Blocks that reach far past the weight.
+void test_far_past(const BlockSubjects& subjects, const Format& format) {
+  constexpr int64_t kSizes[][4] = {{10, 50, 3000, 20}, {50, 10, 20, 3000}, {10, 7, 301, 1101}};
+  for (const auto& [rows, cols, block_rows, block_cols] : kSizes) {
+    test_problem(subjects, make_problem(make_weight(format, rows, cols, block_rows, block_cols, 1, false), 49, kSpecials), "far past",
+                 few_m);
+  }
+  for (const auto& subject : subjects) {
+    check(subject->kernels.columns_bytes(9, 10, 1 << 20) == subject->kernels.columns_bytes(9, 10, 10), "packs what is past the weight");
+  }
+}
+
 void test_many_rows(const BlockSubjects& subjects, const Format& format, bool brief) {
   int64_t most = 0;
   for (const auto& subject : subjects) {
@@ -273,6 +306,8 @@ void bitmask::testing::test_block(bool brief) {
       const BlockWeight weight = make_weight(format, rows ? 37 : 0, rows ? 0 : 37, 16, 16, 1, false);
       test_problem(subjects, make_problem(weight, 49, kIntegers), "nothing", every_m);
     }
+    test_pieces(subjects, format, brief);
+    test_far_past(subjects, format);
     test_many_rows(subjects, format, brief);
   }
 }

@@ -421,7 +421,7 @@ void read_past_a_block(const cpu::BlockKernels& block, const char* error) {
   if (std::strcmp(error, "block_multiply") == 0) block.multiply(lying, 0, 1, tiles.data(), kSide, nullptr, y.data(), scratch.data());
   if (std::strcmp(error, "block_transposed") == 0) block.multiply_transposed(lying, 0, 1, tiles.data(), kSide, y.data(), scratch.data());
   if (std::strcmp(error, "block_sample") == 0) {
-    block.sample(lying, 0, 1, g_columns.data(), x_columns.data(), kSide, nullptr, nullptr, y.data(), scratch.data());
+    block.sample(lying, 0, 1, g_columns.data(), x_columns.data(), kSide, nullptr, nullptr, y.data());
   }
 }
 

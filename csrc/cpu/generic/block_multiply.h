@@ -9,12 +9,11 @@
 
 template <class L>
 constexpr int64_t kBlockTileRows = L::kMicroVectors * L::kLanes;
-template <class L>
-constexpr int64_t kBlockMostRows = 240;
-constexpr int64_t kBandRows = 128;     // rows of y whose sums are kept, and rounded together
-constexpr int64_t kChunkLanes = 512;   // of W that are multiplied with a tile at a time
-constexpr int64_t kChunkPieces = 128;  // the same, for small blocks
-constexpr int64_t kPrefetchLanes = 4;  // of x that are asked for at a time
+constexpr int64_t kBlockMostRows = 240;  // of x in a call
+constexpr int64_t kBandRows = 128;       // rows of y whose sums are kept, and rounded together
+constexpr int64_t kChunkLanes = 512;     // of W that are multiplied with a tile at a time
+constexpr int64_t kChunkPieces = 128;    // the same, for small blocks
+constexpr int64_t kPrefetchLanes = 4;    // of x that are asked for at a time
 
 struct Piece {
   const uint8_t* at;  // its first lane of the first row
@@ -31,11 +30,11 @@ struct CutPairs {
 
 template <class L>
 struct MultiplyScratch {
-  static_assert(kBlockMostRows<L> % kBlockTileRows<L> == 0 && kBandRows % L::kLanes == 0, "whole tiles, and vectors of sums");
-  alignas(64) uint8_t sums[kBlockMostRows<L> / kBlockTileRows<L>][kBandRows][L::kMicroVectors * kVectorBytes<L>];
-  alignas(64) uint8_t bias[kBandRows][kVectorBytes<L>];                            // one row of y in all lanes
-  alignas(64) uint8_t packed[(kBandRows * kChunkLanes + kGroup) * kLaneBytes<L>];  // pieces, where W itself cannot be read
-  alignas(64) uint8_t transposed[(kBandRows + L::kLanes - 1) / L::kLanes][L::kLanes * kVectorBytes<L>];  // sums as [rows of x][rows of y]
+  static_assert(kBlockMostRows % kBlockTileRows<L> == 0 && kBandRows % L::kLanes == 0, "whole tiles, and vectors of sums");
+  alignas(64) uint8_t sums[kBlockMostRows / kBlockTileRows<L>][kBandRows][L::kMicroVectors * kVectorBytes<L>];
+  alignas(64) uint8_t bias[kBandRows][kVectorBytes<L>];                                          // one row of y in all lanes
+  alignas(64) uint8_t packed[(kBandRows * kChunkLanes + kGroup) * kLaneBytes<L>];                // pieces, where W itself cannot be read
+  alignas(64) uint8_t transposed[kBandRows / L::kLanes][L::kLanes * kVectorBytes<L>];            // sums as [rows of x][rows of y]
   alignas(64) uint8_t x[L::kDepth == 1 ? 1 : kChunkLanes * L::kMicroVectors * kVectorBytes<L>];  // what pieces meet of x, if pairs are cut
   Piece pieces[kChunkPieces];
   CutPairs cuts[kChunkPieces];
@@ -46,15 +45,10 @@ constexpr int64_t kBlockScratchBytes = sizeof(MultiplyScratch<L>);
 
 // ---- Rows of x
 
-template <class L>
-constexpr int64_t lanes_of(int64_t cols) {
-  return (cols + L::kDepth - 1) / L::kDepth;
-}
-
 // Vectors that hold `rows` rows of x.
 template <class L>
 constexpr int64_t vectors_of(int64_t rows) {
-  return (rows + L::kLanes - 1) / L::kLanes;
+  return blocks_across(rows, L::kLanes);
 }
 
 // Vectors of the tile that begins with row `row` of m.
@@ -172,14 +166,16 @@ template <class L>
 struct Pieces {
   const BlockOperand& w;
   int64_t row, rows;  // of a block
+  int64_t depth;      // of a block: one that is deeper than W is the only one
   int64_t parts;      // of a block
   int64_t most_lanes;
   bool in_place;
   bool cuts_pairs;
 
   Pieces(const BlockOperand& operand, int64_t first_row, int64_t count) : w(operand), row(first_row), rows(count) {
-    parts = (lanes_of<L>(w.block_depth) + kChunkLanes - 1) / kChunkLanes;
-    most_lanes = parts == 1 ? lanes_of<L>(w.block_depth) : kChunkLanes;
+    depth = at_most(w.block_depth, w.depth);
+    parts = blocks_across(lanes_of<L>(depth), kChunkLanes);
+    most_lanes = parts == 1 ? lanes_of<L>(depth) : kChunkLanes;
     in_place = multiplies_in_place<L>(w);
     cuts_pairs = L::kDepth == 2 && w.block_depth % 2 != 0;
   }
@@ -188,8 +184,7 @@ struct Pieces {
 
   // The pieces from `index` on, as many as make a chunk but none from `end` on, packed where they cannot be read in place.
   Chunk take(int64_t index, int64_t end, MultiplyScratch<L>& scratch) const {
-    int64_t count = kChunkLanes / most_lanes < kChunkPieces ? kChunkLanes / most_lanes : kChunkPieces;
-    if (count > end - index) count = end - index;
+    const int64_t count = at_most(at_most(kChunkLanes / most_lanes, kChunkPieces), end - index);
     for (int64_t i = 0; i < count; ++i) {
       scratch.pieces[i] = piece(index + i, scratch.packed + i * most_lanes * rows * kLaneBytes<L>);
       scratch.pieces[i].upcoming = upcoming(index + i + count);
@@ -206,26 +201,21 @@ struct Pieces {
   }
 
  private:
-  const uint8_t* block(int64_t at) const {
-    const int64_t place = w.w.order == nullptr ? at : w.w.order[at];
-    return static_cast<const uint8_t*>(w.w.values) + place * w.block_rows * w.block_depth * L::Element::kWidth;
-  }
-
   // Bytes of each row of a piece that is a whole block; others are too long to be lost to the hardware's prefetcher.
-  int64_t row_bytes() const { return rows == w.block_rows && parts == 1 ? w.block_depth * L::Element::kWidth : 0; }
+  int64_t row_bytes() const { return rows == w.block_rows && parts == 1 ? depth * L::Element::kWidth : 0; }
 
   // The index-th piece, perhaps of a later line.
   const uint8_t* upcoming(int64_t index) const {
-    const int64_t blocks = w.w.line_starts[(w.rows + w.block_rows - 1) / w.block_rows];
-    return block(index / parts < blocks ? index / parts : blocks - 1);
+    const int64_t blocks = w.w.line_starts[blocks_across(w.rows, w.block_rows)];
+    return block_at<L>(w.w, at_most(index / parts, blocks - 1));
   }
 
   Piece piece(int64_t index, uint8_t* packed) const {
     const int64_t start = w.w.positions[index / parts] * w.block_depth;
-    const int64_t end = start + w.block_depth < w.depth ? start + w.block_depth : w.depth;
+    const int64_t end = at_most(start + w.block_depth, w.depth);
     const int64_t x_lane = start / L::kDepth + index % parts * kChunkLanes;
-    const int64_t left = lanes_of<L>(end) - x_lane, lanes = left < 0 ? 0 : left < most_lanes ? left : most_lanes;
-    const uint8_t* const src = block(index / parts) + row * w.row_step;
+    const int64_t left = lanes_of<L>(end) - x_lane, lanes = left < 0 ? 0 : at_most(left, most_lanes);
+    const uint8_t* const src = block_at<L>(w.w, index / parts) + row * w.row_step;
     if (in_place) return {src + (x_lane * L::kDepth - start) * w.depth_step, x_lane, lanes, nullptr};
     if constexpr (L::kDepth == 1) {
       widen(src + (x_lane - start) * w.depth_step, lanes, packed);
@@ -361,21 +351,17 @@ void multiply_part(const BlockOperand& w, int64_t line, int64_t row, int64_t row
 
 // Rounds the sums of the `rows` rows of y from `row` on, a vector of rows of x at a time.
 template <class L>
-void round_band(const MultiplyScratch<L>& scratch, int64_t row, int64_t rows, int64_t m, uint8_t* y, int64_t y_cols, uint8_t* transposed) {
+void round_band(int64_t row, int64_t rows, int64_t m, uint8_t* y, int64_t y_cols, MultiplyScratch<L>& scratch) {
   constexpr int64_t kWidth = L::Element::kWidth;
   for (int64_t i = 0; i < m; i += L::kLanes) {
     const int64_t tile = i / kBlockTileRows<L>, vector = i % kBlockTileRows<L> / L::kLanes;
     for (int64_t r = 0; r < rows; r += L::kLanes) {
-      L::transpose(scratch.sums[tile][r] + vector * kVectorBytes<L>, L::kMicroVectors * kVectorBytes<L>, transposed + r * kVectorBytes<L>);
+      L::transpose(scratch.sums[tile][r] + vector * kVectorBytes<L>, L::kMicroVectors * kVectorBytes<L>, scratch.transposed[r / L::kLanes]);
     }
     for (int64_t lane = 0; lane < L::kLanes && i + lane < m; ++lane) {
       for (int64_t r = 0; r < rows; r += L::kLanes) {
-        const typename L::Sums sums = L::load_sums(transposed + (r + lane) * kVectorBytes<L>);
-        uint8_t* const dst = y + ((i + lane) * y_cols + row + r) * kWidth;
-        uint8_t rounded[L::kLanes * kWidth];
-        const bool whole = rows - r >= L::kLanes;
-        L::round(sums, whole ? dst : rounded);
-        if (!whole) copy_bytes(dst, rounded, (rows - r) * kWidth);
+        round_elements<L>(scratch.transposed[r / L::kLanes] + lane * kVectorBytes<L>, at_most(rows - r, L::kLanes),
+                          y + ((i + lane) * y_cols + row + r) * kWidth);
       }
     }
   }
@@ -386,13 +372,13 @@ template <class L>
 void multiply_lines(const BlockOperand& w, int64_t begin, int64_t end, const void* tiles, int64_t m, const void* bias, void* y,
                     MultiplyScratch<L>& scratch) {
   using Element = typename L::Element;
-  const int64_t last = end * w.block_rows < w.rows ? end * w.block_rows : w.rows;
+  const int64_t last = at_most(end * w.block_rows, w.rows);
   int64_t band = begin * w.block_rows;
   for (int64_t row = band, rows; row < last; row += rows) {
-    const int64_t line = row / w.block_rows, after = (line + 1) * w.block_rows < last ? (line + 1) * w.block_rows : last;
-    rows = after - row < kBandRows ? after - row : kBandRows;
+    const int64_t line = row / w.block_rows, after = at_most((line + 1) * w.block_rows, last);
+    rows = at_most(after - row, kBandRows);
     if (row + rows - band > kBandRows) {
-      round_band<L>(scratch, band, row - band, m, static_cast<uint8_t*>(y), w.rows, scratch.transposed[0]);
+      round_band<L>(band, row - band, m, static_cast<uint8_t*>(y), w.rows, scratch);
       band = row;
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -401,7 +387,7 @@ void multiply_lines(const BlockOperand& w, int64_t begin, int64_t end, const voi
     }
     multiply_part<L>(w, line, row - line * w.block_rows, rows, static_cast<const uint8_t*>(tiles), m, row - band, scratch);
   }
-  round_band<L>(scratch, band, last - band, m, static_cast<uint8_t*>(y), w.rows, scratch.transposed[0]);
+  round_band<L>(band, last - band, m, static_cast<uint8_t*>(y), w.rows, scratch);
 }
 
 template <class L>
@@ -412,7 +398,7 @@ void block_multiply(const BlockMatrix& w, int64_t begin, int64_t end, const void
 
 template <class L>
 void block_multiply_transposed(const BlockMatrix& w, int64_t begin, int64_t end, const void* tiles, int64_t m, void* y, void* scratch) {
-  if (m > 0 && streams_transposed<L>(w, m)) {
+  if (streams_transposed<L>(w, m)) {
     stream_transposed<L>(w, begin, end, static_cast<const uint8_t*>(tiles), tile_vectors<L>(0, m) * kVectorBytes<L>, m,
                          static_cast<uint8_t*>(y));
     return;

@@ -20,14 +20,14 @@ constexpr int64_t kStripColumns = kSampledVectors * L::kLanes;
 template <class L>
 constexpr int64_t kStripBytes = kSampledVectors * kVectorBytes<L>;  // of a lane
 
-constexpr int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
-
 // ---- Packed columns
 
+// A block that is wider than all columns is the only one, and packed no wider than they are.
 template <class L>
 int64_t block_columns_bytes(int64_t m, int64_t cols, int64_t block) {
-  const int64_t packed = lanes_of<L>(m) * ((cols + block - 1) / block) * block;
-  return packed == 0 ? 0 : whole_cache_lines(packed * kLaneBytes<L> + kStripBytes<L>);
+  if (m == 0 || cols == 0) return 0;
+  const int64_t width = at_most(block, cols), packed = lanes_of<L>(m) * blocks_across(cols, width) * width;
+  return whole_cache_lines(packed * kLaneBytes<L> + kStripBytes<L>);
 }
 
 // The lanes [begin, end) of `columns` <= kLanes columns of a strip, whose lanes are `step` bytes. Of the `row_bytes` of a row of x,
@@ -52,6 +52,7 @@ template <class L>
 void block_pack_columns(const void* x, int64_t m, int64_t cols, int64_t block, int64_t first, int64_t last, void* columns) {
   constexpr int64_t kLanesAtOnce = 16;  // every strip is a place that is written to: a lane at a time would be too little for each
   const int64_t lanes = lanes_of<L>(m), row_bytes = cols * L::Element::kWidth;
+  block = at_most(block, cols);
   uint8_t* const packed = static_cast<uint8_t*>(columns);
   for (int64_t lane = 0; lane < lanes; lane += kLanesAtOnce) {
     for (int64_t start = first * block; start < last * block; start += block) {
@@ -139,40 +140,49 @@ void sample_tile(PackedStrip g, PackedStrip x, int64_t lanes, PackedStrip next, 
   }
 }
 
-// Where a tile lies: in which block of W, in the order of the lines, and below and right of which element of it.
+// Rows and columns of a block, in the order of the lines, that lie in W.
+inline int64_t rows_inside(const BlockMatrix& w, int64_t block) { return at_most(w.rows - w.lines[block] * w.block_rows, w.block_rows); }
+inline int64_t cols_inside(const BlockMatrix& w, int64_t block) {
+  return at_most(w.cols - w.positions[block] * w.block_cols, w.block_cols);
+}
+
+// Where a tile lies: in which block of W, in the order of the lines, and below and right of which element of it, which lies in W.
 template <class L>
 struct SampledTile {
   int64_t block, top, left;
 
   SampledTile after(const BlockMatrix& w) const {
-    if (left + kStripColumns<L> < w.block_cols) return {block, top, left + kStripColumns<L>};
-    if (top + kStripColumns<L> < w.block_rows) return {block, top + kStripColumns<L>, 0};
+    if (left + kStripColumns<L> < cols_inside(w, block)) return {block, top, left + kStripColumns<L>};
+    if (top + kStripColumns<L> < rows_inside(w, block)) return {block, top + kStripColumns<L>, 0};
     return {block + 1, 0, 0};
   }
   int64_t row(const BlockMatrix& w) const { return w.lines[block] * w.block_rows + top; }
   int64_t col(const BlockMatrix& w) const { return w.positions[block] * w.block_cols + left; }
-  int64_t rows(const BlockMatrix& w) const { return at_most(w.block_rows - top, kStripColumns<L>); }
-  int64_t cols(const BlockMatrix& w) const { return at_most(w.block_cols - left, kStripColumns<L>); }
+  // As many as lie in W.
+  int64_t rows(const BlockMatrix& w) const { return at_most(rows_inside(w, block) - top, kStripColumns<L>); }
+  int64_t cols(const BlockMatrix& w) const { return at_most(cols_inside(w, block) - left, kStripColumns<L>); }
   // Of row i, in [blocks][block_rows][block_cols].
   int64_t place(const BlockMatrix& w, int64_t i) const { return (block * w.block_rows + top + i) * w.block_cols + left; }
 
+  // Whole strips, as they are packed.
   PackedStrip g_strip(const BlockMatrix& w, const void* columns, int64_t lanes) const {
-    return {static_cast<const uint8_t*>(columns) + row(w) * lanes * kLaneBytes<L>, rows(w)};
+    return {static_cast<const uint8_t*>(columns) + row(w) * lanes * kLaneBytes<L>,
+            at_most(at_most(w.block_rows, w.rows) - top, kStripColumns<L>)};
   }
   PackedStrip x_strip(const BlockMatrix& w, const void* columns, int64_t lanes) const {
-    return {static_cast<const uint8_t*>(columns) + col(w) * lanes * kLaneBytes<L>, cols(w)};
+    return {static_cast<const uint8_t*>(columns) + col(w) * lanes * kLaneBytes<L>,
+            at_most(at_most(w.block_cols, w.cols) - left, kStripColumns<L>)};
   }
 };
 
-template <class L>
-void round_row(const typename L::Sum* sums, int64_t cols, uint8_t* dst) {
-  constexpr int64_t kBytes = L::kLanes * L::Element::kWidth;
-  for (int64_t col = 0; col < cols; col += L::kLanes, dst += kBytes) {
-    uint8_t rounded[kBytes];
-    const bool whole = cols - col >= L::kLanes;
-    L::round(L::load_sums(reinterpret_cast<const uint8_t*>(sums + col)), whole ? dst : rounded);
-    if (!whole) copy_bytes(dst, rounded, (cols - col) * L::Element::kWidth);
+// Writes zeros where a block, whose elements are `width` bytes, reaches past W.
+inline void clear_outside(const BlockMatrix& w, int64_t block, uint8_t* dst, int64_t width) {
+  const int64_t rows = rows_inside(w, block), cols = cols_inside(w, block), row_bytes = w.block_cols * width;
+  dst += block * w.block_rows * row_bytes;
+  for (int64_t row = 0; row < rows && cols < w.block_cols; ++row) {
+    __builtin_memset(dst + row * row_bytes + cols * width, 0, row_bytes - cols * width);
   }
+  if (rows < w.block_rows) __builtin_memset(dst + rows * row_bytes, 0, (w.block_rows - rows) * row_bytes);
 }
 
 template <class Sum>
@@ -186,7 +196,7 @@ inline void prefetch_row(const void* row, int64_t bytes) {
 
 template <class L>
 void block_sample(const BlockMatrix& w, int64_t begin, int64_t end, const void* g_columns, const void* x_columns, int64_t m,
-                  const void* earlier, void* sums, void* values, void*) {
+                  const void* earlier, void* sums, void* values) {
   constexpr int64_t kWidth = L::Element::kWidth, kSum = sizeof(typename L::Sum);
   const int64_t lanes = lanes_of<L>(m);
   uint8_t* const dst = static_cast<uint8_t*>(sums != nullptr ? sums : values);
@@ -201,16 +211,15 @@ void block_sample(const BlockMatrix& w, int64_t begin, int64_t end, const void* 
     alignas(64) TileSums<L> tile;
     sample_tile<L>(at.g_strip(w, g_columns, lanes), at.x_strip(w, x_columns, lanes), lanes,
                    (next.block < end ? next : at).x_strip(w, x_columns, lanes), tile);
-    const int64_t rows_inside = w.rows - at.row(w), cols_inside = w.cols - at.col(w);
     for (int64_t i = 0; i < rows; ++i) {
       if (earlier != nullptr) add_row(static_cast<const uint8_t*>(earlier) + at.place(w, i) * kSum, cols, tile[i]);
-      for (int64_t j = i >= rows_inside || cols_inside < 0 ? 0 : cols_inside; j < cols; ++j) tile[i][j] = 0;
       uint8_t* const row = dst + at.place(w, i) * dst_width;
       if (sums != nullptr) {
         copy_bytes(row, tile[i], cols * kSum);
       } else {
-        round_row<L>(tile[i], cols, row);
+        round_elements<L>(reinterpret_cast<const uint8_t*>(tile[i]), cols, row);
       }
     }
+    if (next.block > at.block) clear_outside(w, at.block, dst, dst_width);
   }
 }

@@ -7,7 +7,7 @@
 //   x      [block columns][vectors of a unit][m] vectors: zero past the edge, repeated for each row of a unit
 //   run    some blocks of a line, prefetched into the first cache as one stream while those before are multiplied; then unit by unit, so
 //          that sums stay in registers from block to block
-//   strip  as many rows as scratch has sums for: those of a block, unless it is very high
+//   band   as many rows as scratch has sums for: those of a block, unless it is very high
 
 template <class L>
 constexpr int64_t kVectorElements = L::kLanes * L::kDepth;
@@ -38,16 +38,14 @@ inline int64_t rows_of_unit(int64_t block_cols) {
 
 template <class L>
 inline int64_t vectors_of_unit(int64_t block_cols, int64_t cols) {
-  const int64_t columns = block_cols < cols ? block_cols : cols;
-  return columns / kVectorElements<L> + (columns % kVectorElements<L> != 0);
+  return blocks_across(at_most(block_cols, cols), kVectorElements<L>);
 }
 
 // ---- Rows of x
 
 template <class L>
 int64_t block_rows_bytes(int64_t m, int64_t cols, int64_t block_cols) {
-  const int64_t blocks = cols / block_cols + (cols % block_cols != 0);
-  return whole_cache_lines(blocks * vectors_of_unit<L>(block_cols, cols) * m * kVectorBytes<L>);
+  return whole_cache_lines(blocks_across(cols, block_cols) * vectors_of_unit<L>(block_cols, cols) * m * kVectorBytes<L>);
 }
 
 template <class L>
@@ -137,16 +135,11 @@ inline void add_run(const Run& run, const uint8_t* x, int64_t x_bytes, uint8_t* 
 // ---- Lines of W
 
 // Columns of W that the block at `at` meets.
-inline int64_t columns_of(const BlockMatrix& w, int64_t at) {
-  const int64_t left = w.cols - w.positions[at] * w.block_cols;
-  return left < w.block_cols ? left : w.block_cols;
-}
-
-inline int64_t lines_of(const BlockMatrix& w) { return w.rows / w.block_rows + (w.rows % w.block_rows != 0); }
+inline int64_t columns_of(const BlockMatrix& w, int64_t at) { return at_most(w.cols - w.positions[at] * w.block_cols, w.block_cols); }
 
 // Some rows of a line, and the sums of their products with M rows of x.
 template <class L, int M>
-struct Strip {
+struct Band {
   static constexpr int64_t kWidth = L::Element::kWidth;
   static constexpr int64_t kBytes = kVectorElements<L> * kWidth;
 
@@ -158,7 +151,7 @@ struct Strip {
   int64_t row_bytes = w.block_cols * kWidth;
   int64_t x_bytes = vectors_of_unit<L>(w.block_cols, w.cols) * M * kVectorBytes<L>;  // that a block meets
   int64_t unit_rows = rows_of_unit<L>(w.block_cols);
-  int64_t units = (rows + unit_rows - 1) / unit_rows;
+  int64_t units = blocks_across(rows, unit_rows);
 
   uint8_t* sums_of(int64_t unit) const { return scratch.sums + unit * M * kVectorBytes<L>; }
 
@@ -202,13 +195,11 @@ struct Strip {
     }
   }
 
-  const uint8_t* start_of(int64_t block) const {
-    return static_cast<const uint8_t*>(w.values) + (block * w.block_rows + first) * row_bytes;
-  }
+  const uint8_t* start_of(int64_t block) const { return block_at<L>(w, block) + first * row_bytes; }
 
   // Whether the units of a block lie within the values: what follows its last row belongs to lanes that count for nothing.
   bool is_readable(int64_t block) const {
-    const int64_t blocks = w.line_starts[lines_of(w)];
+    const int64_t blocks = w.line_starts[blocks_across(w.rows, w.block_rows)];
     return units * kBytes <= ((blocks - block) * w.block_rows - first) * row_bytes;
   }
 
@@ -230,7 +221,7 @@ struct Strip {
       const int64_t row = unit * unit_rows, most = L::kLanes * unit_rows;
       for (int i = 0; i < M; ++i) {
         add_lanes(sums_of(unit) + i * kVectorBytes<L>);
-        round_totals(rows - row < most ? rows - row : most, y + row * kWidth + i * y_stride);
+        round_elements<L>(scratch.totals, at_most(rows - row, most), y + row * kWidth + i * y_stride);
       }
     }
   }
@@ -254,19 +245,6 @@ struct Strip {
       }
     }
   }
-
-  void round_totals(int64_t count, uint8_t* y) const {
-    for (int64_t at = 0; at < count; at += L::kLanes) {
-      const typename L::Sums totals = L::load_sums(scratch.totals + at * kLaneBytes<L>);
-      if (count - at >= L::kLanes) {
-        L::round(totals, y + at * kWidth);
-      } else {
-        uint8_t rounded[L::kLanes * kWidth];
-        L::round(totals, rounded);
-        copy_bytes(y + at * kWidth, rounded, (count - at) * kWidth);
-      }
-    }
-  }
 };
 
 template <class L, int M = L::kStreamedRows>
@@ -277,13 +255,13 @@ void block_stream(const BlockMatrix& w, int64_t begin, int64_t end, const void* 
   }
   const int64_t most = BlockStreamScratch<L>::kSums / M / L::kLanes * L::kLanes * rows_of_unit<L>(w.block_cols);
   for (int64_t line = begin; line < end; ++line) {
-    const int64_t top = line * w.block_rows, height = w.rows - top < w.block_rows ? w.rows - top : w.block_rows;
+    const int64_t top = line * w.block_rows, height = at_most(w.rows - top, w.block_rows);
     for (int64_t first = 0; first < height; first += most) {
-      const Strip<L, M> strip{w, static_cast<const uint8_t*>(rows), *static_cast<BlockStreamScratch<L>*>(scratch), first,
-                              height - first < most ? height - first : most};
-      strip.clear(bias == nullptr ? nullptr : static_cast<const uint8_t*>(bias) + (top + first) * kWidth);
-      strip.add(w.line_starts[line], w.line_starts[line + 1]);
-      strip.round(static_cast<uint8_t*>(y) + (top + first) * kWidth, w.rows * kWidth);
+      const Band<L, M> band{w, static_cast<const uint8_t*>(rows), *static_cast<BlockStreamScratch<L>*>(scratch), first,
+                            at_most(height - first, most)};
+      band.clear(bias == nullptr ? nullptr : static_cast<const uint8_t*>(bias) + (top + first) * kWidth);
+      band.add(w.line_starts[line], w.line_starts[line + 1]);
+      band.round(static_cast<uint8_t*>(y) + (top + first) * kWidth, w.rows * kWidth);
     }
   }
 }

@@ -46,23 +46,20 @@ void stream_columns(const BlockMatrix& w, int64_t line, int64_t first, int64_t c
 #pragma GCC unroll 16
   for (int i = 0; i < M * V; ++i) sums[i / V][i % V] = L::zero();
   const int64_t row_bytes = w.block_cols * kWidth;
-  const auto block = [&](int64_t at) {
-    const int64_t place = w.order == nullptr ? at : w.order[at];
-    return static_cast<const uint8_t*>(w.values) + place * w.block_rows * row_bytes + first * kWidth;
-  };
+  const auto block = [&](int64_t at) { return block_at<L>(w, at) + first * kWidth; };
   for (int64_t at = w.line_starts[line]; at < w.line_starts[line + 1]; ++at) {
-    const int64_t row = w.positions[at] * w.block_rows, left = w.rows - row;
+    const int64_t row = w.positions[at] * w.block_rows;
     const BlockColumns there{block(at), at + 1 < w.line_starts[line + 1] ? block(at + 1) : nullptr, row_bytes,
-                             left < w.block_rows ? left : w.block_rows, columns * kWidth};
+                             at_most(w.rows - row, w.block_rows), columns * kWidth};
     add_columns<L, M, V>(there, g + row / L::kDepth * g_lane, g_lane, sums);
   }
-  const int64_t col = line * w.block_cols + first, inside = w.cols - col < columns ? w.cols - col : columns;
+  const int64_t col = line * w.block_cols + first;
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
     uint8_t rounded[V * L::kLanes * kWidth];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) L::round(sums[i][v], rounded + v * L::kLanes * kWidth);
-    copy_bytes(y + (i * w.cols + col) * kWidth, rounded, inside * kWidth);
+    copy_bytes(y + (i * w.cols + col) * kWidth, rounded, columns * kWidth);
   }
 }
 
@@ -70,7 +67,7 @@ void stream_columns(const BlockMatrix& w, int64_t line, int64_t first, int64_t c
 template <class L, int M, int V>
 void stream_line(const BlockMatrix& w, int64_t line, int64_t first, const uint8_t* g, int64_t g_lane, uint8_t* y) {
   constexpr int64_t kColumns = V * L::kLanes;
-  const int64_t left = w.cols - line * w.block_cols, width = left < w.block_cols ? left : w.block_cols;
+  const int64_t width = at_most(w.cols - line * w.block_cols, w.block_cols);
   for (; width - first >= kColumns; first += kColumns) stream_columns<L, M, V>(w, line, first, kColumns, g, g_lane, y);
   if constexpr (V > 1) {
     stream_line<L, M, V / 2>(w, line, first, g, g_lane, y);

@@ -2,12 +2,32 @@
 //
 //   task      lines of W (block_multiply.h, block_stream.h) or kept blocks (block_sample.h), and rows of x: what a thread does
 //   cache     what of it is done at a time, so that operands stay in the second cache: sized where it is done
-//   registers L::kMicroRows x L::kMicroVectors vectors of sums: rows are broadcast, vectors are loaded
+//   registers L::kMicroRows x L::kMicroVectors vectors of sums: rows are broadcast, vectors are loaded, as in BLIS
+//             (https://github.com/flame/blis)
+//
+// Template parameters of all block-sparse kernels:
+//
+//   L  the type of lanes (lanes.h)
+//   R  rows of W, or units of them, whose sums are in registers at a time
+//   V  vectors of sums that each of these has
+//   M  rows of x or g, where they are so few that all are multiplied at a time
 
-template <class L>
-constexpr int64_t kVectorBytes = L::kLanes * kLaneBytes<L>;
+constexpr int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
 constexpr int64_t whole_cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Lanes that hold a row of `cols` columns.
+template <class L>
+constexpr int64_t lanes_of(int64_t cols) {
+  return blocks_across(cols, L::kDepth);
+}
+
+// The block that is the at-th in the order of the lines.
+template <class L>
+inline const uint8_t* block_at(const BlockMatrix& w, int64_t at) {
+  const int64_t place = w.order == nullptr ? at : w.order[at];
+  return static_cast<const uint8_t*>(w.values) + place * w.block_rows * w.block_cols * L::Element::kWidth;
+}
 
 // kLanes elements of each of kDepth rows, a lane holding one of each.
 template <class L>

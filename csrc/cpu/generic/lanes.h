@@ -1,6 +1,14 @@
-// How elements become the lanes that the linear kernels multiply: the parts common to all instruction sets, and a portable version in the
-// compiler's own vector types, which any table uses for what its instruction set has nothing better for.
-//
+// How elements become the lanes that the linear and block-sparse kernels multiply: the parts common to all instruction sets, and a
+// portable version in the compiler's own vector types, which any table uses for what its instruction set has nothing better for.
+
+// The values behind a mask as a row of dense elements.
+template <class Element>
+struct DenseGroup {
+  alignas(64) uint8_t bytes[kGroup * Element::kWidth];
+
+  const uint8_t* expand(const uint8_t* src, uint64_t mask) { return Simd::template expand<Element::kWidth>(src, mask, bytes); }
+};
+
 // A type of lanes L holds, for one dtype:
 //   L::Element          widen(bytes) and narrow(sum, bytes) of one element; Sum, the type it accumulates in
 //   L::kDepth           columns in one lane: 1, or 2 where one instruction adds the products of a pair
@@ -19,15 +27,6 @@
 //   L::zero, add, reduce, load_sums, store_sums
 //   L::round(sums, dst)            kLanes elements, rounded to nearest, ties to even
 //   L::transpose(src, stride, dst) kLanes x kLanes lanes; rows of src are `stride` bytes apart
-
-// The values behind a mask as a row of dense elements.
-template <class Element>
-struct DenseGroup {
-  alignas(64) uint8_t bytes[kGroup * Element::kWidth];
-
-  const uint8_t* expand(const uint8_t* src, uint64_t mask) { return Simd::template expand<Element::kWidth>(src, mask, bytes); }
-};
-
 template <class ElementType>
 struct PortableLanes {
   using Element = ElementType;

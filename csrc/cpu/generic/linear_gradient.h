@@ -18,7 +18,6 @@ int64_t find_column(const BitmaskMatrix& w, int64_t col, RowReader<L, true>* rea
 template <class L>
 void expand_columns(const BitmaskMatrix& w, int64_t row, int64_t rows, int64_t begin, int64_t end, RowReader<L, true>* readers,
                     Scratch<L>& scratch) {
-  constexpr int64_t kVector = L::kLanes * kLaneBytes<L>;
   for (int64_t i = 0; i < rows; ++i) {
     RowReader<L, true> reader = readers[row + i];
     const uint8_t* const bits = w.bitmasks + (row + i) * bitmask_bytes(w.cols);
@@ -26,7 +25,7 @@ void expand_columns(const BitmaskMatrix& w, int64_t row, int64_t rows, int64_t b
     for (int64_t col = begin; col < end; col += kGroup) {
       typename L::Lanes lanes[kVectors<L>];
       reader.next(load_mask(bits + col / 8, end - col < kGroup ? end - col : kGroup), lanes);
-      for (int vector = 0; vector < kVectors<L>; ++vector, ++strip) L::store(lanes[vector], scratch.tile[strip] + i * kVector);
+      for (int vector = 0; vector < kVectors<L>; ++vector, ++strip) L::store(lanes[vector], scratch.tile[strip] + i * kVectorBytes<L>);
     }
     readers[row + i] = reader;
   }

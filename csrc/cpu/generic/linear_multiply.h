@@ -70,15 +70,14 @@ int64_t open_tile(const BitmaskMatrix& w, int64_t begin, int64_t end, Tile<L>& t
 template <class L>
 inline void expand_block(const uint8_t* bits, int64_t row_bytes, int64_t columns, int64_t rows, RowReader<L, true>* readers,
                          const uint8_t* const* next, int64_t ahead, uint8_t (&expanded)[L::kLanes][kGroupBytes<L>], uint8_t* block) {
-  constexpr int64_t kVector = L::kLanes * kLaneBytes<L>;
   for (int64_t i = 0; i < rows; ++i, bits += row_bytes) {
     typename L::Lanes lanes[kVectors<L>];
     prefetch_bytes<(L::Element::kWidth + 1) / 2 * 64>(next[i], ahead);
     readers[i].next(load_mask(bits, columns), lanes);
-    for (int vector = 0; vector < kVectors<L>; ++vector) L::store(lanes[vector], expanded[i] + vector * kVector);
+    for (int vector = 0; vector < kVectors<L>; ++vector) L::store(lanes[vector], expanded[i] + vector * kVectorBytes<L>);
   }
   for (int vector = 0; vector < kVectors<L>; ++vector) {
-    L::transpose(expanded[0] + vector * kVector, kGroupBytes<L>, block + vector * L::kLanes * kVector);
+    L::transpose(expanded[0] + vector * kVectorBytes<L>, kGroupBytes<L>, block + vector * L::kLanes * kVectorBytes<L>);
   }
 }
 
@@ -111,17 +110,16 @@ void expand_strip(const BitmaskMatrix& w, Tile<L>& tile, int64_t strip, int64_t 
 // sums [MR, kStrips * kLanes] += panel [lanes, MR] x two strips [lanes, kLanes].
 template <class L, int MR>
 void product(const uint8_t* panel, const uint8_t* strip0, const uint8_t* strip1, int64_t lanes, uint8_t* sums) {
-  constexpr int64_t kVector = L::kLanes * kLaneBytes<L>;
   constexpr int64_t kStride = kTileRows * kLaneBytes<L>;
   typename L::Sums acc[MR][kStrips];  // in registers: every loop over it is unrolled
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
     acc[i][0] = L::load_sums(sums + i * kStride);
-    acc[i][1] = L::load_sums(sums + i * kStride + kVector);
+    acc[i][1] = L::load_sums(sums + i * kStride + kVectorBytes<L>);
   }
   for (int64_t lane = 0; lane < lanes; ++lane) {
-    const typename L::Lanes w0 = L::load(strip0 + lane * kVector);
-    const typename L::Lanes w1 = L::load(strip1 + lane * kVector);
+    const typename L::Lanes w0 = L::load(strip0 + lane * kVectorBytes<L>);
+    const typename L::Lanes w1 = L::load(strip1 + lane * kVectorBytes<L>);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       const typename L::Lanes x = L::broadcast(panel + (lane * L::kPanelRows + i) * kLaneBytes<L>);
@@ -132,7 +130,7 @@ void product(const uint8_t* panel, const uint8_t* strip0, const uint8_t* strip1,
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
     L::store_sums(acc[i][0], sums + i * kStride);
-    L::store_sums(acc[i][1], sums + i * kStride + kVector);
+    L::store_sums(acc[i][1], sums + i * kStride + kVectorBytes<L>);
   }
 }
 
@@ -148,16 +146,8 @@ void multiply_panel(const uint8_t* panel, int64_t rows, const Scratch<L>& scratc
 
 template <class L>
 void round_sums(const Scratch<L>& scratch, int64_t m, int64_t rows, uint8_t* y, int64_t y_stride) {
-  constexpr int64_t kWidth = L::Element::kWidth;
   for (int64_t i = 0; i < m; ++i, y += y_stride) {
-    const uint8_t* const sums = reinterpret_cast<const uint8_t*>(scratch.sums + i * kTileRows);
-    for (int64_t row = 0; row < rows; row += L::kLanes) {
-      uint8_t rounded[L::kLanes * kWidth];
-      const bool whole = rows - row >= L::kLanes;
-      uint8_t* const dst = y + row * kWidth;
-      L::round(L::load_sums(sums + row * kLaneBytes<L>), whole ? dst : rounded);
-      if (!whole) copy_bytes(dst, rounded, (rows - row) * kWidth);
-    }
+    round_elements<L>(reinterpret_cast<const uint8_t*>(scratch.sums + i * kTileRows), rows, y);
   }
 }
 

@@ -11,12 +11,27 @@ template <class L>
 constexpr int64_t kLaneBytes = sizeof(typename L::Sum);
 
 template <class L>
+constexpr int64_t kVectorBytes = L::kLanes * kLaneBytes<L>;
+
+template <class L>
 constexpr int kVectors = kGroup / L::kDepth / L::kLanes;  // of a group
 
 template <class L>
 constexpr int64_t kGroupBytes = kGroup / L::kDepth * kLaneBytes<L>;
 
-constexpr int64_t groups_of(int64_t cols) { return cols / kGroup + (cols % kGroup != 0); }
+constexpr int64_t groups_of(int64_t cols) { return blocks_across(cols, kGroup); }
+
+// Rounds `count` sums that follow each other. They are read by whole vectors, but no more elements are written.
+template <class L>
+inline void round_elements(const uint8_t* sums, int64_t count, uint8_t* dst) {
+  constexpr int64_t kBytes = L::kLanes * L::Element::kWidth;
+  for (; count >= L::kLanes; count -= L::kLanes, sums += kVectorBytes<L>, dst += kBytes) L::round(L::load_sums(sums), dst);
+  if (count > 0) {
+    uint8_t rounded[kBytes];
+    L::round(L::load_sums(sums), rounded);
+    copy_bytes(dst, rounded, count * L::Element::kWidth);
+  }
+}
 
 // ---- Rows of W
 

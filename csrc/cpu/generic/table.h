@@ -34,7 +34,7 @@ constexpr BlockKernels block_kernels() {
   kernels.pack_rows = block_pack_rows<L>;
   kernels.stream = block_stream<L>;
   kernels.tile_rows = kBlockTileRows<L>;
-  kernels.most_rows = kBlockMostRows<L>;
+  kernels.most_rows = kBlockMostRows;
   kernels.tiles_bytes = block_tiles_bytes<L>;
   kernels.pack_tiles = block_pack_tiles<L>;
   kernels.multiply = block_multiply<L>;

@@ -12,7 +12,7 @@ from conftest import run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bitmask
-from bitmask import BitmaskTensor, native, ops
+from bitmask import BitmaskTensor, calls, native, ops
 
 ROOT = Path(__file__).parents[1]
 OPS = ["compress", "compress_into", "decompress", "linear", "linear_backward_input", "validate"]

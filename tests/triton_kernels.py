@@ -26,7 +26,7 @@ from conftest import (
 from torch import library
 
 import bitmask
-from bitmask import FormatError, ops, portable, reference
+from bitmask import FormatError, calls, ops, portable, reference
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_triton.py", allow_module_level=True)

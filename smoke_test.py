@@ -156,8 +156,8 @@ def random_block_index() -> tuple[torch.Tensor, torch.Tensor]:
 
 def block_index_agrees() -> bool:
     """Whether kept blocks are found by columns as well."""
-    index, block_cols = random_block_index(), -(-SHAPE[1] // 16)
-    return same(ops_block.bsr_transpose(*index, block_cols), reference.bsr_transpose(*index, block_cols))
+    index, cols_of_blocks = random_block_index(), -(-SHAPE[1] // 16)
+    return same(ops_block.bsr_transpose(*index, cols_of_blocks), reference.bsr_transpose(*index, cols_of_blocks))
 
 
 def blocks_multiply(dtype: torch.dtype, rows: int) -> bool:

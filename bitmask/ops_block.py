@@ -37,13 +37,13 @@ class TransposedIndex(NamedTuple):
     order: Tensor
 
 
-def bsr_transpose(crow_indices: Tensor, col_indices: Tensor, block_cols: int) -> TransposedIndex:
+def bsr_transpose(crow_indices: Tensor, col_indices: Tensor, cols_of_blocks: int) -> TransposedIndex:
     """The same blocks by block columns.
 
     Args:
         crow_indices: int64 [block rows + 1].
         col_indices: int64 [blocks].
-        block_cols: block columns of the weight.
+        cols_of_blocks: block columns of the weight.
 
     Raises:
         FormatError: indices that contradict themselves or each other.
@@ -54,10 +54,10 @@ def bsr_transpose(crow_indices: Tensor, col_indices: Tensor, block_cols: int) ->
     """
     try:
         return TransposedIndex(
-            *call(torch.ops.bitmask.bsr_transpose, crow_indices, col_indices, block_cols, invalid=FormatError)
+            *call(torch.ops.bitmask.bsr_transpose, crow_indices, col_indices, cols_of_blocks, invalid=FormatError)
         )
     except (RuntimeError, TypeError, ValueError):
-        _check_transpose(crow_indices, col_indices, block_cols)
+        _check_transpose(crow_indices, col_indices, cols_of_blocks)
         raise
 
 
@@ -213,9 +213,9 @@ def _blocks_across(size: int, block: int) -> int:
     return (size + block - 1) // block
 
 
-def _check_transpose(crow_indices: Tensor, col_indices: Tensor, block_cols: int) -> None:
+def _check_transpose(crow_indices: Tensor, col_indices: Tensor, cols_of_blocks: int) -> None:
     _check_tensors({}, {"crow_indices": crow_indices, "col_indices": col_indices})
-    _check_count("block_cols", block_cols)
+    _check_count("cols_of_blocks", cols_of_blocks)
     if crow_indices.ndim != 1 or crow_indices.shape[0] < 1:
         raise FormatError(f"crow_indices: got size {list(crow_indices.shape)}, expected [block rows + 1]")
     if col_indices.ndim != 1:
@@ -292,10 +292,10 @@ def _check_backward_values(
         raise FormatError(f"col_indices: got size {list(col_indices.shape)}, expected [blocks]")
 
 
-def _fake_transpose(crow_indices: Tensor, col_indices: Tensor, block_cols: int) -> tuple[Tensor, Tensor, Tensor]:
-    _check_transpose(crow_indices, col_indices, block_cols)
+def _fake_transpose(crow_indices: Tensor, col_indices: Tensor, cols_of_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check_transpose(crow_indices, col_indices, cols_of_blocks)
     return (
-        col_indices.new_empty([block_cols + 1]),
+        col_indices.new_empty([cols_of_blocks + 1]),
         col_indices.new_empty(col_indices.shape),
         col_indices.new_empty(col_indices.shape),
     )

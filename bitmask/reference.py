@@ -115,10 +115,10 @@ def bsr_to_dense(values: Tensor, crow_indices: Tensor, col_indices: Tensor, shap
     return grid.transpose(1, 2).reshape(down * block_rows, across * block_cols)[: shape[0], : shape[1]]
 
 
-def bsr_transpose(crow_indices: Tensor, col_indices: Tensor, block_cols: int) -> tuple[Tensor, Tensor, Tensor]:
+def bsr_transpose(crow_indices: Tensor, col_indices: Tensor, cols_of_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
     """Twin of `bitmask.ops_block.bsr_transpose` for a valid index."""
     order = col_indices.argsort(stable=True)
-    counts = col_indices.bincount(minlength=block_cols)
+    counts = col_indices.bincount(minlength=cols_of_blocks)
     ccol_indices = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return ccol_indices, block_rows_of(crow_indices)[order], order
 

@@ -235,7 +235,7 @@ STABLE_TORCH_LIBRARY(bitmask, m) {
       "-> Tensor");
   m.def("bsr_linear_backward_values(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, SymInt[] block_shape) -> Tensor");
   m.def(
-      "bsr_transpose(Tensor crow_indices, Tensor col_indices, SymInt block_cols) "
+      "bsr_transpose(Tensor crow_indices, Tensor col_indices, SymInt cols_of_blocks) "
       "-> (Tensor ccol_indices, Tensor row_indices, Tensor order)");
   m.def("compress(Tensor dense, bool keep_negative_zero) -> (Tensor values, Tensor bitmasks, Tensor row_offsets)");
   m.def("compress_into(Tensor dense, bool keep_negative_zero, Tensor(a!) values, Tensor(b!) bitmasks, Tensor(c!) row_offsets) -> Tensor");

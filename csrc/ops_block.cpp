@@ -325,15 +325,15 @@ Tensor bsr_linear_backward_values(const Tensor& grad, const Tensor& x, const Ten
 
 // ------------------------------------------------------------------------------------------------------------- the index
 
-std::tuple<Tensor, Tensor, Tensor> bsr_transpose(const Tensor& crow_indices, const Tensor& col_indices, int64_t block_cols) {
-  check_feature_count("block_cols", block_cols);
+std::tuple<Tensor, Tensor, Tensor> bsr_transpose(const Tensor& crow_indices, const Tensor& col_indices, int64_t cols_of_blocks) {
+  check_feature_count("cols_of_blocks", cols_of_blocks);
   check_vector("crow_indices", crow_indices.sizes(), 1);
   check_vector("col_indices", col_indices.sizes(), 0);
   const int64_t blocks = col_indices.size(0);
-  const BlockIndex index = index_of(kByRow, crow_indices, crow_indices.size(0) - 1, col_indices, blocks, block_cols);
+  const BlockIndex index = index_of(kByRow, crow_indices, crow_indices.size(0) - 1, col_indices, blocks, cols_of_blocks);
   const auto entries = [](int64_t count) { return empty(std::vector<int64_t>{count}, aoti_torch_dtype_int64()); };
-  const Tensor ccol_indices = entries(block_cols + 1), row_indices = entries(blocks), order = entries(blocks);
-  const BlockIndex transposed = transpose(index, block_cols);
+  const Tensor ccol_indices = entries(cols_of_blocks + 1), row_indices = entries(blocks), order = entries(blocks);
+  const BlockIndex transposed = transpose(index, cols_of_blocks);
   const auto copy = [](const std::vector<int64_t>& from, const Tensor& to) {
     std::copy(from.begin(), from.end(), static_cast<int64_t*>(to.mutable_data_ptr()));
   };

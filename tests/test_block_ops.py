@@ -566,7 +566,7 @@ def arguments():
             "in_features": 70,
         },
         bsr_linear_backward_values: {"grad": grad, "x": x, **index, "block_shape": (16, 24)},
-        bsr_transpose: {**index, "block_cols": 3},
+        bsr_transpose: {**index, "cols_of_blocks": 3},
     }
 
 
@@ -765,10 +765,10 @@ BAD_ARGUMENTS = [
         r"block_shape: got \[16, 1099511627776\], expected",
     ),
     (TO_VALUES, with_argument(col_indices=ROWS.reshape(2, 2)), FormatError, r"col_indices: got size \[2, 2\]"),
-    (bsr_transpose, with_argument(block_cols=2), FormatError, r"col_indices\[1\]: got 2, expected .* less than 2"),
-    (bsr_transpose, with_argument(block_cols=-1), ValueError, "block_cols: got -1, expected 0 or more"),
-    (bsr_transpose, with_argument(block_cols=2**62), RuntimeError, "cannot allocate a tensor of size"),
-    (bsr_transpose, with_argument(block_cols=None), TypeError, "block_cols: got None, expected an integer"),
+    (bsr_transpose, with_argument(cols_of_blocks=2), FormatError, r"col_indices\[1\]: got 2, expected .* less than 2"),
+    (bsr_transpose, with_argument(cols_of_blocks=-1), ValueError, "cols_of_blocks: got -1, expected 0 or more"),
+    (bsr_transpose, with_argument(cols_of_blocks=2**62), RuntimeError, "cannot allocate a tensor of size"),
+    (bsr_transpose, with_argument(cols_of_blocks=None), TypeError, "cols_of_blocks: got None, expected an integer"),
     (bsr_transpose, with_argument(crow_indices=ROWS[:0]), FormatError, r"crow_indices: got size \[0\], expected"),
     (bsr_transpose, with_argument(crow_indices=ROWS.reshape(2, 2)), FormatError, r"crow_indices: got size \[2, 2\]"),
     (
@@ -836,6 +836,9 @@ def test_sizes_at_which_nothing_may_be_allocated():
     assert bsr_linear(torch.empty(0, huge), torch.ones(0, 4, 1), torch.zeros(3).long(), none, 8).shape == (0, 8)
     transposed = ops_block.TransposedIndex(torch.zeros(3).long(), none, none)
     assert bsr_linear_backward_input(torch.empty(0, huge), torch.ones(0, 1, 4), transposed, 8).shape == (0, 8)
+    index = (torch.tensor([0, 1, 1]), torch.tensor([7]))
+    gradient = bsr_linear_backward_values(torch.empty(0, 8), torch.empty(0, huge), *index, (4, 2))
+    assert torch.equal(gradient, torch.zeros(1, 4, 2))
 
 
 # Random indices.

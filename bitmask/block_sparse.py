@@ -272,7 +272,9 @@ class BlockSparseLinear(nn.Module):
             return torch.nested.as_nested_tensor([self(part) for part in x.unbind()], layout=x.layout)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: got size {list(x.shape)}, expected [..., {self.in_features}] (in_features)")
-        transposed = TransposedIndex(*(getattr(self, name) for name in _TRANSPOSED))
+        transposed = None  # checking it would cost as much as a small product does
+        if x.requires_grad and torch.is_grad_enabled():
+            transposed = TransposedIndex(*(getattr(self, name) for name in _TRANSPOSED))
         return ops_block.bsr_linear(
             x, self.values, self.crow_indices, self.col_indices, self.out_features, self.bias, transposed
         )

@@ -185,6 +185,23 @@ def available_memory() -> int:
         return 0
 
 
+# Views of 70 columns of a tensor [80, 140]: the strides and shapes that the rows of a product can have.
+VIEWS_OF_ROWS = {
+    "transposed": lambda x: x[:70, :40].t().contiguous().t()[:12],
+    "every second column": lambda x: x[:9, ::2],
+    "every second row": lambda x: x[::2, :70],
+    "expanded row": lambda x: x[:1, :70].expand(20, 70),
+    "expanded scalar": lambda x: x[3, 4].expand(3, 70),
+    "storage offset": lambda x: x.reshape(-1)[1:71],
+    "1-D": lambda x: x[0, :70],
+    "3-D": lambda x: x[:30, :70].reshape(2, 15, 70),
+    "permuted": lambda x: x[:30, :70].reshape(5, 6, 70).permute(1, 0, 2),
+    "no rows": lambda x: x[:0, :70],
+    "no rows, 3-D": lambda x: x[:30, :70].reshape(5, 6, 70)[:, :0],
+    "4-D of ones": lambda x: x[:1, :70].reshape(1, 1, 1, 70),
+}
+
+
 def run_python(
     code: str, timeout: float = 120, check: bool = True, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -200,3 +217,26 @@ def run_python(
     if check:
         assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+FORK = """
+import os
+{setup}
+if {use_before}:
+    assert works()
+pid = os.fork()
+if pid == 0:
+    try:
+        os._exit(0 if works() else 1)
+    finally:
+        os._exit(2)
+_, status = os.waitpid(pid, 0)
+print("child", os.waitstatus_to_exitcode(status))
+print("parent", works())
+"""
+
+
+def assert_works_after_fork(setup: str, use_before: bool) -> None:
+    """Runs `setup`, which defines `works()`, in a process of its own, then `works()` in a child of it and in itself."""
+    done = run_python(FORK.format(setup=setup, use_before=use_before), timeout=60)
+    assert done.stdout.splitlines() == ["child 0", "parent True"]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bitmask
-from bitmask import BitmaskLinear, BlockSparseLinear, FormatError, block_norms, largest_blocks
+from bitmask import BitmaskLinear, BlockSparseLinear, FormatError, block_norms, largest_blocks, ops_block
 from bitmask.block_layout import block_sizes
 from bitmask.block_patterns import spread_blocks
 from bitmask.calls import LINEAR_DTYPES
@@ -638,6 +638,17 @@ def test_state_dict_brings_its_pattern(assign, bias):
     x = torch.randn(3, 640, requires_grad=True)
     gradients = [torch.autograd.grad(layer(x).pow(2).sum(), (x, layer.values)) for layer in (source, target)]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("grad_mode", "of_x", "given"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_transposed_index_is_given_only_where_the_gradient_of_x_needs_it(monkeypatch, grad_mode, of_x, given):
+    seen = []
+    monkeypatch.setattr(ops_block, "bsr_linear", lambda *args: seen.append(args[-1]))
+    with torch.set_grad_enabled(grad_mode):
+        make()(torch.randn(3, 70, requires_grad=of_x))
+    assert [transposed is not None for transposed in seen] == [given]
 
 
 def test_state_dict_of_another_dtype_is_converted():

@@ -10,7 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ISAS, assert_bits_equal, mutations, parts_are_valid, random_numbers, run_python
+from conftest import (
+    ISAS,
+    VIEWS_OF_ROWS,
+    assert_bits_equal,
+    assert_works_after_fork,
+    mutations,
+    parts_are_valid,
+    random_numbers,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library, nn
@@ -158,25 +166,10 @@ def test_subnormals(isa, dtype, m):
 
 # Strides and shapes of x.
 
-VIEWS = {
-    "transposed": lambda x: x[:70, :40].t().contiguous().t()[:12],
-    "every second column": lambda x: x[:9, ::2],
-    "every second row": lambda x: x[::2, :70],
-    "expanded row": lambda x: x[:1, :70].expand(7, 70),
-    "expanded scalar": lambda x: x[3, 4].expand(3, 70),
-    "storage offset": lambda x: x.reshape(-1)[1:71],
-    "1-D": lambda x: x[0, :70],
-    "3-D": lambda x: x[:30, :70].reshape(2, 15, 70),
-    "permuted": lambda x: x[:30, :70].reshape(5, 6, 70).permute(1, 0, 2),
-    "no rows": lambda x: x[:0, :70],
-    "no rows, 3-D": lambda x: x[:30, :70].reshape(5, 6, 70)[:, :0],
-    "4-D of ones": lambda x: x[:1, :70].reshape(1, 1, 1, 70),
-}
 
-
-@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("name", VIEWS_OF_ROWS)
 def test_views_of_x(isa, dtype, name):
-    x = VIEWS[name](random_numbers(80, 140, density=1.0, dtype=dtype))
+    x = VIEWS_OF_ROWS[name](random_numbers(80, 140, density=1.0, dtype=dtype))
     bias = random_numbers(60, density=1.0, dtype=dtype)[::2]
     check(x[..., :70], random_numbers(30, x.shape[-1], seed=1, dtype=dtype)[:, :70], bias)
 
@@ -800,30 +793,22 @@ def test_threads_share_a_layer(m):
 
 
 FORK = """
-import os, torch, bitmask
+import bitmask
+import torch
 
 torch.set_num_threads(2)
 layer = bitmask.BitmaskLinear(700, 900)
+weight = layer.weight.to_dense()
 x = torch.ones({m}, 700)
 
-def run():
+def works():
+    # NumPy compares without torch's own threads, which do not survive a fork.
     with torch.no_grad():
-        return layer(x).numpy()
-
-before = run() if {use_before} else None
-pid = os.fork()
-if pid == 0:
-    try:
-        os._exit(0 if before is None or (run() == before).all() else 1)
-    finally:
-        os._exit(2)
-_, status = os.waitpid(pid, 0)
-print("child", os.waitstatus_to_exitcode(status), "parent", run().shape[0])
+        return abs(layer(x).numpy() - weight.numpy().sum(1) - layer.bias.detach().numpy()).max() < 1e-4
 """
 
 
 @pytest.mark.parametrize("m", [1, 16])
 @pytest.mark.parametrize("use_before", [True, False])
 def test_layers_work_in_a_forked_child(m, use_before):
-    done = run_python(FORK.format(m=m, use_before=use_before), timeout=60)
-    assert done.stdout.split() == ["child", "0", "parent", str(m)]
+    assert_works_after_fork(FORK.format(m=m), use_before)

@@ -242,7 +242,13 @@ STABLE_TORCH_LIBRARY(bitmask, m) {
   m.def("decompress(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) -> Tensor");
   m.def("linear(Tensor x, Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt in_features, Tensor? bias=None) -> Tensor");
   m.def("linear_backward_input(Tensor grad, Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt in_features) -> Tensor");
+  m.def("linear_24(Tensor x, Tensor values, Tensor metadata, Tensor? bias=None) -> Tensor");
+  m.def("linear_24_backward_input(Tensor grad, Tensor values, Tensor metadata) -> Tensor");
+  m.def("pack_24(Tensor dense, bool prune, bool keep_negative_zero) -> (Tensor values, Tensor metadata)");
+  m.def("prune_24(Tensor(a!) weight, bool transposable) -> ()");
+  m.def("unpack_24(Tensor values, Tensor metadata) -> Tensor");
   m.def("validate(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) -> ()");
+  m.def("validate_24(Tensor values, Tensor metadata) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitmask, CPU, m) {

@@ -6,6 +6,7 @@ namespace {
 #include "generic/elements.h"
 #include "simd_scalar.h"
 #include "generic/codec.h"
+#include "generic/two_four_codec.h"
 #include "generic/lanes.h"
 #include "generic/linear_rows.h"
 #include "generic/linear_stream.h"
@@ -16,6 +17,8 @@ namespace {
 #include "generic/block_stream_transposed.h"
 #include "generic/block_multiply.h"
 #include "generic/block_sample.h"
+#include "generic/two_four_linear.h"
+#include "generic/two_four_prune.h"
 #include "generic/table.h"
 constexpr Kernels kTable =
     make_kernels<PortableLanes<Float32Element>, PortableLanes<Bfloat16Element>, PortableLanes<Float16Element>>("scalar");

@@ -92,14 +92,56 @@ struct BlockKernels {
   int64_t scratch_bytes;  // of a call of stream, multiply or multiply_transposed, aligned to a cache line
 };
 
+// 2:4 for one element width. `dense` is row-major [rows, cols], cols a multiple of 4; `values` is [rows, cols / 2], `metadata`
+// [rows, bitmask_bytes(cols)]. Which two of a group with fewer non-zeros are stored, FORMAT.md says.
+struct TwoFourCodecKernels {
+  // Packs rows whose groups have at most two non-zeros; returns the first row that has another group (what has been written is then
+  // worthless), or `rows`.
+  int64_t (*pack)(const void* dense, int64_t rows, int64_t cols, const ZeroTest& zero_test, void* values, uint8_t* metadata);
+  // Packs the two largest magnitudes of each group; of equal ones the first.
+  void (*pack_largest)(const void* dense, int64_t rows, int64_t cols, const ZeroTest& zero_test, Magnitude magnitude, void* values,
+                       uint8_t* metadata);
+  // Writes every element of `dense`; returns the first row whose metadata is faulty (what has been written is then worthless), or `rows`.
+  int64_t (*unpack)(const void* values, const uint8_t* metadata, int64_t rows, int64_t cols, void* dense);
+  // Sets to zero what pack_largest would not store, in place.
+  void (*prune)(void* dense, int64_t rows, int64_t cols, const ZeroTest& zero_test, Magnitude magnitude);
+};
+
+// 2:4 products for one dtype: y = x W^T + bias. stream and multiply do the rows [begin, end) of W, that is these columns of y [m, rows],
+// and return the first row whose metadata is faulty (what has been written to y is then worthless), or `end`. `bias` [rows] may be null.
+struct TwoFourLinearKernels {
+  // For few rows of x, m <= streaming_rows, repacked by LinearKernels::pack_rows.
+  int64_t streaming_rows;
+  int64_t (*stream)(const TwoFourMatrix& w, int64_t begin, int64_t end, const void* lanes, int64_t m, const void* bias, void* y);
+
+  // For more rows of x, m <= most_rows. Rows are packed by tiles of tile_rows: those from row i on, i a multiple of tile_rows, begin
+  // tiles_bytes(i, cols) bytes after the first; the bytes are those of whole cache lines.
+  int64_t tile_rows;
+  int64_t most_rows;      // a multiple of tile_rows
+  int64_t scratch_bytes;  // aligned to a cache line
+  int64_t (*tiles_bytes)(int64_t m, int64_t cols);
+  void (*pack_tiles)(const void* x, int64_t m, int64_t cols, void* tiles);
+  int64_t (*multiply)(const TwoFourMatrix& w, int64_t begin, int64_t end, const void* tiles, int64_t m, const void* bias, void* y,
+                      void* scratch);
+
+  // Prunes in place to 2:4 in rows and in columns: of each 4 x 4 elements the eight of the largest sum of magnitudes. rows and cols are
+  // multiples of 4.
+  void (*prune_transposable)(void* dense, int64_t rows, int64_t cols);
+};
+
 // Dtypes that have linear kernels, in the order of Kernels::linear.
 enum LinearDtype { kFloat32, kBfloat16, kFloat16, kFloat64, kLinearDtypes };
+
+// Element widths that have 2:4 kernels: 1 << 0 ... 1 << 3 bytes.
+constexpr int kTwoFourWidths = 4;
 
 struct Kernels {
   const char* isa;
   CodecKernels codec[kWidths];  // indexed by log2 of the element width in bytes
   LinearKernels linear[kLinearDtypes];
   BlockKernels block[kLinearDtypes];
+  TwoFourCodecKernels two_four_codec[kTwoFourWidths];  // indexed by log2 of the element width in bytes
+  TwoFourLinearKernels two_four_linear[kLinearDtypes];
 
   // Set bits in `bytes` bytes.
   int64_t (*count_bits)(const uint8_t* bits, int64_t bytes);
@@ -107,6 +149,9 @@ struct Kernels {
   // Proves `rows` rows: offsets within [0, nnz], each row's popcount leading to the next offset (`end` after the last row), padding bits
   // zero. Returns the first faulty row, or `rows` if there is none. Reads bitmasks and offsets only.
   int64_t (*first_faulty_row)(const uint8_t* bitmasks, const int64_t* row_offsets, int64_t rows, int64_t cols, int64_t end, int64_t nnz);
+
+  // The first row of 2:4 metadata that is faulty, or `rows` if there is none.
+  int64_t (*first_faulty_metadata)(const uint8_t* metadata, int64_t rows, int64_t cols);
 };
 
 // The tables; an ISA that this architecture cannot have is absent from the build (see dispatch.cpp).

@@ -48,6 +48,21 @@ constexpr BlockKernels block_kernels() {
   return kernels;
 }
 
+template <class L>
+constexpr TwoFourLinearKernels two_four_linear_kernels() {
+  TwoFourLinearKernels kernels{};
+  kernels.streaming_rows = L::kStreamedRows;
+  kernels.stream = stream_24<L>;
+  kernels.tile_rows = 16;
+  kernels.most_rows = 1024;
+  kernels.scratch_bytes = 64;
+  kernels.tiles_bytes = tiles_bytes_24<L>;
+  kernels.pack_tiles = pack_tiles_24<L>;
+  kernels.multiply = multiply_24<L>;
+  kernels.prune_transposable = prune_transposable_24<L>;
+  return kernels;
+}
+
 // F32, BF16, F16  how this instruction set multiplies each dtype (lanes.h says what such a type holds)
 // GradientBF16    the same for gradients: one column in each lane
 template <class F32, class BF16, class F16, class GradientBF16 = BF16>
@@ -57,6 +72,10 @@ constexpr Kernels make_kernels(const char* isa) {
       {codec_kernels<1>(), codec_kernels<2>(), codec_kernels<4>(), codec_kernels<8>(), codec_kernels<16>()},
       {linear_kernels<F32>(), linear_kernels<BF16, GradientBF16>(), linear_kernels<F16>(), linear_kernels<PortableLanes<Float64Element>>()},
       {block_kernels<F32>(), block_kernels<BF16>(), block_kernels<F16>(), block_kernels<PortableLanes<Float64Element>>()},
+      {two_four_codec_kernels<1>(), two_four_codec_kernels<2>(), two_four_codec_kernels<4>(), two_four_codec_kernels<8>()},
+      {two_four_linear_kernels<F32>(), two_four_linear_kernels<BF16>(), two_four_linear_kernels<F16>(),
+       two_four_linear_kernels<PortableLanes<Float64Element>>()},
       count_bits,
-      first_faulty_row};
+      first_faulty_row,
+      first_faulty_metadata};
 }

@@ -176,7 +176,10 @@ int64_t multiply(const BitmaskMatrix& w, int64_t begin, int64_t end, const void*
     }
   }
   for (int64_t i = 0; i < tile.rows; ++i) {
-    if (tile.readers[i].taken_since(tile.first[i]) != tile.counts[i] || !padding_is_zero(w, begin + i)) return begin + i;
+    if (tile.readers[i].taken_since(tile.first[i]) != tile.counts[i] ||
+        !padding_is_zero(w.bitmasks + (begin + i) * bitmask_bytes(w.cols), w.cols)) {
+      return begin + i;
+    }
   }
   round_sums<L>(scratch, m, tile.rows, static_cast<uint8_t*>(y) + begin * Element::kWidth, w.rows * Element::kWidth);
   return end;

@@ -58,9 +58,10 @@ inline bool find_row(const BitmaskMatrix& w, int64_t row, int64_t* start, int64_
   return true;
 }
 
-inline bool padding_is_zero(const BitmaskMatrix& w, int64_t row) {
-  const int used = w.cols % 8;
-  return used == 0 || w.bitmasks[(row + 1) * bitmask_bytes(w.cols) - 1] >> used == 0;
+// Of one row of bits.
+inline bool padding_is_zero(const uint8_t* bits, int64_t cols) {
+  const int used = cols % 8;
+  return used == 0 || bits[cols / 8] >> used == 0;
 }
 
 // Reads the packed values of a row, group by group.

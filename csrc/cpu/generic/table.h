@@ -16,7 +16,7 @@ constexpr LinearKernels linear_kernels() {
   kernels.scratch_bytes = sizeof(Scratch<L>);
   kernels.pack_rows = pack_rows<L>;
   kernels.pack_panel = pack_panel<L>;
-  kernels.stream = stream<L>;
+  kernels.stream = stream<L, BitmaskRows>;
   kernels.multiply = multiply<L>;
   kernels.gradient_group_bytes = kGroupBytes<G>;
   kernels.gradient_scratch_bytes = sizeof(Scratch<G>);
@@ -52,7 +52,7 @@ template <class L>
 constexpr TwoFourLinearKernels two_four_linear_kernels() {
   TwoFourLinearKernels kernels{};
   kernels.streaming_rows = L::kStreamedRows;
-  kernels.stream = stream_24<L>;
+  kernels.stream = stream<L, TwoFourRows>;
   kernels.tile_rows = 16;
   kernels.most_rows = 1024;
   kernels.scratch_bytes = 64;

@@ -25,23 +25,6 @@ inline int64_t multiply_rows_24(const TwoFourMatrix& w, int64_t begin, int64_t e
   return end;
 }
 
-// An element of rows packed by pack_rows: lanes of kDepth columns.
-template <class L>
-inline typename L::Sum lane_element(const uint8_t* rows, int64_t cols, int64_t i, int64_t col) {
-  const uint8_t* const row = rows + i * groups_of(cols) * kGroupBytes<L>;
-  if constexpr (L::kDepth == 1) {
-    return load_as<typename L::Sum>(row + col * kLaneBytes<L>);
-  } else {
-    return L::Element::widen(row + col * L::Element::kWidth);
-  }
-}
-
-template <class L>
-int64_t stream_24(const TwoFourMatrix& w, int64_t begin, int64_t end, const void* lanes, int64_t m, const void* bias, void* y) {
-  const auto x_at = [&](int64_t i, int64_t col) { return lane_element<L>(static_cast<const uint8_t*>(lanes), w.cols, i, col); };
-  return multiply_rows_24<L>(w, begin, end, x_at, m, bias, y);
-}
-
 template <class L>
 int64_t tiles_bytes_24(int64_t m, int64_t cols) {
   return whole_cache_lines(m * cols * L::Element::kWidth);

@@ -100,7 +100,10 @@ struct Float32Sums {
   static constexpr int kStreamSums = 16;
   static constexpr int kMicroRows = 8;
   static constexpr int kMicroVectors = 3;
+  static constexpr bool kSelects = true;
+  using Selectors = __m512i;
 
+  static Selectors load_selectors(const uint8_t* src) { return _mm512_loadu_si512(src); }
   static Sums zero() { return _mm512_setzero_ps(); }
   static Sums add(Sums a, Sums b) { return _mm512_add_ps(a, b); }
   static Sum reduce(Sums sums) { return _mm512_reduce_add_ps(sums); }
@@ -145,6 +148,10 @@ struct Float32Operands : Float32Sums {
   static void store(Lanes lanes, uint8_t* dst) { _mm512_storeu_ps(dst, lanes); }
   static Lanes broadcast(const uint8_t* src) { return _mm512_set1_ps(load_as<float>(src)); }
   static Sums multiply_add(Lanes a, Lanes b, Sums sums) { return _mm512_fmadd_ps(a, b, sums); }
+
+  using Four = __m512;
+  static Four load_four(const uint8_t* src) { return _mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(src))); }
+  static Lanes select(Four four, Selectors columns) { return _mm512_permutevar_ps(four, columns); }
 };
 
 struct Float32Lanes : Float32Operands {

@@ -53,12 +53,14 @@ constexpr TwoFourLinearKernels two_four_linear_kernels() {
   TwoFourLinearKernels kernels{};
   kernels.streaming_rows = L::kStreamedRows;
   kernels.stream = stream<L, TwoFourRows>;
-  kernels.tile_rows = 16;
-  kernels.most_rows = 1024;
-  kernels.scratch_bytes = 64;
-  kernels.tiles_bytes = tiles_bytes_24<L>;
-  kernels.pack_tiles = pack_tiles_24<L>;
-  kernels.multiply = multiply_24<L>;
+  if constexpr (L::kSelects) {
+    kernels.tile_rows = L::kPanelRows;
+    kernels.most_rows = kBlockRows;
+    kernels.scratch_bytes = sizeof(Scratch<L>);
+    kernels.tiles_bytes = two_four_tiles_bytes<L>;
+    kernels.pack_tiles = two_four_pack_tiles<L>;
+    kernels.multiply = two_four_multiply<L>;
+  }
   kernels.prune_transposable = prune_transposable_24<L>;
   return kernels;
 }

@@ -100,7 +100,6 @@ struct Float32Sums {
   static constexpr int kStreamSums = 16;
   static constexpr int kMicroRows = 8;
   static constexpr int kMicroVectors = 3;
-  static constexpr bool kSelects = true;
   using Selectors = __m512i;
 
   static Selectors load_selectors(const uint8_t* src) { return _mm512_loadu_si512(src); }
@@ -149,9 +148,11 @@ struct Float32Operands : Float32Sums {
   static Lanes broadcast(const uint8_t* src) { return _mm512_set1_ps(load_as<float>(src)); }
   static Sums multiply_add(Lanes a, Lanes b, Sums sums) { return _mm512_fmadd_ps(a, b, sums); }
 
-  using Four = __m512;
-  static Four load_four(const uint8_t* src) { return _mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(src))); }
-  static Lanes select(Four four, Selectors columns) { return _mm512_permutevar_ps(four, columns); }
+  // Selected across the whole vector: on Zen 5 the load that repeats four columns is a shuffle as well.
+  static constexpr int kSelectedFrom = 16;
+  using Columns = __m512;
+  static Columns load_columns(const uint8_t* src) { return load(src); }
+  static Lanes select(Columns columns, Selectors numbers) { return _mm512_permutexvar_ps(numbers, columns); }
 };
 
 struct Float32Lanes : Float32Operands {

@@ -53,7 +53,7 @@ constexpr TwoFourLinearKernels two_four_linear_kernels() {
   TwoFourLinearKernels kernels{};
   kernels.streaming_rows = L::kStreamedRows;
   kernels.stream = stream<L, TwoFourRows>;
-  if constexpr (L::kSelects) {
+  if constexpr (L::kSelectedFrom != 0) {
     kernels.tile_rows = L::kPanelRows;
     kernels.most_rows = kBlockRows;
     kernels.scratch_bytes = sizeof(Scratch<L>);

@@ -1,14 +1,17 @@
 // y = x W^T + bias for more rows of x and a 2:4 W: half of the arithmetic of linear_multiply.h, whose tiles, panels and loops these are.
 //
 // Dropped columns are not multiplied. A vector holds one stored lane of kLanes rows of W, and each of these rows has its own two columns of
-// four: so a whole four of x is broadcast, and each lane selects what it meets of it, by one shuffle.
+// four: so each lane is given some whole fours of x, and selects what it meets of them by one shuffle.
 //
 //   strip   [steps][kLanes rows of W] stored lanes, then as many vectors of what these select: together as large as an expanded strip
-//   panel   [fours of columns][kPanelRows rows of x][lanes of a four]
+//   panel   [units][kPanelRows rows of x][lanes of a unit], a unit being the columns that a lane can be selected from
 //   step    one stored lane: one of the two columns of a four or, where a lane is a pair, both
 
 template <class L>
-constexpr int kFourLanes = 4 / L::kDepth;
+constexpr int kUnitLanes = L::kSelectedFrom / L::kDepth;
+
+template <class L>
+constexpr int kUnitSteps = kUnitLanes<L> / 2;
 
 template <class L>
 constexpr int kFourSteps = 2 / L::kDepth;
@@ -18,7 +21,7 @@ constexpr int64_t kSmallTileRows = 32;  // of W
 
 template <class L>
 struct TwoFourStrip {
-  using Row = typename L::Four;
+  using Row = typename L::Columns;
   struct Stored {
     typename L::Lanes values;
     typename L::Selectors selectors;
@@ -29,7 +32,7 @@ struct TwoFourStrip {
     return {L::load(strip + step * kVectorBytes<L>), L::load_selectors(strip + kSelectors + step * kVectorBytes<L>)};
   }
   static Row row_of(const uint8_t* panel, int64_t step, int row) {
-    return L::load_four(panel + (step / kFourSteps<L> * L::kPanelRows + row) * kFourLanes<L> * kLaneBytes<L>);
+    return L::load_columns(panel + (step / kUnitSteps<L> * L::kPanelRows + row) * kUnitLanes<L> * kLaneBytes<L>);
   }
   static typename L::Sums multiply_add(const Stored& w, Row x, typename L::Sums sums) {
     return L::multiply_add(w.values, L::select(x, w.selectors), sums);
@@ -63,24 +66,25 @@ bool two_four_pack_tiles(const void* x, int64_t m, int64_t cols, void* tiles) {
     const uint8_t* const src = rows + i * cols * L::Element::kWidth;
     const int64_t count = at_most(m - i, L::kPanelRows);
     finite = all_finite<L>(src, count * cols) && finite;
-    pack_panel<L, kFourLanes<L>>(src, count, cols, static_cast<uint8_t*>(tiles) + two_four_tiles_bytes<L>(i, cols));
+    pack_panel<L, kUnitLanes<L>>(src, count, cols, static_cast<uint8_t*>(tiles) + two_four_tiles_bytes<L>(i, cols));
   }
   return finite;
 }
 
 // ---- Rows of W
 
-// What the lanes of a four's steps select, from a mask word of each row, whose lowest nibble is that of the four: the number of a column
-// or, of a pair, the four bytes. A nibble that has not two bits set selects something.
+// What the lanes of a four's steps select, from a mask word of each row, whose lowest nibble is that of the four, the at-th column of a
+// unit: the number of a column or, of a pair, the four bytes. A nibble that has not two bits set selects something.
 template <class L, class Words>
-inline void store_selectors(Words masks, uint8_t* dst) {
+inline void store_selectors(Words masks, uint32_t at, uint8_t* dst) {
   const Words absent = ~masks;
-  const Words first = (absent & 1) + (absent & absent >> 1 & 1), second = 3 - (absent >> 3 & 1) - (absent >> 3 & absent >> 2 & 1);
+  const Words first = at + (absent & 1) + (absent & absent >> 1 & 1);
+  const Words second = at + 3 - (absent >> 3 & 1) - (absent >> 3 & absent >> 2 & 1);
   if constexpr (L::kDepth == 1) {
     store_as(first, dst);
     store_as(second, dst + kVectorBytes<L>);
   } else {
-    const Words even = (first | second << 16) * 2;  // bytes of the two columns
+    const Words even = (first | second << 16) * 2;  // the lower bytes of both
     store_as(even | even << 8 | 0x01000100, dst);
   }
 }
@@ -88,7 +92,7 @@ inline void store_selectors(Words masks, uint8_t* dst) {
 // The selectors of `columns` columns of `rows` <= kLanes rows, whose metadata is row_bytes apart.
 template <class L>
 void fill_selectors(const uint8_t* bits, int64_t row_bytes, int64_t rows, int64_t columns, uint8_t* dst) {
-  static_assert(kLaneBytes<L> == 4, "a lane is a mask word of 32 columns");
+  static_assert(kLaneBytes<L> == 4 && 32 % L::kSelectedFrom == 0, "a lane is a mask word of 32 columns, and these are whole units");
   constexpr int64_t kChunk = L::kLanes * 32;
   typedef uint32_t Words __attribute__((vector_size(kVectorBytes<L>)));
   alignas(64) uint8_t edge[L::kLanes][kVectorBytes<L>], words[L::kLanes][kVectorBytes<L>];
@@ -99,7 +103,8 @@ void fill_selectors(const uint8_t* bits, int64_t row_bytes, int64_t rows, int64_
     for (int64_t i = 0; i < rows && !direct; ++i) copy_bytes(edge[i], bits + i * row_bytes, bitmask_bytes(left));
     L::transpose(direct ? bits : edge[0], direct ? row_bytes : kVectorBytes<L>, words[0]);
     for (int64_t at = 0; at < left; at += 4, dst += kFourSteps<L> * kVectorBytes<L>) {
-      store_selectors<L>(load_as<Words>(words[at / 32]) >> static_cast<uint32_t>(at % 32), dst);
+      const Words masks = load_as<Words>(words[at / 32]) >> static_cast<uint32_t>(at % 32);
+      store_selectors<L>(masks, static_cast<uint32_t>(at % L::kSelectedFrom), dst);
     }
   }
 }

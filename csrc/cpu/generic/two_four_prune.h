@@ -32,20 +32,21 @@ struct TransposablePatterns {
 constexpr TransposablePatterns kTransposable;
 
 constexpr int kBlockLanes = Simd::kFoursBytes<4> / 8;  // those of a vector register
+constexpr int kBlockVectors = 2;                       // searched side by side, because each comparison waits for the one before
 typedef double BlockLanes __attribute__((vector_size(kBlockLanes * 8)));
-typedef int64_t BlockMarks __attribute__((vector_size(kBlockLanes * 8)));  // all ones or zero
+typedef int64_t BlockMarks __attribute__((vector_size(kBlockLanes * 8)));  // all ones or zero, or numbers of patterns
 
 // The sums of the patterns of both halves.
 struct HalfSums {
   BlockLanes upper[kHalfPatterns], lower[kHalfPatterns];
 
-  explicit HalfSums(const BlockLanes (&terms)[16]) {
-    add_up(terms, upper);
-    add_up(terms + 8, lower);
+  void add_up(const BlockLanes (&terms)[16]) {
+    add_up_half(terms, upper);
+    add_up_half(terms + 8, lower);
   }
 
  private:
-  static void add_up(const BlockLanes* terms, BlockLanes (&halves)[kHalfPatterns]) {
+  static void add_up_half(const BlockLanes* terms, BlockLanes* sums) {
     BlockLanes rows[2][kRowPatterns];
     for (int row = 0; row < 2; ++row) {
       int pattern = 0;
@@ -53,75 +54,97 @@ struct HalfSums {
         for (int first = 0; first < last; ++first) rows[row][pattern++] = terms[row * 4 + first] + terms[row * 4 + last];
       }
     }
-    for (int half = 0; half < kHalfPatterns; ++half) halves[half] = rows[0][half / kRowPatterns] + rows[1][half % kRowPatterns];
+    for (const BlockLanes& first : rows[0]) {
+      for (const BlockLanes& second : rows[1]) *sums++ = first + second;
+    }
   }
 };
 
-inline void replace(BlockMarks& old, const BlockMarks& where, const BlockMarks& by) { old = (old & ~where) | (by & where); }
-
 // The best pattern of each block. `ranks` may be null.
-inline BlockMarks best_patterns(const HalfSums& sums, const HalfSums* ranks) {
-  BlockMarks best{}, best_sum{}, best_rank{};
+inline void find_best(const HalfSums (&sums)[kBlockVectors], const HalfSums* ranks, BlockMarks (&best)[kBlockVectors]) {
+  BlockLanes best_sum[kBlockVectors] = {}, best_rank[kBlockVectors] = {};
+  for (BlockMarks& patterns : best) patterns = BlockMarks{};
   for (int pattern = 0; pattern < TransposablePatterns::kCount; ++pattern) {
     const int upper = kTransposable.upper[pattern], lower = kTransposable.lower[pattern];
-    const BlockLanes sum = sums.upper[upper] + sums.lower[lower];
-    BlockMarks better = sum > reinterpret_cast<BlockLanes>(best_sum);
-    if (ranks != nullptr) {
-      const BlockLanes rank = ranks->upper[upper] + ranks->lower[lower], other = reinterpret_cast<BlockLanes>(best_rank);
-      better = (rank > other) | ((rank == other) & better);
-      replace(best_rank, better, reinterpret_cast<BlockMarks>(rank));
-    }
-    replace(best_sum, better, reinterpret_cast<BlockMarks>(sum));
-    replace(best, better, BlockMarks{} + pattern);
-  }
-  return best;
-}
-
-// Magnitudes that are not all below 2^1000: those that are not finite are ranked, others scaled where their sum might not be finite.
-__attribute__((noinline, cold)) inline BlockMarks best_extreme_patterns(const BlockLanes (&magnitudes)[16]) {
-  BlockLanes terms[16], ranks[16], scale = BlockLanes{} + 1;
-  for (int i = 0; i < 16; ++i) {
-    for (int lane = 0; lane < kBlockLanes; ++lane) {
-      const double magnitude = magnitudes[i][lane];
-      const bool finite = magnitude <= 0x1.fffffffffffffp1023;
-      ranks[i][lane] = finite ? 0 : magnitude == magnitude ? 1 : 16;
-      terms[i][lane] = finite ? magnitude : 0;
-      if (terms[i][lane] >= 0x1p1000) scale[lane] = 0x1p-8;
+    for (int i = 0; i < kBlockVectors; ++i) {
+      const BlockLanes sum = sums[i].upper[upper] + sums[i].lower[lower];
+      BlockMarks better = sum > best_sum[i];
+      if (ranks != nullptr) {
+        const BlockLanes rank = ranks[i].upper[upper] + ranks[i].lower[lower];
+        better = (rank > best_rank[i]) | ((rank == best_rank[i]) & better);
+        best_rank[i] = better ? rank : best_rank[i];
+      }
+      best_sum[i] = better ? sum : best_sum[i];
+      best[i] = better ? BlockMarks{} + pattern : best[i];
     }
   }
-  for (BlockLanes& term : terms) term *= scale;
-  const HalfSums rank_sums(ranks);
-  return best_patterns(HalfSums(terms), &rank_sums);
 }
 
-// The best patterns of the blocks that begin with column `col` of four rows, in lanes.
+// The same for magnitudes that are not all below 2^1000: those that are not finite are ranked, others scaled where their sum might not be
+// finite.
+__attribute__((noinline, cold)) inline void find_best_of_extremes(const BlockLanes (&magnitudes)[kBlockVectors][16],
+                                                                  BlockMarks (&best)[kBlockVectors]) {
+  HalfSums sums[kBlockVectors], rank_sums[kBlockVectors];
+  for (int i = 0; i < kBlockVectors; ++i) {
+    BlockLanes terms[16], ranks[16], scale = BlockLanes{} + 1;
+    for (int at = 0; at < 16; ++at) {
+      for (int lane = 0; lane < kBlockLanes; ++lane) {
+        const double magnitude = magnitudes[i][at][lane];
+        const bool finite = magnitude <= 0x1.fffffffffffffp1023;
+        ranks[at][lane] = finite ? 0 : magnitude == magnitude ? 1 : 16;
+        terms[at][lane] = finite ? magnitude : 0;
+        if (terms[at][lane] >= 0x1p1000) scale[lane] = 0x1p-8;
+      }
+    }
+    for (BlockLanes& term : terms) term *= scale;
+    sums[i].add_up(terms);
+    rank_sums[i].add_up(ranks);
+  }
+  find_best(sums, rank_sums, best);
+}
+
+// The magnitudes of the blocks that begin with column `col` of four rows. Returns whether all are below 2^1000.
 template <class Element>
-inline BlockMarks choose_patterns(uint8_t* const (&rows)[4], int col) {
-  BlockLanes magnitudes[16];
+inline bool load_magnitudes(uint8_t* const (&rows)[4], int col, BlockLanes (&magnitudes)[16]) {
   BlockMarks extreme{};
-  for (int i = 0; i < 16; ++i) {
-    BlockLanes elements;
-    for (int lane = 0; lane < kBlockLanes; ++lane) {
-      elements[lane] = static_cast<double>(Element::widen(rows[i / 4] + (col + lane * 4 + i % 4) * Element::kWidth));
+  for (int row = 0; row < 4; ++row) {
+    const uint8_t* const src = rows[row] + col * Element::kWidth;
+    double elements[4 * kBlockLanes];
+    for (int i = 0; i < 4 * kBlockLanes; ++i) elements[i] = static_cast<double>(Element::widen(src + i * Element::kWidth));
+    for (int i = 0; i < 4; ++i) {
+      BlockLanes lanes;
+      for (int lane = 0; lane < kBlockLanes; ++lane) lanes[lane] = elements[lane * 4 + i];
+      lanes = reinterpret_cast<BlockLanes>(reinterpret_cast<BlockMarks>(lanes) & INT64_MAX);
+      extreme |= ~(lanes < 0x1p1000);
+      magnitudes[row * 4 + i] = lanes;
     }
-    magnitudes[i] = reinterpret_cast<BlockLanes>(reinterpret_cast<BlockMarks>(elements) & INT64_MAX);
-    extreme |= ~(magnitudes[i] < 0x1p1000);
   }
   int64_t any = 0;
   for (int lane = 0; lane < kBlockLanes; ++lane) any |= extreme[lane];
-  return any != 0 ? best_extreme_patterns(magnitudes) : best_patterns(HalfSums(magnitudes), nullptr);
+  return any == 0;
 }
 
 // Prunes 64 columns of four rows.
 template <class Element>
 inline void prune_four_rows(uint8_t* const (&rows)[4]) {
   uint64_t masks[4] = {};
-  for (int col = 0; col < kGroup; col += 4 * kBlockLanes) {
-    const BlockMarks patterns = choose_patterns<Element>(rows, col);
-    for (int lane = 0; lane < kBlockLanes; ++lane) {
-      const int upper = kTransposable.upper[patterns[lane]], lower = kTransposable.lower[patterns[lane]];
+  for (int col = 0; col < kGroup; col += 4 * kBlockLanes * kBlockVectors) {
+    BlockLanes magnitudes[kBlockVectors][16];
+    HalfSums sums[kBlockVectors];
+    BlockMarks best[kBlockVectors];
+    bool moderate = true;
+    for (int i = 0; i < kBlockVectors; ++i) moderate &= load_magnitudes<Element>(rows, col + i * 4 * kBlockLanes, magnitudes[i]);
+    if (moderate) {
+      for (int i = 0; i < kBlockVectors; ++i) sums[i].add_up(magnitudes[i]);
+      find_best(sums, nullptr, best);
+    } else {
+      find_best_of_extremes(magnitudes, best);
+    }
+    for (int block = 0; block < kBlockVectors * kBlockLanes; ++block) {
+      const int64_t pattern = best[block / kBlockLanes][block % kBlockLanes];
+      const int upper = kTransposable.upper[pattern], lower = kTransposable.lower[pattern];
       const int of_rows[4] = {upper / kRowPatterns, upper % kRowPatterns, lower / kRowPatterns, lower % kRowPatterns};
-      for (int row = 0; row < 4; ++row) masks[row] |= static_cast<uint64_t>(kRowPattern[of_rows[row]]) << (col + lane * 4);
+      for (int row = 0; row < 4; ++row) masks[row] |= static_cast<uint64_t>(kRowPattern[of_rows[row]]) << (col + block * 4);
     }
   }
   for (int row = 0; row < 4; ++row) keep_pairs<Element::kWidth>(rows[row], masks[row]);

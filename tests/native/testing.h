@@ -127,4 +127,7 @@ void test_linear_gradient(bool brief);
 // The same for the block-sparse kernels (test_block.cpp).
 void test_block(bool brief);
 
+// The same for the 2:4 products (test_two_four_linear.cpp).
+void test_two_four_linear(bool brief);
+
 }  // namespace bitmask::testing

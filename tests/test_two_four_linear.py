@@ -175,7 +175,8 @@ def test_subnormals(isa, dtype, m):
 @pytest.mark.parametrize("name", VIEWS_OF_ROWS)
 def test_views_of_x_and_grad(isa, dtype, name):
     x = VIEWS_OF_ROWS[name](numbers(80, 140, dtype=dtype))
-    check(x[..., :68], random_weight(30, 68, dtype=dtype), numbers(60, dtype=dtype)[::2])
+    k = x.shape[-1] // 4 * 4
+    check(x[..., :k], random_weight(30, k, dtype=dtype), numbers(60, dtype=dtype)[::2])
     check_gradient(x, random_weight(x.shape[-1], 40, dtype=dtype))
 
 

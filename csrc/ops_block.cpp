@@ -93,6 +93,18 @@ int64_t rows_of(const Tensor& x) { return geometry(x.sizes()).rows; }
 
 // ------------------------------------------------------------------------------------------------------------- products
 
+// Ranges of lines, and of rows of what is multiplied, that make tasks of about equal cost.
+struct Split {
+  std::vector<int64_t> borders;  // of ranges of lines
+  int64_t rows;                  // of each range but the last
+  int64_t row_ranges;
+  int64_t bytes;  // that all tasks touch
+
+  int64_t line_ranges() const { return static_cast<int64_t>(borders.size()) - 1; }
+  int64_t count() const { return line_ranges() * row_ranges; }
+  int64_t task_bytes() const { return bytes / count(); }
+};
+
 // All rows together: split by lines alone.
 Split split_lines(const BlockWeight& weight, int64_t m) {
   const BlockSizes& sizes = weight.sizes;
@@ -104,6 +116,18 @@ Split split_lines(const BlockWeight& weight, int64_t m) {
   };
   const int64_t bytes = bytes_before(lines);
   return {split_by_cost(lines, task_count(bytes), bytes_before), m, 1, bytes};
+}
+
+// Rows are split as well, by whole tiles: into as many as kernels take, and where there are too few lines for the threads.
+Split split_lines_and_rows(const BlockWeight& weight, int64_t m) {
+  Split split = split_lines(weight, m);
+  const int64_t tile = weight.kernels.tile_rows, tiles = (m + tile - 1) / tile;
+  const int64_t missing = (task_count(split.bytes) + split.line_ranges() - 1) / split.line_ranges();
+  const int64_t least = (m + weight.kernels.most_rows - 1) / weight.kernels.most_rows;
+  const int64_t ranges = std::clamp(std::max(missing, least), int64_t{1}, tiles);
+  split.rows = (tiles + ranges - 1) / ranges * tile;
+  split.row_ranges = (m + split.rows - 1) / split.rows;
+  return split;
 }
 
 // y = x W^T + bias for few rows of x.
@@ -133,8 +157,7 @@ void multiply(const BlockWeight& weight, const uint8_t* x, int64_t m, uint8_t* y
     const Tensor tiles = pack_tiles(kernels, count, cols, [&](int64_t first, int64_t rows, void* to) {
       kernels.pack_tiles(x + (start + first) * cols * weight.width, rows, cols, to);
     });
-    Split split = split_lines(weight, count);
-    split_rows(split, count, kernels.tile_rows, kernels.most_rows);
+    const Split split = split_lines_and_rows(weight, count);
     for_each_task(split.count(), split.task_bytes(), [&](int64_t task) {
       const size_t range = static_cast<size_t>(task / split.row_ranges);
       const int64_t first = task % split.row_ranges * split.rows;

@@ -19,11 +19,6 @@ namespace {
 
 using cpu::LinearKernels;
 
-constexpr int64_t kLeastTileRows = 32;
-
-// Rows of x that reuse a tile too little to pay for one that outgrows the first cache.
-constexpr int64_t kFewRows = 32;
-
 const LinearKernels& kernels_for(const Parts& weight) {
   return cpu::kernels().linear[by_linear_dtype(weight.element.dtype, cpu::kFloat32, cpu::kBfloat16, cpu::kFloat16, cpu::kFloat64)];
 }
@@ -73,9 +68,7 @@ Tensor pack_panels(void (*pack)(const void*, int64_t, int64_t, void*), int64_t p
 int64_t multiply_block(const LinearKernels& kernels, const BitmaskMatrix& w, const uint8_t* x, int64_t m, const void* bias, uint8_t* y,
                        int64_t width) {
   const Tensor panels = pack_panels(kernels.pack_panel, kernels.panel_rows, kernels.group_bytes, x, m, w.cols, width);
-  const int64_t fair = (w.rows / (threads() * kTasksPerThread) + kLeastTileRows - 1) / kLeastTileRows * kLeastTileRows;
-  const int64_t most = m <= kFewRows ? kLeastTileRows : kernels.tile_rows;
-  const int64_t tile = std::max(std::min(fair, most), kLeastTileRows);
+  const int64_t tile = tile_rows_of(w.rows, m, kernels.tile_rows);
   const int64_t count = (w.rows + tile - 1) / tile;
   return first_fault(count, product_bytes(tile * w.cols, m, width), w.rows, [&](int64_t index) {
     const int64_t begin = index * tile, end = std::min(begin + tile, w.rows);

@@ -161,8 +161,6 @@ struct Weight {
   TwoFourMatrix matrix;
   const TwoFourLinearKernels& kernels;
   const LinearKernels& bitmask_kernels;
-
-  int64_t elements() const { return matrix.rows * matrix.cols; }
 };
 
 Weight weight_of(const Tensor& values, const Tensor& metadata) {
@@ -209,9 +207,6 @@ int64_t multiply_as_bitmask(const Weight& weight, const uint8_t* x, int64_t m, c
   return multiply(weight.bitmask_kernels, AsBitmask(weight.matrix).matrix(), x, m, bias, y, weight.element.width);
 }
 
-// Rows of W that are multiplied together, at least, so that repacked rows of x are read for many of them.
-constexpr int64_t kTileRows = 32;
-
 // The same for as many rows of x as are repacked at a time.
 int64_t multiply_block(const Weight& weight, const uint8_t* x, int64_t m, const void* bias, uint8_t* y) {
   const TwoFourMatrix& w = weight.matrix;
@@ -223,16 +218,10 @@ int64_t multiply_block(const Weight& weight, const uint8_t* x, int64_t m, const 
   // A kernel that leaves dropped weights out would make 0 of 0 * inf.
   if (!finite) return multiply_as_bitmask(weight, x, m, bias, y);
 
-  const int64_t bytes = product_bytes(weight.elements(), m, weight.element.width), lines = blocks_across(w.rows, kTileRows);
-  Split split{split_by_cost(lines, task_count(bytes), [&](int64_t line) { return line * (bytes / lines); }), m, 1, bytes};
-  split_rows(split, m, kernels.tile_rows, kernels.most_rows);
-  return first_fault(split.count(), split.task_bytes(), w.rows, [&](int64_t task) {
-    const size_t range = static_cast<size_t>(task / split.row_ranges);
-    const int64_t begin = split.borders[range] * kTileRows, end = std::min(split.borders[range + 1] * kTileRows, w.rows);
-    const int64_t first = task % split.row_ranges * split.rows;
-    const int64_t row =
-        kernels.multiply(w, begin, end, const_bytes(tiles) + kernels.tiles_bytes(first, w.cols), std::min(split.rows, m - first), bias,
-                         y + first * w.rows * weight.element.width, scratch(kernels.scratch_bytes));
+  const int64_t tile = tile_rows_of(w.rows, m, weight.bitmask_kernels.tile_rows), count = blocks_across(w.rows, tile);
+  return first_fault(count, product_bytes(tile * w.cols, m, weight.element.width), w.rows, [&](int64_t task) {
+    const int64_t begin = task * tile, end = std::min(begin + tile, w.rows);
+    const int64_t row = kernels.multiply(w, begin, end, const_bytes(tiles), m, bias, y, scratch(kernels.scratch_bytes));
     return row < end ? row : w.rows;
   });
 }

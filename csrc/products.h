@@ -79,26 +79,12 @@ void for_each_block(int64_t m, int64_t most_rows, int64_t tile_rows, const Block
   for (int64_t first = 0; first < m; first += rows) block(first, std::min(rows, m - first));
 }
 
-// Ranges of lines of a weight, and of rows of what is multiplied, that make tasks of about equal cost.
-struct Split {
-  std::vector<int64_t> borders;  // of ranges of lines
-  int64_t rows;                  // of each range but the last
-  int64_t row_ranges;
-  int64_t bytes;  // that all tasks touch
-
-  int64_t line_ranges() const { return static_cast<int64_t>(borders.size()) - 1; }
-  int64_t count() const { return line_ranges() * row_ranges; }
-  int64_t task_bytes() const { return bytes / count(); }
-};
-
-// Splits m rows as well, by whole tiles: into as many as kernels take, and where there are too few lines for the threads.
-inline void split_rows(Split& split, int64_t m, int64_t tile_rows, int64_t most_rows) {
-  const int64_t tiles = (m + tile_rows - 1) / tile_rows;
-  const int64_t missing = (task_count(split.bytes) + split.line_ranges() - 1) / split.line_ranges();
-  const int64_t least = (m + most_rows - 1) / most_rows;
-  const int64_t ranges = std::clamp(std::max(missing, least), int64_t{1}, tiles);
-  split.rows = (tiles + ranges - 1) / ranges * tile_rows;
-  split.row_ranges = (m + split.rows - 1) / split.rows;
+// Rows of a weight that a task multiplies with m rows: a fair share for each thread, of which `most` are expanded at a time.
+inline int64_t tile_rows_of(int64_t rows, int64_t m, int64_t most) {
+  constexpr int64_t kLeast = 32;
+  constexpr int64_t kFewRows = 32;  // of m: they reuse a tile too little to pay for one that outgrows the first cache
+  const int64_t fair = (rows / (threads() * kTasksPerThread) + kLeast - 1) / kLeast * kLeast;
+  return std::max(std::min(fair, m <= kFewRows ? kLeast : most), kLeast);
 }
 
 inline Tensor empty_bytes(int64_t bytes) { return empty(std::vector<int64_t>{bytes}, aoti_torch_dtype_uint8()); }

@@ -49,7 +49,7 @@ inline std::vector<int64_t> with_last_size(const Tensor& tensor, int64_t size) {
   return sizes;
 }
 
-// Throws unless x and bias fit the weight, a Parts or TwoFourParts; returns the sizes of y = x W^T + bias.
+// Throws unless x and bias fit the weight, Parts or TwoFourParts; returns the sizes of y = x W^T + bias.
 template <typename Weight>
 std::vector<int64_t> linear_sizes(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias) {
   check_dtype("x", dtype_of(x), "the dtype of values", weight.element.dtype);

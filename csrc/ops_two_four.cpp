@@ -155,10 +155,7 @@ void prune_24(const Tensor& tensor, bool transposable) {
 // ------------------------------------------------------------------------------------------------------------- products
 
 // What multiplies a weight [rows, cols]: its own kernels, and those of a bitmask for what these leave out.
-struct Weight {
-  TwoFourParts parts;
-  Element element;
-  TwoFourMatrix matrix;
+struct Weight : TwoFourParts {
   const TwoFourLinearKernels& kernels;
   const LinearKernels& bitmask_kernels;
 };
@@ -166,8 +163,7 @@ struct Weight {
 Weight weight_of(const Tensor& values, const Tensor& metadata) {
   const int dtype = by_dtype("values", dtype_of(values));
   if (values.dim() != 2) fail("values: got size ", to_text(values.sizes()), ", expected [out_features, in_features / 2]");
-  const TwoFourParts parts = two_four_parts_of(values, metadata);
-  return {parts, parts.element, parts.matrix, cpu::kernels().two_four_linear[dtype], cpu::kernels().linear[dtype]};
+  return {two_four_parts_of(values, metadata), cpu::kernels().two_four_linear[dtype], cpu::kernels().linear[dtype]};
 }
 
 // The weight as a bitmask, once its metadata are proven: half of each row is stored.

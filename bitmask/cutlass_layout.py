@@ -57,7 +57,7 @@ def to_cutlass(values: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor]:
 
     >>> values = torch.ones(32, 32, dtype=torch.float16)
     >>> packed, meta = to_cutlass(values, torch.full((32, 8), 0b11000011, dtype=torch.uint8))
-    >>> packed is values, hex(meta[0, 0] & 0xFFFF)
+    >>> packed is values, hex(int(meta[0, 0]) & 0xFFFF)
     (True, '0xe4e4')
     """
     layout = _layout_of("values", values)

@@ -64,6 +64,12 @@ def flush_denormals() -> Iterator[None]:
 
 
 @pytest.fixture
+def seed() -> None:
+    """Makes random numbers of torch the same in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
 def threads() -> Iterator[None]:
     """Restores torch's thread count after a test that changes it."""
     before = torch.get_num_threads()

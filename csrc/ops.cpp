@@ -153,7 +153,7 @@ STABLE_TORCH_LIBRARY(bitmask, m) {
   m.def("linear_24(Tensor x, Tensor values, Tensor metadata, Tensor? bias=None) -> Tensor");
   m.def("linear_24_backward_input(Tensor grad, Tensor values, Tensor metadata) -> Tensor");
   m.def("pack_24(Tensor dense, bool prune, bool keep_negative_zero) -> (Tensor values, Tensor metadata)");
-  m.def("prune_24(Tensor(a!) weight, bool transposable) -> ()");
+  m.def("prune_24(Tensor(a!) tensor, bool transposable) -> ()");
   m.def(
       "to_bsr(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape, SymInt[] block_shape) "
       "-> (Tensor crow_indices, Tensor col_indices, Tensor values)");

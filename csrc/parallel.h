@@ -38,7 +38,7 @@ class Tasks {
   int64_t count_;
 };
 
-// Where the parts of a task lie, in elements and in bytes of the bitmask.
+// Where a task lies in the elements and in the bitmasks of the matrix.
 struct Slice {
   Tasks::Task task;
   int64_t element;

@@ -125,7 +125,9 @@ def cpu_extension() -> Extension:
     flags = sanitizer_flags()
     return cpp_extension.CppExtension(
         "bitmask._C",
-        sources("module.cpp", "ops.cpp", "ops_block.cpp", "ops_linear.cpp", "parallel.cpp", "cpu/*.cpp"),
+        sources(
+            "module.cpp", "ops.cpp", "ops_block.cpp", "ops_linear.cpp", "ops_two_four.cpp", "parallel.cpp", "cpu/*.cpp"
+        ),
         include_dirs=[pybind11.get_include()],
         depends=headers(),
         define_macros=DEFINES,

@@ -114,13 +114,15 @@ struct TwoFourLinearKernels {
   int64_t streaming_rows;
   int64_t (*stream)(const TwoFourMatrix& w, int64_t begin, int64_t end, const void* lanes, int64_t m, const void* bias, void* y);
 
-  // For more rows of x, m <= most_rows. Rows are packed by tiles of tile_rows: those from row i on, i a multiple of tile_rows, begin
-  // tiles_bytes(i, cols) bytes after the first; the bytes are those of whole cache lines.
+  // For more rows of x, m <= most_rows; null where it gains nothing over LinearKernels::multiply, which takes W as a bitmask matrix. Rows
+  // are packed by tiles of tile_rows: those from row i on, i a multiple of tile_rows, begin tiles_bytes(i, cols) bytes after the first; the
+  // bytes are those of whole cache lines. What W drops is not multiplied, so an infinity or NaN of x that meets it would be lost:
+  // pack_tiles returns whether all of x is finite, and where it is not LinearKernels::multiply must do the product.
   int64_t tile_rows;
   int64_t most_rows;      // a multiple of tile_rows
   int64_t scratch_bytes;  // aligned to a cache line
   int64_t (*tiles_bytes)(int64_t m, int64_t cols);
-  void (*pack_tiles)(const void* x, int64_t m, int64_t cols, void* tiles);
+  bool (*pack_tiles)(const void* x, int64_t m, int64_t cols, void* tiles);
   int64_t (*multiply)(const TwoFourMatrix& w, int64_t begin, int64_t end, const void* tiles, int64_t m, const void* bias, void* y,
                       void* scratch);
 

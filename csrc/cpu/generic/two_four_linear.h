@@ -48,8 +48,14 @@ int64_t tiles_bytes_24(int64_t m, int64_t cols) {
 }
 
 template <class L>
-void pack_tiles_24(const void* x, int64_t m, int64_t cols, void* tiles) {
+bool pack_tiles_24(const void* x, int64_t m, int64_t cols, void* tiles) {
+  bool finite = true;
+  for (int64_t at = 0; at < m * cols; ++at) {
+    const typename L::Sum element = L::Element::widen(static_cast<const uint8_t*>(x) + at * L::Element::kWidth);
+    finite = finite && element - element == 0;
+  }
   copy_bytes(tiles, x, m * cols * L::Element::kWidth);
+  return finite;
 }
 
 template <class L>

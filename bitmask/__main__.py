@@ -36,8 +36,8 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         choices=(BITMASK_FORMAT, BITMASK_24_FORMAT),
         default=BITMASK_FORMAT,
-        help=f'"{BITMASK_24_FORMAT}" stores matrices of which every four neighbours in a row have at most two non-zeros,'
-        " and leaves all others as they are (default: %(default)s)",
+        help=f'"{BITMASK_24_FORMAT}" compresses matrices with at most two non-zeros in every four neighbours of a row,'
+        " and leaves all else as it is (default: %(default)s)",
     )
     compress.add_argument("--min-sparsity", type=fraction, default=0.0, help="leave denser tensors as they are")
     compress.add_argument("--keep-negative-zero", action="store_true", help="bit-exact: store -0.0 too")

@@ -62,7 +62,10 @@ def test_round_trip(path, style):
     tensors = {"a.weight": WEIGHT, "b.weight": two_four(4, 16, seed=1, stored=1), "a.bias": torch.randn(33)}
     save_compressed(tensors, path, FORMAT, key_style=style)
     kept = dict(load_compressed(path, decompress=False))
-    assert {name for name, tensor in kept.items() if isinstance(tensor, SemiStructuredTensor)} == {"a.weight", "b.weight"}
+    assert {name for name, tensor in kept.items() if isinstance(tensor, SemiStructuredTensor)} == {
+        "a.weight",
+        "b.weight",
+    }
     assert_same(dense_of(kept), tensors)
     assert_same(dict(load_compressed(path, BitmaskConfig(FORMAT))), tensors)
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -43,8 +44,8 @@ def load_compressed(
     Args:
         path: a file, or a directory with `model.safetensors` or `model.safetensors.index.json`.
         compression_config: unused but for its format, which the files must not contradict; they say all by themselves.
-        decompress: yield dense tensors; otherwise what is stored compressed comes as a BitmaskTensor or, in 2:4 form,
-            as a SemiStructuredTensor.
+        decompress: yield dense tensors; otherwise what is stored compressed comes as a BitmaskTensor or, in 2:4 form
+            and on the CPU, as a SemiStructuredTensor.
         device: where the tensors go.
         show_progress: draw a progress bar.
 
@@ -209,6 +210,8 @@ def read_dense(files: OpenFiles, contents: Contents, name: str) -> Tensor:
 def assemble(name: str, components: Mapping[str, Tensor]) -> CompressedTensor:
     """The tensor of its components, proven: a SemiStructuredTensor if they are of 2:4 form, else a BitmaskTensor.
 
+    Other devices than the CPU have kernels for a BitmaskTensor only, so what is 2:4 is one there, too.
+
     Raises:
         FormatError: components that are missing or contradict each other.
     """
@@ -222,7 +225,9 @@ def assemble(name: str, components: Mapping[str, Tensor]) -> CompressedTensor:
         check_halved(name, values.shape, shape)
     try:
         if is_two_four(values.shape, shape):
-            return SemiStructuredTensor.from_parts(values, components["bitmask"])
+            two_four = SemiStructuredTensor.from_parts(values.cpu(), components["bitmask"].cpu())
+            on_cpu = values.device.type == "cpu"
+            return two_four if on_cpu else cast(BitmaskTensor, two_four.to_bitmask().to(values.device))
         return _bitmask(values, components["bitmask"], components.get("row_offsets"), shape)
     except (TypeError, ValueError) as error:
         raise FormatError(f"{name}: {error}") from error

@@ -86,7 +86,8 @@ def _wanted(model: nn.Module, config: BitmaskConfig | None, save_compressed: boo
 def infer_config(model: nn.Module, compression_format: str | None = None) -> BitmaskConfig:
     """The config that a model's weights suggest: their sparsity, and "2:4" if more than 80% of linear weights are.
 
-    The format is by default "sparse-24-bitmask" for a model whose compressed weights are all 2:4, else "sparse-bitmask".
+    The format is by default "sparse-24-bitmask" if the model has compressed weights and all are 2:4, else
+    "sparse-bitmask".
 
     Raises:
         ValueError: weights that are not in memory.
@@ -103,7 +104,7 @@ def infer_config(model: nn.Module, compression_format: str | None = None) -> Bit
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     two_four = sum(_is_two_four(weight) for weight in weights)
     structure = "2:4" if weights and two_four > 0.8 * len(weights) else ""
-    kinds = {type(parameter) for parameter in model.parameters() if isinstance(parameter, CompressedTensor)}
+    kinds: set[type] = {type(parameter) for parameter in model.parameters() if isinstance(parameter, CompressedTensor)}
     natural = BITMASK_24_FORMAT if kinds == {SemiStructuredTensor} else BITMASK_FORMAT
     return BitmaskConfig(compression_format or natural, zeros / elements if elements else 0.0, structure)
 

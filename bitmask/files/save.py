@@ -88,7 +88,7 @@ class FileContent:
             except KeyError as error:
                 raise TypeError(f"{path}: got dtype {error}, which safetensors files cannot hold") from error
 
-    def _compressed(self, name: str, tensor: Tensor) -> CompressedTensor | None:
+    def _compressed(self, name: str, tensor: Tensor) -> BitmaskTensor | SemiStructuredTensor | None:
         """What to store of a tensor, or None if it is to be stored dense."""
         if self._format == DENSE_FORMAT:
             return None
@@ -123,7 +123,7 @@ class FileContent:
 
 def _as_bitmask(tensor: Tensor, keep_negative_zero: bool) -> BitmaskTensor | str:
     """A tensor as a bitmask, or why there is none."""
-    if isinstance(tensor, CompressedTensor):
+    if isinstance(tensor, BitmaskTensor | SemiStructuredTensor):
         return tensor.to_bitmask() if isinstance(tensor, SemiStructuredTensor) else tensor
     if tensor.dtype not in ops.DTYPES:
         return f"there is no bitmask of {tensor.dtype}"
@@ -160,7 +160,7 @@ def _zeros_of(tensor: Tensor) -> int:
     return tensor.numel() - ops.compress(stored.detach())[0].numel()
 
 
-def _components_of(tensor: CompressedTensor) -> dict[str, Tensor]:
+def _components_of(tensor: BitmaskTensor | SemiStructuredTensor) -> dict[str, Tensor]:
     shape = torch.tensor(list(tensor.shape), dtype=torch.int64)
     if isinstance(tensor, SemiStructuredTensor):  # whose shape is a column in files
         return dict(zip(COMPONENTS_24, (tensor.values, tensor.metadata, shape[:, None]), strict=True))

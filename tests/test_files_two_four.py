@@ -116,6 +116,15 @@ def test_it_is_mapped(path):
     assert mapping_of(weight.to_dense()) != str(path)
 
 
+def test_devices(path, device):
+    """On a GPU, which has no kernels for 2:4, it is kept as the bitmask that it is as well."""
+    save_compressed({"w.weight": WEIGHT}, path, FORMAT)
+    assert_bits_equal(read(path, device=device), WEIGHT.to(device))
+    kept = read(path, device=device, decompress=False)
+    assert type(kept) is (SemiStructuredTensor if device.type == "cpu" else BitmaskTensor)
+    assert_bits_equal(kept.to_dense(), WEIGHT.to(device))
+
+
 STAY_DENSE = {
     "three of four": two_four(8, 16, stored=3),
     "columns no multiple of four": two_four(8, 16)[:, :14].contiguous(),

@@ -199,6 +199,8 @@ def check_parts_24(values: Tensor, metadata: Tensor) -> None:
         raise TypeError(f"metadata: got dtype {metadata.dtype}, expected torch.uint8")
     if metadata.device != values.device:
         raise ValueError(f"metadata: got device {metadata.device}, expected {values.device}, the device of values")
+    if values.ndim > 0 and values.shape[-1] >= 2**62:
+        raise FormatError(f"values: got size {list(values.shape)}, expected fewer than 2^63 columns")
     if values.ndim == 0 or values.shape[-1] % 2 != 0:
         raise FormatError(
             f"values: got size {list(values.shape)}, expected [..., cols / 2], two for each group of four columns"

@@ -147,7 +147,9 @@ struct Float32Sums {
   static constexpr int kStreamSums = 16;
   static constexpr int kMicroRows = 8;
   static constexpr int kMicroVectors = 3;
+  using Selectors = __m512i;
 
+  static Selectors load_selectors(const uint8_t* src) { return _mm512_loadu_si512(src); }
   static Sums zero() { return _mm512_setzero_ps(); }
   static Sums add(Sums a, Sums b) { return _mm512_add_ps(a, b); }
   static Sum reduce(Sums sums) { return _mm512_reduce_add_ps(sums); }
@@ -192,6 +194,12 @@ struct Float32Operands : Float32Sums {
   static void store(Lanes lanes, uint8_t* dst) { _mm512_storeu_ps(dst, lanes); }
   static Lanes broadcast(const uint8_t* src) { return _mm512_set1_ps(load_as<float>(src)); }
   static Sums multiply_add(Lanes a, Lanes b, Sums sums) { return _mm512_fmadd_ps(a, b, sums); }
+
+  // Selected across the whole vector: on Zen 5 the load that repeats four columns is a shuffle as well.
+  static constexpr int kSelectedFrom = 16;
+  using Columns = __m512;
+  static Columns load_columns(const uint8_t* src) { return load(src); }
+  static Lanes select(Columns columns, Selectors numbers) { return _mm512_permutexvar_ps(numbers, columns); }
 };
 
 struct Float32Lanes : Float32Operands {

@@ -84,7 +84,8 @@ struct Integers {
 // Numbers that compare as magnitudes do. Zeros come before everything else, also before a negative zero that is not taken for one: they are
 // negative, or wrap around to -1 where 1 is taken from them. So does the sign alone, to the largest number.
 template <int W>
-inline typename Integers<W>::Signed magnitude_keys(const uint8_t* src, const ZeroTest& test, Magnitude magnitude) {
+__attribute__((always_inline)) inline typename Integers<W>::Signed magnitude_keys(const uint8_t* src, const ZeroTest& test,
+                                                                                  Magnitude magnitude) {
   using Unsigned = typename Integers<W>::Unsigned;
   using Signed = typename Integers<W>::Signed;
   using Bits = typename Integers<W>::Bits;

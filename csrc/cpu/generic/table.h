@@ -63,6 +63,22 @@ constexpr TwoFourLinearKernels two_four_linear_kernels() {
   return kernels;
 }
 
+template <int W>
+constexpr ConvertValueKernels convert_value_kernels() {
+  return {transpose_values<W>, expand_blocks<W>};
+}
+
+constexpr ConvertKernels convert_kernels() {
+  return {list_columns,
+          mark_columns,
+          start_rows,
+          transpose_bits,
+          mark_blocks,
+          join_blocks,
+          {convert_value_kernels<1>(), convert_value_kernels<2>(), convert_value_kernels<4>(), convert_value_kernels<8>(),
+           convert_value_kernels<16>()}};
+}
+
 // F32, BF16, F16  how this instruction set multiplies each dtype (lanes.h says what such a type holds)
 // GradientBF16    the same for gradients: one column in each lane
 template <class F32, class BF16, class F16, class GradientBF16 = BF16>
@@ -75,6 +91,7 @@ constexpr Kernels make_kernels(const char* isa) {
       {two_four_codec_kernels<1>(), two_four_codec_kernels<2>(), two_four_codec_kernels<4>(), two_four_codec_kernels<8>()},
       {two_four_linear_kernels<F32>(), two_four_linear_kernels<BF16>(), two_four_linear_kernels<F16>(),
        two_four_linear_kernels<PortableLanes<Float64Element>>()},
+      convert_kernels(),
       count_bits,
       first_faulty_row,
       first_faulty_metadata};

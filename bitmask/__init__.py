@@ -4,14 +4,15 @@ from importlib.metadata import version
 
 import torch  # noqa: F401  # first: the native library needs torch's to be loaded
 
-import bitmask.handlers as _handlers  # noqa: F401  # fills in what BitmaskTensor does by torch op
+import bitmask.handlers as _handlers  # noqa: F401  # fills in what compressed tensors do by torch op
 import bitmask.portable as _portable
 from bitmask._C import available_isas, get_isa, set_isa
-from bitmask.bitmask_tensor import BitmaskTensor, DecompressWarning
+from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.block_patcher import BlockSparseModelPatcher, prune_blocks
 from bitmask.block_patterns import block_norms, largest_blocks
 from bitmask.block_sparse import BlockSparseLinear
 from bitmask.calls import FormatError
+from bitmask.compressed_tensor import DecompressWarning
 from bitmask.files import BitmaskConfig, load_compressed, load_rows, save_compressed, save_compressed_model
 from bitmask.linear import BitmaskLinear
 from bitmask.models import CompressionReport, compress_, compression_report, decompress_

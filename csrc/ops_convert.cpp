@@ -362,7 +362,7 @@ std::vector<int64_t> copy_line_starts(const Index& index, int64_t matrices) {
 
 // Rows of all matrices in ranges that cost about the same: entries_before(row) entries come before a row, of entry_bytes each.
 template <typename Before>
-std::vector<int64_t> split_rows(int64_t rows, int64_t row_bytes, int64_t entry_bytes, const Before& entries_before) {
+std::vector<int64_t> row_ranges(int64_t rows, int64_t row_bytes, int64_t entry_bytes, const Before& entries_before) {
   const auto bytes_before = [&](int64_t row) { return entries_before(row) * entry_bytes + row * (row_bytes + kIndexBytes); };
   return split_by_cost(rows, task_count(bytes_before(rows)), bytes_before);
 }
@@ -386,7 +386,7 @@ std::tuple<Tensor, Tensor, Tensor> from_csr(const Tensor& values, const Tensor& 
     const int64_t matrix = row == rows ? m.count : row / m.rows;
     return matrix * index.entries + (row == rows ? 0 : starts[static_cast<size_t>(matrix * (m.rows + 1) + row % m.rows)]);
   };
-  const std::vector<int64_t> borders = split_rows(rows, row_bytes, kIndexBytes, start_of);
+  const std::vector<int64_t> borders = row_ranges(rows, row_bytes, kIndexBytes, start_of);
   const int64_t ranges = static_cast<int64_t>(borders.size()) - 1;
   std::vector<int64_t> faulty_rows(static_cast<size_t>(ranges), rows), faults(static_cast<size_t>(ranges));
   for_each_task(ranges, kMostTaskBytes, [&](int64_t range) {
@@ -439,7 +439,7 @@ std::tuple<Tensor, Tensor, Tensor> from_bsr(const Tensor& values, const Tensor& 
                ? all_blocks
                : matrix * index.entries + proven[static_cast<size_t>(matrix)].line_starts[static_cast<size_t>(line % lines)];
   };
-  const std::vector<int64_t> borders = split_rows(blocks.g.rows, blocks.rows * row_bytes, blocks.elements() * width, start_of);
+  const std::vector<int64_t> borders = row_ranges(blocks.g.rows, blocks.rows * row_bytes, blocks.elements() * width, start_of);
   for_each_task(static_cast<int64_t>(borders.size()) - 1, kMostTaskBytes, [&](int64_t range) {
     for (int64_t line = borders[static_cast<size_t>(range)]; line < borders[static_cast<size_t>(range) + 1]; ++line) {
       const int64_t matrix = line / lines, first = start_of(line), count = start_of(line + 1) - first;

@@ -18,7 +18,10 @@ from bitmask.linear import BitmaskLinear
 from bitmask.models import CompressionReport, compress_, compression_report, decompress_
 from bitmask.native import build_info
 from bitmask.ops import compress, compress_into, decompress
+from bitmask.ops_two_four import pack_24, unpack_24
+from bitmask.prune import prune_24_
 from bitmask.reference import NaiveBitmaskTensor
+from bitmask.semi_structured import SemiStructuredTensor
 
 _portable.register()  # after the native libraries
 
@@ -34,6 +37,7 @@ __all__ = [
     "DecompressWarning",
     "FormatError",
     "NaiveBitmaskTensor",
+    "SemiStructuredTensor",
     "__version__",
     "available_isas",
     "block_norms",
@@ -48,8 +52,11 @@ __all__ = [
     "largest_blocks",
     "load_compressed",
     "load_rows",
+    "pack_24",
+    "prune_24_",
     "prune_blocks",
     "save_compressed",
     "save_compressed_model",
     "set_isa",
+    "unpack_24",
 ]

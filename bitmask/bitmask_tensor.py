@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bitmask import ops
+from bitmask import ops, ops_two_four
+from bitmask.calls import FormatError
 from bitmask.compressed_tensor import CompressedTensor, detached, mark_parameter, part_property
 
 if TYPE_CHECKING:
@@ -94,22 +95,33 @@ class BitmaskTensor(CompressedTensor):
         return cls._wrap((values, bitmasks.reshape(ops.bitmask_sizes(sizes)), row_offsets), sizes)
 
     def to_semi_structured(self) -> SemiStructuredTensor:
-        """The same weight in the 2:4 layout; values and bitmasks are shared.
+        """The same tensor in the 2:4 layout; values and bitmasks are shared.
 
         Raises:
-            ValueError: a group of four columns that does not store exactly two elements, named in the message. What
-                has fewer non-zeros than that is taken by `SemiStructuredTensor.from_dense(tensor.to_dense())`.
+            ValueError: a group of four columns that does not store exactly two elements, named in the message. One with
+                fewer non-zeros than that is taken by `SemiStructuredTensor.from_dense(tensor.to_dense())`.
+            TypeError: a dtype that has no 2:4 layout.
 
-        >>> dense = torch.tensor([[0.0, 7.0, 0.0, 8.0]])
-        >>> BitmaskTensor.from_dense(dense).to_semi_structured().values
+        >>> BitmaskTensor.from_dense(torch.tensor([[0.0, 7.0, 0.0, 8.0]])).to_semi_structured().values
         tensor([[7., 8.]])
         """
         from bitmask.semi_structured import SemiStructuredTensor  # it imports this module
 
-        return SemiStructuredTensor.from_bitmask(self)
+        values, bitmasks, row_offsets = self._parts()
+        if self.ndim == 0 or self.shape[-1] % 4 != 0:
+            raise ValueError(f"shape: got {list(self.shape)}, expected a last size that is a multiple of 4")
+        ops.validate(values, bitmasks, row_offsets, self.shape)
+        sizes = [*self.shape[:-1], self.shape[-1] // 2]
+        bitmasks = bitmasks.reshape(ops.bitmask_sizes(self.shape))
+        try:
+            ops_two_four.validate_24(values.new_empty(()).expand(sizes), bitmasks)
+        except FormatError as error:
+            raise ValueError(f"bitmasks, taken for 2:4 {error}") from None
+        return SemiStructuredTensor(values.reshape(sizes), bitmasks)
 
     def _decompress(self) -> Tensor:
-        return ops.decompress(*self._parts(), self.shape)
+        values, bitmasks, row_offsets = self._parts()
+        return ops.decompress(values, bitmasks, row_offsets, self.shape)
 
     def _rows(self, start: int, stop: int, shape: Sequence[int]) -> BitmaskTensor:
         """Values and bitmasks are views.

@@ -95,7 +95,9 @@ class CompressedTensor(Tensor):
     part_names: ClassVar[tuple[str, ...]]
     _check_parts: ClassVar[Callable[..., None]]  # (*parts): raises unless kinds, dtypes and devices are right
     _check_part_sizes: ClassVar[Callable[..., None]]  # (*parts, shape): raises unless their sizes fit it
-    _rebuild: ClassVar[Callable[..., Any]]  # (*parts, shape, is_parameter): a function that unpickles, proving the parts
+    _rebuild: ClassVar[
+        Callable[..., Any]
+    ]  # (*parts, shape, is_parameter): a function that unpickles, proving the parts
 
     _held: _Parts
     values = part_property(0)
@@ -351,7 +353,7 @@ def _opaque_linear(*args: Any, **kwargs: Any) -> Any:
 def mark_parameter(tensor: _Compressed, is_parameter: bool) -> _Compressed:
     """The same tensor, which torch takes for an nn.Parameter if told so."""
     if is_parameter:
-        tensor._is_param = True  # type: ignore[attr-defined]  # how torch marks a wrapper subclass as nn.Parameter
+        tensor._is_param = True  # how torch marks a wrapper subclass as nn.Parameter
     return tensor
 
 

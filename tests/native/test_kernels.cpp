@@ -6,9 +6,9 @@
 //   test_kernels --plant ERROR       has the kernels in use read past a buffer, which AddressSanitizer must report: expand, stream,
 //   multiply, gradient, block_stream, block_multiply, block_transposed, block_sample
 //
-// The codec is tested here, linear in test_linear.cpp and test_linear_gradient.cpp, block-sparse products in test_block.cpp. Buffers are
-// exactly as large as the kernels were promised. AddressSanitizer watches their ends; builds without it put canary bytes around them
-// instead. Prints each failed check and "N passed, M failed".
+// The codec is tested here, linear in test_linear.cpp and test_linear_gradient.cpp, block-sparse products in test_block.cpp, conversions in
+// test_convert.cpp. Buffers are exactly as large as the kernels were promised. AddressSanitizer watches their ends; builds without it put
+// canary bytes around them instead. Prints each failed check and "N passed, M failed".
 #include <cinttypes>
 #include <cstdint>
 #include <cstdio>
@@ -466,6 +466,7 @@ int main(int argc, char** argv) {
     test_linear(brief);
     test_linear_gradient(brief);
     test_block(brief);
+    test_convert(brief);
   }
   std::printf("%" PRId64 " passed, %" PRId64 " failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

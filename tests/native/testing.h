@@ -127,4 +127,7 @@ void test_linear_gradient(bool brief);
 // The same for the block-sparse kernels (test_block.cpp).
 void test_block(bool brief);
 
+// The same for conversions to and from index lists (test_convert.cpp).
+void test_convert(bool brief);
+
 }  // namespace bitmask::testing

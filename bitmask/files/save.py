@@ -147,7 +147,7 @@ def _as_two_four(tensor: Tensor, keep_negative_zero: bool) -> SemiStructuredTens
             tensor.to_dense() if given else tensor, keep_negative_zero=given or keep_negative_zero
         )
     except ValueError as error:
-        return str(error)
+        return str(error).removeprefix("dense: ")  # the argument's name
 
 
 def _zeros_of(tensor: Tensor) -> int:

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_interop import LATE, needs_releases, run_release
 from torch import library
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import bitmask
 from bitmask import BitmaskTensor, FormatError, reference
@@ -373,7 +374,7 @@ def fresh_dynamo():
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_with_dynamic_shapes(fresh_dynamo, backend):
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend(backend)
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)
     def round_trip(dense):

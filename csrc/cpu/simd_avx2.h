@@ -205,19 +205,12 @@ struct Float32Operands {
   static constexpr int kStreamSums = 4;
   static constexpr int kMicroRows = 4;
   static constexpr int kMicroVectors = 3;
+  static constexpr int kSelectedFrom = 0;  // a shuffle for each product costs what is saved
 
   static Lanes load(const uint8_t* src) { return _mm256_loadu_ps(reinterpret_cast<const float*>(src)); }
   static void store(Lanes lanes, uint8_t* dst) { _mm256_storeu_ps(reinterpret_cast<float*>(dst), lanes); }
   static Lanes broadcast(const uint8_t* src) { return _mm256_set1_ps(load_as<float>(src)); }
   static Sums multiply_add(Lanes a, Lanes b, Sums sums) { return _mm256_fmadd_ps(a, b, sums); }
-
-  static constexpr int kSelectedFrom = 4;
-  using Columns = __m256;
-  using Selectors = __m256i;
-  static Columns load_columns(const uint8_t* src) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(src)); }
-  static Selectors load_selectors(const uint8_t* src) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)); }
-  static Lanes select(Columns columns, Selectors numbers) { return _mm256_permutevar_ps(columns, numbers); }
-
   static Sums zero() { return _mm256_setzero_ps(); }
   static Sums add(Sums a, Sums b) { return _mm256_add_ps(a, b); }
   static Sums load_sums(const uint8_t* src) { return load(src); }

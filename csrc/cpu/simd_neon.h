@@ -227,7 +227,7 @@ struct Float32Operands {
   static constexpr int kStreamSums = 4;
   static constexpr int kMicroRows = 8;
   static constexpr int kMicroVectors = 2;
-  static constexpr int kSelectedFrom = 0;  // a table look-up for each product costs what is saved
+  static constexpr int kSelectedFrom = 0;  // a shuffle for each product costs what is saved
 
   static Lanes load(const uint8_t* src) { return vreinterpretq_f32_u8(vld1q_u8(src)); }
   static void store(Lanes lanes, uint8_t* dst) { vst1q_u8(dst, vreinterpretq_u8_f32(lanes)); }

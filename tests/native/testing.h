@@ -133,4 +133,7 @@ void test_two_four_codec(bool brief);
 // The same for pruning to 2:4 in rows and columns (test_two_four_prune.cpp).
 void test_two_four_prune(bool brief);
 
+// The same for the 2:4 products (test_two_four_linear.cpp).
+void test_two_four_linear(bool brief);
+
 }  // namespace bitmask::testing

@@ -5,11 +5,11 @@
 // walked as one long row. Its last columns go through stack buffers, as in codec.h, as do those of each row where cols % 8 is 4.
 //
 // Included inside an anonymous namespace, after codec.h; it adds to the vocabulary:
-//   Simd::compress_pairs<W>(src, mask, dst)   packs the 32 elements that a mask with two bits in each nibble marks: exactly these are
-//   written Simd::expand_pairs<W>(src, mask, dst)     spreads 32 elements over 64 and sets the others to zero: exactly these are read
-//   Simd::kFoursBytes<W>                      bytes of the vectors of W-byte integers, whole fours of them, that the next two take
-//   Simd::permute_fours<W, A, B, C, D>(v)     in each four, the lanes with these numbers
-//   Simd::at_least<W>(a, b)                   mask word of the lanes with a >= b
+//   Simd::compress_pairs<W>(src, mask, dst)  packs the 32 elements that a mask with two bits in each nibble marks; writes no other
+//   Simd::expand_pairs<W>(src, mask, dst)    spreads 32 elements over 64, zeros between them; reads no other
+//   Simd::kFoursBytes<W>                     bytes of the vectors of W-byte integers, whole fours of them, that the next two take
+//   Simd::permute_fours<W, A, B, C, D>(v)    in each four, the lanes with these numbers
+//   Simd::at_least<W>(a, b)                  mask word of the lanes with a >= b
 
 constexpr int64_t kStored = kGroup / 2;           // values of a group
 constexpr uint64_t kFirsts = 0x1111111111111111;  // the first column of each four
@@ -31,7 +31,7 @@ inline uint64_t faulty_groups(uint64_t mask, int64_t columns) {
 // The nibbles with more than two bits set: adding 5 to 3 or 4 carries into the topmost bit.
 inline uint64_t crowded_groups(uint64_t mask) { return (count_fours(mask) + 5 * kFirsts) & 8 * kFirsts; }
 
-// Marks zeros as well in nibbles with less than two bits set, those that torch's CUTLASS layout takes:
+// Of nibbles with at most two bits set, those with fewer mark zeros as well, the ones that torch's CUTLASS layout takes:
 //   non-zero columns   none   0     1     2     3
 //   stored             2, 3   0, 2  1, 2  2, 3  2, 3
 // So column 2 is always among them, and column 3 where neither 0 nor 1 is.
@@ -123,6 +123,9 @@ inline uint64_t largest_two(const uint8_t* src, const ZeroTest& test, Magnitude 
 }
 
 // ---- Kernels
+//
+// With AVX-512 and AVX2 all are bound by memory. On Zen 5, 64 MB in, fresh memory out, whose page faults are most of the time: pack takes
+// 0.5 to 0.8 of what clone() does, pack_largest 0.6 to 0.95, unpack 0.8 to 0.95; prune, in place, 0.2 to 0.5.
 
 // Calls group(at, byte, columns) for each group of columns: the element and the byte of metadata it begins with. Returns the row of the
 // first nibble that is set in what it returns, or `rows`.

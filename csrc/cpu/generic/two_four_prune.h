@@ -31,10 +31,10 @@ struct TransposablePatterns {
 };
 constexpr TransposablePatterns kTransposable;
 
-constexpr int kBlockLanes = Simd::kFoursBytes<4> / 8;  // those of a vector register
-constexpr int kBlockVectors = 2;                       // searched side by side, because each comparison waits for the one before
-typedef double BlockLanes __attribute__((vector_size(kBlockLanes * 8)));
-typedef int64_t BlockMarks __attribute__((vector_size(kBlockLanes * 8)));  // all ones or zero, or numbers of patterns
+constexpr int kBlocksPerVector = Simd::kFoursBytes<4> / 8;  // those of a vector register
+constexpr int kBlockVectors = 2;                            // searched side by side, because each comparison waits for the one before
+typedef double BlockLanes __attribute__((vector_size(kBlocksPerVector * 8)));
+typedef int64_t BlockMarks __attribute__((vector_size(kBlocksPerVector * 8)));  // all ones or zero, or numbers of patterns
 
 // The sums of the patterns of both halves.
 struct HalfSums {
@@ -88,7 +88,7 @@ __attribute__((noinline, cold)) inline void find_best_of_extremes(const BlockLan
   for (int i = 0; i < kBlockVectors; ++i) {
     BlockLanes terms[16], ranks[16], scale = BlockLanes{} + 1;
     for (int at = 0; at < 16; ++at) {
-      for (int lane = 0; lane < kBlockLanes; ++lane) {
+      for (int lane = 0; lane < kBlocksPerVector; ++lane) {
         const double magnitude = magnitudes[i][at][lane];
         const bool finite = magnitude <= 0x1.fffffffffffffp1023;
         ranks[at][lane] = finite ? 0 : magnitude == magnitude ? 1 : 16;
@@ -109,18 +109,18 @@ inline bool load_magnitudes(uint8_t* const (&rows)[4], int col, BlockLanes (&mag
   BlockMarks extreme{};
   for (int row = 0; row < 4; ++row) {
     const uint8_t* const src = rows[row] + col * Element::kWidth;
-    double elements[4 * kBlockLanes];
-    for (int i = 0; i < 4 * kBlockLanes; ++i) elements[i] = static_cast<double>(Element::widen(src + i * Element::kWidth));
+    double elements[4 * kBlocksPerVector];
+    for (int i = 0; i < 4 * kBlocksPerVector; ++i) elements[i] = static_cast<double>(Element::widen(src + i * Element::kWidth));
     for (int i = 0; i < 4; ++i) {
       BlockLanes lanes;
-      for (int lane = 0; lane < kBlockLanes; ++lane) lanes[lane] = elements[lane * 4 + i];
+      for (int lane = 0; lane < kBlocksPerVector; ++lane) lanes[lane] = elements[lane * 4 + i];
       lanes = reinterpret_cast<BlockLanes>(reinterpret_cast<BlockMarks>(lanes) & INT64_MAX);
       extreme |= ~(lanes < 0x1p1000);
       magnitudes[row * 4 + i] = lanes;
     }
   }
   int64_t any = 0;
-  for (int lane = 0; lane < kBlockLanes; ++lane) any |= extreme[lane];
+  for (int lane = 0; lane < kBlocksPerVector; ++lane) any |= extreme[lane];
   return any == 0;
 }
 
@@ -128,20 +128,20 @@ inline bool load_magnitudes(uint8_t* const (&rows)[4], int col, BlockLanes (&mag
 template <class Element>
 inline void prune_four_rows(uint8_t* const (&rows)[4]) {
   uint64_t masks[4] = {};
-  for (int col = 0; col < kGroup; col += 4 * kBlockLanes * kBlockVectors) {
+  for (int col = 0; col < kGroup; col += 4 * kBlocksPerVector * kBlockVectors) {
     BlockLanes magnitudes[kBlockVectors][16];
     HalfSums sums[kBlockVectors];
     BlockMarks best[kBlockVectors];
     bool moderate = true;
-    for (int i = 0; i < kBlockVectors; ++i) moderate &= load_magnitudes<Element>(rows, col + i * 4 * kBlockLanes, magnitudes[i]);
+    for (int i = 0; i < kBlockVectors; ++i) moderate &= load_magnitudes<Element>(rows, col + i * 4 * kBlocksPerVector, magnitudes[i]);
     if (moderate) {
       for (int i = 0; i < kBlockVectors; ++i) sums[i].add_up(magnitudes[i]);
       find_best(sums, nullptr, best);
     } else {
       find_best_of_extremes(magnitudes, best);
     }
-    for (int block = 0; block < kBlockVectors * kBlockLanes; ++block) {
-      const int64_t pattern = best[block / kBlockLanes][block % kBlockLanes];
+    for (int block = 0; block < kBlockVectors * kBlocksPerVector; ++block) {
+      const int64_t pattern = best[block / kBlocksPerVector][block % kBlocksPerVector];
       const int upper = kTransposable.upper[pattern], lower = kTransposable.lower[pattern];
       const int of_rows[4] = {upper / kRowPatterns, upper % kRowPatterns, lower / kRowPatterns, lower % kRowPatterns};
       for (int row = 0; row < 4; ++row) masks[row] |= static_cast<uint64_t>(kRowPattern[of_rows[row]]) << (col + block * 4);

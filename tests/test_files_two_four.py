@@ -118,7 +118,7 @@ def test_it_is_mapped(path):
 
 def test_devices(path, device):
     """On a GPU, which has no kernels for 2:4, it is kept as the bitmask that it is as well."""
-    save_compressed({"w.weight": WEIGHT}, path, FORMAT)
+    save_compressed({"w.weight": WEIGHT.to(device)}, path, FORMAT)
     assert_bits_equal(read(path, device=device), WEIGHT.to(device))
     kept = read(path, device=device, decompress=False)
     assert type(kept) is (SemiStructuredTensor if device.type == "cpu" else BitmaskTensor)

@@ -307,7 +307,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
-    needs_x, *_, needs_bias = ctx.needs_input_grad  # of a bias that is left out nothing is said
+    needs_x, *_, needs_bias = ctx.needs_input_grad  # without a bias, torch leaves out its place
     grad_x = linear_24_backward_input(grad, *ctx.saved_tensors) if needs_x else None
     return grad_x, None, None, grad.sum_to_size(ctx.bias_shape) if needs_bias else None
 

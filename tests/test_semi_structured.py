@@ -306,6 +306,10 @@ def test_from_torch_refuses():
     converted = SemiStructuredTensor.from_dense(torch.zeros(64, 64, dtype=torch.float16)).to_torch()
     with pytest.raises(ValueError, match="tensor: got one without packed and meta"):
         SemiStructuredTensor.from_torch(converted.t())
+    with pytest.raises(FormatError, match=r"values: got size \[64, 32\], expected \[32, 64\] for shape \[32, 128\]"):
+        SemiStructuredTensor.from_torch(
+            SparseSemiStructuredTensorCUTLASS(torch.Size([32, 128]), converted.packed, converted.meta, None, None, None)
+        )
     converted.meta.fill_(0)
     with pytest.raises(FormatError, match="meta: row 0, columns 0 to 3"):
         SemiStructuredTensor.from_torch(converted)

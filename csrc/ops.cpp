@@ -38,18 +38,6 @@ int64_t exclusive_prefix_sums(int64_t* counts, int64_t length, int64_t start) {
   return start;
 }
 
-// Where the parts of a task lie, in elements, bitmask bytes and values.
-struct Slice {
-  Tasks::Task task;
-  int64_t element;
-  int64_t mask_byte;
-};
-
-Slice slice_of(const Tasks& tasks, int64_t index, const Geometry& g) {
-  const Tasks::Task task = tasks[index];
-  return {task, task.row * g.cols + task.col, task.row * bitmask_bytes(g.cols) + task.col / 8};
-}
-
 // A dense tensor on its way to its parts.
 struct Compression {
   Tensor source;  // contiguous
@@ -245,7 +233,7 @@ STABLE_TORCH_LIBRARY(bitmask, m) {
   m.def("linear_24(Tensor x, Tensor values, Tensor metadata, Tensor? bias=None) -> Tensor");
   m.def("linear_24_backward_input(Tensor grad, Tensor values, Tensor metadata) -> Tensor");
   m.def("pack_24(Tensor dense, bool prune, bool keep_negative_zero) -> (Tensor values, Tensor metadata)");
-  m.def("prune_24(Tensor(a!) weight, bool transposable) -> ()");
+  m.def("prune_24(Tensor(a!) tensor, bool transposable) -> ()");
   m.def("unpack_24(Tensor values, Tensor metadata) -> Tensor");
   m.def("validate(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) -> ()");
   m.def("validate_24(Tensor values, Tensor metadata) -> ()");

@@ -93,18 +93,6 @@ int64_t rows_of(const Tensor& x) { return geometry(x.sizes()).rows; }
 
 // ------------------------------------------------------------------------------------------------------------- products
 
-// Ranges of lines, and of rows of what is multiplied, that make tasks of about equal cost.
-struct Split {
-  std::vector<int64_t> borders;  // of ranges of lines
-  int64_t rows;                  // of each range but the last
-  int64_t row_ranges;
-  int64_t bytes;  // that all tasks touch
-
-  int64_t line_ranges() const { return static_cast<int64_t>(borders.size()) - 1; }
-  int64_t count() const { return line_ranges() * row_ranges; }
-  int64_t task_bytes() const { return bytes / count(); }
-};
-
 // All rows together: split by lines alone.
 Split split_lines(const BlockWeight& weight, int64_t m) {
   const BlockSizes& sizes = weight.sizes;
@@ -116,18 +104,6 @@ Split split_lines(const BlockWeight& weight, int64_t m) {
   };
   const int64_t bytes = bytes_before(lines);
   return {split_by_cost(lines, task_count(bytes), bytes_before), m, 1, bytes};
-}
-
-// Rows are split as well, by whole tiles: into as many as kernels take, and where there are too few lines for the threads.
-Split split_lines_and_rows(const BlockWeight& weight, int64_t m) {
-  Split split = split_lines(weight, m);
-  const int64_t tile = weight.kernels.tile_rows, tiles = (m + tile - 1) / tile;
-  const int64_t missing = (task_count(split.bytes) + split.line_ranges() - 1) / split.line_ranges();
-  const int64_t least = (m + weight.kernels.most_rows - 1) / weight.kernels.most_rows;
-  const int64_t ranges = std::clamp(std::max(missing, least), int64_t{1}, tiles);
-  split.rows = (tiles + ranges - 1) / ranges * tile;
-  split.row_ranges = (m + split.rows - 1) / split.rows;
-  return split;
 }
 
 // y = x W^T + bias for few rows of x.
@@ -143,20 +119,6 @@ void stream(const BlockWeight& weight, const uint8_t* x, int64_t m, const void* 
   });
 }
 
-// Rows [m, cols] repacked into tiles, in parallel where there is much of it.
-Tensor pack_tiles(const BlockWeight& weight, const uint8_t* x, int64_t m) {
-  const BlockKernels& kernels = weight.kernels;
-  const int64_t cols = weight.depth(), bytes = kernels.tiles_bytes(m, cols);
-  const Tensor tiles = empty_bytes(bytes);
-  uint8_t* const packed = mutable_bytes(tiles);
-  const int64_t rows = bytes < kLeastPackBytes ? m : kernels.tile_rows, count = (m + rows - 1) / rows;
-  for_each_task(count, 2 * bytes / count, [&](int64_t task) {
-    const int64_t first = task * rows;
-    kernels.pack_tiles(x + first * cols * weight.width, std::min(rows, m - first), cols, packed + kernels.tiles_bytes(first, cols));
-  });
-  return tiles;
-}
-
 // Bytes of x packed at a time, where one call of a kernel does not take more: what stays in a last cache.
 constexpr int64_t kMostPackedBytes = 4 << 20;
 
@@ -167,12 +129,16 @@ void multiply(const BlockWeight& weight, const uint8_t* x, int64_t m, uint8_t* y
   const int64_t tile_bytes = std::max<int64_t>(kernels.tiles_bytes(kernels.tile_rows, weight.depth()), 1);
   const int64_t most_rows = std::max(kernels.most_rows, kMostPackedBytes / tile_bytes * kernels.tile_rows);
   for_each_block(m, most_rows, kernels.tile_rows, [&](int64_t start, int64_t count) {
-    const Tensor tiles = pack_tiles(weight, x + start * weight.depth() * weight.width, count);
-    const Split split = split_lines_and_rows(weight, count);
+    const int64_t cols = weight.depth();
+    const Tensor tiles = pack_tiles(kernels, count, cols, [&](int64_t first, int64_t rows, void* to) {
+      kernels.pack_tiles(x + (start + first) * cols * weight.width, rows, cols, to);
+    });
+    Split split = split_lines(weight, count);
+    split_rows(split, count, kernels.tile_rows, kernels.most_rows);
     for_each_task(split.count(), split.task_bytes(), [&](int64_t task) {
       const size_t range = static_cast<size_t>(task / split.row_ranges);
       const int64_t first = task % split.row_ranges * split.rows;
-      body(split.borders[range], split.borders[range + 1], const_bytes(tiles) + kernels.tiles_bytes(first, weight.depth()),
+      body(split.borders[range], split.borders[range + 1], const_bytes(tiles) + kernels.tiles_bytes(first, cols),
            std::min(split.rows, count - first), y + (start + first) * weight.across() * weight.width);
     });
   });

@@ -37,6 +37,18 @@ class Tasks {
   int64_t count_;
 };
 
+// Where a task lies in the elements and in the bitmasks of the matrix.
+struct Slice {
+  Tasks::Task task;
+  int64_t element;
+  int64_t mask_byte;
+};
+
+inline Slice slice_of(const Tasks& tasks, int64_t index, const Geometry& g) {
+  const Tasks::Task task = tasks[index];
+  return {task, task.row * g.cols + task.col, task.row * bitmask_bytes(g.cols) + task.col / 8};
+}
+
 // Runs body(context, index) for every index below `count`, in contiguous ranges over torch's threads; serially in a process forked from
 // one that had loaded this library, because an OpenMP pool does not survive fork() (a fork before this library is loaded goes unnoticed).
 // Between waves of about a tenth of a second (`bytes` is what one task touches), which may span calls, it asks the interrupt check, on the

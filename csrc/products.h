@@ -8,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "layout.h"
 #include "parallel.h"
 #include "tensors.h"
 
@@ -31,6 +32,18 @@ inline int64_t task_count(int64_t bytes) {
 // Bytes that a product of m rows with so many elements of W is taken to touch: arithmetic costs time as well, a vector unit about as much
 // for 64 rows as memory for a byte.
 inline int64_t product_bytes(int64_t elements, int64_t m, int64_t width) { return elements * (width + m / 64); }
+
+// Groups of columns that kernels take at a time.
+inline int64_t groups_of(int64_t cols) { return blocks_across(cols, kGroup); }
+
+// Runs body(index) for every task; each returns the first faulty row that it meets, or `none`. Returns the first of all, whatever the
+// threads' order.
+template <typename Body>
+int64_t first_fault(int64_t count, int64_t bytes, int64_t none, const Body& body) {
+  std::vector<int64_t> faults(static_cast<size_t>(count), none);
+  for_each_task(count, bytes, [&](int64_t index) { faults[static_cast<size_t>(index)] = body(index); });
+  return faults.empty() ? none : *std::min_element(faults.begin(), faults.end());
+}
 
 // Borders of at most `pieces` ranges of [0, count) that cost about the same; cost_before(i) is what all before i cost. Costs that do not
 // ascend still give ranges that cover all of it once.
@@ -66,6 +79,28 @@ void for_each_block(int64_t m, int64_t most_rows, int64_t tile_rows, const Block
   for (int64_t first = 0; first < m; first += rows) block(first, std::min(rows, m - first));
 }
 
+// Ranges of lines of a weight, and of rows of what is multiplied, that make tasks of about equal cost.
+struct Split {
+  std::vector<int64_t> borders;  // of ranges of lines
+  int64_t rows;                  // of each range but the last
+  int64_t row_ranges;
+  int64_t bytes;  // that all tasks touch
+
+  int64_t line_ranges() const { return static_cast<int64_t>(borders.size()) - 1; }
+  int64_t count() const { return line_ranges() * row_ranges; }
+  int64_t task_bytes() const { return bytes / count(); }
+};
+
+// Splits m rows as well, by whole tiles: into as many as kernels take, and where there are too few lines for the threads.
+inline void split_rows(Split& split, int64_t m, int64_t tile_rows, int64_t most_rows) {
+  const int64_t tiles = (m + tile_rows - 1) / tile_rows;
+  const int64_t missing = (task_count(split.bytes) + split.line_ranges() - 1) / split.line_ranges();
+  const int64_t least = (m + most_rows - 1) / most_rows;
+  const int64_t ranges = std::clamp(std::max(missing, least), int64_t{1}, tiles);
+  split.rows = (tiles + ranges - 1) / ranges * tile_rows;
+  split.row_ranges = (m + split.rows - 1) / split.rows;
+}
+
 inline Tensor empty_bytes(int64_t bytes) { return empty(std::vector<int64_t>{bytes}, aoti_torch_dtype_uint8()); }
 
 // Memory of this thread, aligned to a cache line and kept from call to call: mapping it anew costs as much as a small product.
@@ -81,6 +116,20 @@ inline void* scratch(int64_t bytes) {
     if (memory == nullptr) throw std::bad_alloc();
   }
   return memory.get();
+}
+
+// Rows [m, cols] repacked into the tiles of `kernels` by pack(first row, rows, tiles), in parallel where there is much of it.
+template <typename Kernels, typename Pack>
+Tensor pack_tiles(const Kernels& kernels, int64_t m, int64_t cols, const Pack& pack) {
+  const int64_t bytes = kernels.tiles_bytes(m, cols);
+  const Tensor tiles = empty_bytes(bytes);
+  uint8_t* const packed = mutable_bytes(tiles);
+  const int64_t rows = bytes < kLeastPackBytes ? m : kernels.tile_rows, count = (m + rows - 1) / rows;
+  for_each_task(count, 2 * bytes / count, [&](int64_t task) {
+    const int64_t first = task * rows;
+    pack(first, std::min(rows, m - first), packed + kernels.tiles_bytes(first, cols));
+  });
+  return tiles;
 }
 
 }  // namespace bitmask

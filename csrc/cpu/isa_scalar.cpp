@@ -1,6 +1,8 @@
 // Kernels for any CPU.
 #include "kernels.h"
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // how vectors are passed here concerns nobody else
+
 namespace bitmask::cpu {
 namespace {
 #include "generic/elements.h"

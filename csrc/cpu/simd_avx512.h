@@ -36,6 +36,53 @@ struct Simd {
     return src + __builtin_popcountll(mask) * W;
   }
 
+  template <int W>
+  static void compress_pairs(const uint8_t* src, uint64_t mask, uint8_t* dst) {
+    const __m512i zero = opaque_zero();
+    for (int vector = 0; vector < W; ++vector) {
+      const __m512i packed = compress_lanes<W>(zero, lanes_of<W>(mask, vector), load(src + vector * 64));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + vector * 32), _mm512_castsi512_si256(packed));
+    }
+  }
+
+  template <int W>
+  static void expand_pairs(const uint8_t* src, uint64_t mask, uint8_t* dst) {
+    const __m512i zero = opaque_zero();
+    for (int vector = 0; vector < W; ++vector) {
+      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + vector * 32));
+      _mm512_storeu_si512(dst + vector * 64, expand_lanes<W>(zero, lanes_of<W>(mask, vector), _mm512_castsi256_si512(packed)));
+    }
+  }
+
+  template <int W>
+  static constexpr int kFoursBytes = 64;
+
+  template <int W, int A, int B, int C, int D, class Vector>
+  static Vector permute_fours(Vector lanes) {
+    const __m512i v = reinterpret_cast<__m512i>(lanes);
+    constexpr int kOrder = A | B << 2 | C << 4 | D << 6;
+    if constexpr (W == 1) {
+      const __m512i fours = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+      const __m512i order = _mm512_set1_epi32(A | B << 8 | C << 16 | D << 24);
+      return reinterpret_cast<Vector>(_mm512_shuffle_epi8(v, _mm512_or_si512(fours, order)));
+    } else if constexpr (W == 2) {
+      return reinterpret_cast<Vector>(_mm512_shufflehi_epi16(_mm512_shufflelo_epi16(v, kOrder), kOrder));
+    } else if constexpr (W == 4) {
+      return reinterpret_cast<Vector>(_mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(kOrder)));
+    } else {
+      return reinterpret_cast<Vector>(_mm512_permutex_epi64(v, kOrder));
+    }
+  }
+
+  template <int W, class Vector>
+  static uint64_t at_least(Vector a, Vector b) {
+    const __m512i left = reinterpret_cast<__m512i>(a), right = reinterpret_cast<__m512i>(b);
+    if constexpr (W == 1) return _mm512_cmpge_epi8_mask(left, right);
+    if constexpr (W == 2) return _mm512_cmpge_epi16_mask(left, right);
+    if constexpr (W == 4) return _mm512_cmpge_epi32_mask(left, right);
+    if constexpr (W == 8) return _mm512_cmpge_epi64_mask(left, right);
+  }
+
   // The vector-th 64 bytes of a group. Where its elements lie is counted from the start of the group, not from the vector before: so only
   // one addition a group waits for the group before.
   template <int W>

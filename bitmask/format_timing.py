@@ -96,7 +96,7 @@ def _problem(call: Callable[[], Tensor], exact: Tensor, x: Tensor) -> str:
 
 
 def medians(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median milliseconds of calls taken in turn after one of each; slow ones sit out later rounds, results are dropped."""
+    """Median milliseconds of calls in turn, after one of each; slow ones sit out later rounds."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()

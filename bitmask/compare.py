@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from bitmask.block_layout import check_block_shape
-from bitmask.calls import LINEAR_DTYPES
+from bitmask.calls import LINEAR_DTYPES, check_strided
 from bitmask.format_bytes import BITMASK, BSR, COO, CSC, CSR, DENSE, TWO_FOUR, Census
 from bitmask.format_timing import ProductTimes, convert_times, formats, product_times
-from bitmask.ops import check_dense
+from bitmask.ops import DTYPES
 from bitmask.ops_two_four import TWO_FOUR_DTYPES
 
 
@@ -183,7 +183,9 @@ def check_rows(rows: Sequence[int]) -> tuple[int, ...]:
 
 
 def _check_tensor(tensor: Tensor, time: bool) -> None:
-    check_dense(tensor)
+    check_strided("tensor", tensor)
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"tensor: got dtype {tensor.dtype}, expected one that bitmask compresses")
     if tensor.is_meta:
         raise ValueError("tensor: got a meta tensor, expected one with data")
     if time and tensor.dtype not in LINEAR_DTYPES:

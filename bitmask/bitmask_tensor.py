@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,12 +14,6 @@ from bitmask.compressed_tensor import CompressedTensor, detached, mark_parameter
 
 if TYPE_CHECKING:
     from bitmask.semi_structured import SemiStructuredTensor
-
-
-def _sparse_layouts() -> ModuleType:
-    from bitmask import sparse_layouts  # it imports this module
-
-    return sparse_layouts
 
 
 def _rebuild(
@@ -109,7 +102,7 @@ class BitmaskTensor(CompressedTensor):
 
         Args:
             tensor: torch.sparse_coo, sparse_csr, sparse_csc, sparse_bsr, sparse_bsc, or
-                torch.sparse.SparseSemiStructuredTensor; on the CPU.
+                torch.sparse.SparseSemiStructuredTensorCUTLASS; on the CPU.
             keep_negative_zero: keep stored -0.0, which by default counts as zero; PyTorch's own `to_dense` loses it.
 
         Raises:
@@ -121,7 +114,9 @@ class BitmaskTensor(CompressedTensor):
         >>> BitmaskTensor.from_sparse(dense.to_sparse()).values
         tensor([1., 2., 5., 3.])
         """
-        return _sparse_layouts().from_sparse(tensor, keep_negative_zero)
+        from bitmask.sparse_layouts import from_sparse  # it imports this module
+
+        return from_sparse(tensor, keep_negative_zero)
 
     def to_coo(self) -> Tensor:
         """This tensor as a coalesced torch.sparse_coo tensor of int64 indices, as `to_dense().to_sparse()` makes it.
@@ -136,7 +131,9 @@ class BitmaskTensor(CompressedTensor):
         tensor([[0, 1],
                 [1, 0]])
         """
-        return _sparse_layouts().to_coo(self)
+        from bitmask.sparse_layouts import to_coo  # it imports this module
+
+        return to_coo(self)
 
     def to_csr(self) -> Tensor:
         """The same as torch.sparse_csr: a matrix, or a batch of them that store as many elements each.
@@ -149,7 +146,9 @@ class BitmaskTensor(CompressedTensor):
         >>> BitmaskTensor.from_dense(torch.tensor([[0.0, 7.0], [8.0, 0.0]])).to_csr().col_indices()
         tensor([1, 0])
         """
-        return _sparse_layouts().to_csr(self)
+        from bitmask.sparse_layouts import to_csr  # it imports this module
+
+        return to_csr(self)
 
     def to_csc(self) -> Tensor:
         """The same as torch.sparse_csc: column by column; raises what `to_csr` raises.
@@ -157,7 +156,9 @@ class BitmaskTensor(CompressedTensor):
         >>> BitmaskTensor.from_dense(torch.tensor([[0.0, 7.0], [8.0, 0.0]])).to_csc().values()
         tensor([8., 7.])
         """
-        return _sparse_layouts().to_csc(self)
+        from bitmask.sparse_layouts import to_csc  # it imports this module
+
+        return to_csc(self)
 
     def to_bsr(self, block_shape: Sequence[int]) -> Tensor:
         """The same as torch.sparse_bsr: all elements of the blocks that store any.
@@ -173,7 +174,9 @@ class BitmaskTensor(CompressedTensor):
         tensor([[[0., 7.],
                  [8., 0.]]])
         """
-        return _sparse_layouts().to_bsr(self, block_shape)
+        from bitmask.sparse_layouts import to_bsr  # it imports this module
+
+        return to_bsr(self, block_shape)
 
     def to_semi_structured(self) -> SemiStructuredTensor:
         """The same tensor in the 2:4 layout; values and bitmasks are shared.

@@ -255,9 +255,7 @@ def _call_on_lists(
     keep_negative_zero: bool,
 ) -> Any:
     _check_lists(values, crow_indices, col_indices, shape)
-    return call(
-        op, values.detach(), crow_indices, col_indices, list(shape), keep_negative_zero, invalid=FormatError
-    )
+    return call(op, values.detach(), crow_indices, col_indices, list(shape), keep_negative_zero, invalid=FormatError)
 
 
 def _check_sized_parts(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
@@ -265,9 +263,7 @@ def _check_sized_parts(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, sh
     check_part_sizes(values, bitmasks, row_offsets, shape)
 
 
-def _fake_to_coo(
-    values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def _fake_to_coo(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     _check_sized_parts(values, bitmasks, row_offsets, shape)
     return row_offsets.new_empty([len(shape), values.shape[0]]), values.new_empty(values.shape)
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
 from bitmask import ops, ops_convert
 from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.calls import FormatError
+from bitmask.semi_structured import SemiStructuredTensor
 
 _Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -26,27 +28,33 @@ _Parts = tuple[Tensor, Tensor, Tensor]
 
 def to_coo(tensor: BitmaskTensor) -> Tensor:
     """A coalesced torch.sparse_coo tensor without dense dimensions."""
-    indices, values = ops_convert.to_coo(*tensor._parts(), tensor.shape)
+    indices, values = ops_convert.to_coo(*_arguments(tensor))
     return torch.sparse_coo_tensor(indices, values, tensor.shape, is_coalesced=True)
 
 
 def to_csr(tensor: BitmaskTensor) -> Tensor:
     """A torch.sparse_csr tensor."""
     _check_matrices(tensor)
-    return _compressed(torch.sparse_csr, ops_convert.to_csr(*tensor._parts(), tensor.shape), tensor.shape)
+    return _compressed(torch.sparse_csr, ops_convert.to_csr(*_arguments(tensor)), tensor.shape)
 
 
 def to_csc(tensor: BitmaskTensor) -> Tensor:
     """A torch.sparse_csc tensor."""
     _check_matrices(tensor)
-    return _compressed(torch.sparse_csc, ops_convert.to_csc(*tensor._parts(), tensor.shape), tensor.shape)
+    return _compressed(torch.sparse_csc, ops_convert.to_csc(*_arguments(tensor)), tensor.shape)
 
 
 def to_bsr(tensor: BitmaskTensor, block_shape: Sequence[int]) -> Tensor:
     """A torch.sparse_bsr tensor of blocks of such sides."""
     _check_matrices(tensor)
-    lists = ops_convert.to_bsr(*tensor._parts(), tensor.shape, block_shape)
+    lists = ops_convert.to_bsr(*_arguments(tensor), block_shape)
     return _compressed(torch.sparse_bsr, lists, tensor.shape)
+
+
+def _arguments(tensor: BitmaskTensor) -> tuple[Tensor, Tensor, Tensor, torch.Size]:
+    """What native ops ask of it."""
+    values, bitmasks, row_offsets = tensor._parts()
+    return values, bitmasks, row_offsets, tensor.shape
 
 
 def _check_matrices(tensor: BitmaskTensor) -> None:
@@ -58,7 +66,7 @@ def _check_matrices(tensor: BitmaskTensor) -> None:
         )
 
 
-def _compressed(layout: torch.layout, lists: _Parts, shape: Sequence[int]) -> Tensor:
+def _compressed(layout: torch.layout, lists: _Parts, shape: torch.Size) -> Tensor:
     """The sparse tensor of lists that go on from matrix to matrix; PyTorch's begin anew in each one."""
     starts, positions, values = lists
     batch = shape[:-2]
@@ -95,6 +103,8 @@ def from_sparse(tensor: Tensor, keep_negative_zero: bool = False) -> BitmaskTens
     """A BitmaskTensor of a sparse tensor of any layout."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensor: got {type(tensor).__name__}, expected a sparse torch.Tensor")
+    if isinstance(tensor, SparseSemiStructuredTensorCUTLASS):
+        return _from_semi_structured(tensor, keep_negative_zero)
     if tensor.layout not in _CONVERSIONS or hasattr(tensor, "__tensor_flatten__"):
         kind = type(tensor).__name__ if hasattr(tensor, "__tensor_flatten__") else f"{tensor.layout} tensor"
         raise TypeError(f"tensor: got a {kind}, expected a sparse one; from_dense takes dense ones")
@@ -104,6 +114,14 @@ def from_sparse(tensor: Tensor, keep_negative_zero: bool = False) -> BitmaskTens
         raise NotImplementedError(f"tensor: got device {tensor.device}, expected cpu: bitmask converts there only")
     values, bitmasks, row_offsets = _CONVERSIONS[tensor.layout](tensor.detach(), keep_negative_zero)
     return BitmaskTensor(values, bitmasks.reshape(ops.bitmask_sizes(tensor.shape)), row_offsets, tensor.shape)
+
+
+def _from_semi_structured(tensor: SparseSemiStructuredTensorCUTLASS, keep_negative_zero: bool) -> BitmaskTensor:
+    """Its two elements of every four columns, less the zeros among them."""
+    stored = SemiStructuredTensor.from_torch(tensor).to_bitmask()
+    crow_indices, col_indices, values = ops_convert.to_csr(*_arguments(stored))
+    parts = ops_convert.from_csr(values, crow_indices, col_indices, stored.shape, keep_negative_zero)
+    return BitmaskTensor(*parts, stored.shape)
 
 
 @contextmanager
@@ -226,7 +244,12 @@ def _from_hybrid(tensor: Tensor, keep_negative_zero: bool) -> _Parts:
     return _from_entries(indices[:, order], values[order], tensor.shape, keep_negative_zero)
 
 
-_BY_COLUMN = {"crow_indices": "ccol_indices", "col_indices": "row_indices", "in row": "in column", "in line": "in column"}
+_BY_COLUMN = {
+    "crow_indices": "ccol_indices",
+    "col_indices": "row_indices",
+    "in row": "in column",
+    "in line": "in column",
+}
 
 _CONVERSIONS: dict[torch.layout, Callable[[Tensor, bool], Any]] = {
     torch.sparse_coo: _from_coo,

@@ -201,9 +201,10 @@ std::tuple<Tensor, Tensor, Tensor> to_bsr(const Tensor& values, const Tensor& bi
   for_each_task(blocks.g.rows, blocks.rows * m.cols * element.width, [&](int64_t line) {
     const int64_t row = line * blocks.rows, start = first_values[row];
     const int64_t end = row + blocks.rows < proof.g.rows ? first_values[row + blocks.rows] : proof.nnz();
+    const cpu::BlockLine blocks_here{const_entries(col_indices) + crow[line], crow[line + 1] - crow[line], blocks.rows, blocks.cols,
+                                     m.cols};
     value_kernels(element.width)
-        .expand_blocks(const_bytes(proof.parts.values) + start * element.width, end - start, proof.masks() + row * row_bytes, m.cols,
-                       blocks.rows, blocks.cols, const_entries(col_indices) + crow[line], crow[line + 1] - crow[line],
+        .expand_blocks(const_bytes(proof.parts.values) + start * element.width, end - start, proof.masks() + row * row_bytes, blocks_here,
                        mutable_bytes(block_values) + crow[line] * blocks.elements() * element.width);
   });
   return {crow_indices, col_indices, block_values};
@@ -419,40 +420,47 @@ std::tuple<Tensor, Tensor, Tensor> from_bsr(const Tensor& values, const Tensor& 
   const Matrices m = matrices(sizes);
   if (values.dim() < 3) fail("values: got size ", to_text(values.sizes()), ", expected [..., blocks, block rows, block columns]");
   const Blocks blocks = blocks_of("values", values.sizes(), values.size(values.dim() - 2), values.size(values.dim() - 1), m);
-  const int64_t lines = m.rows / blocks.rows, row_bytes = bitmask_bytes(m.cols), block_bytes = bitmask_bytes(blocks.cols);
+  const int64_t lines = m.rows / blocks.rows, row_bytes = bitmask_bytes(m.cols);
   const Index index = index_of(values, crow_indices, col_indices, sizes, lines, {blocks.rows, blocks.cols});
   std::vector<BlockIndex> proven;
   for (int64_t matrix = 0; matrix < m.count; ++matrix) {
     proven.push_back(copy_block_index(kByRow, const_entries(index.crow) + matrix * (lines + 1), lines,
                                       const_entries(index.col) + matrix * index.entries, index.entries, blocks.g.cols));
   }
-  const auto parts = compress(values, keep_negative_zero);
-  const Tensor &packed = std::get<0>(parts), &block_bits = std::get<1>(parts), &block_offsets = std::get<2>(parts);
-  const int64_t width = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_of(values)));
+  const Element element = element_of(values, keep_negative_zero);
+  const ConvertValueKernels& kernels = value_kernels(element.width);
+  const Tensor source = contiguous("values", values);
   const Tensor bitmasks = empty(bitmask_sizes(sizes), aoti_torch_dtype_uint8()), row_offsets = empty_indices({m.all_rows()});
-  const Tensor joined = empty(std::vector<int64_t>{packed.numel()}, dtype_of(values));
   const int64_t all_blocks = m.count * index.entries;
+  int64_t* const offsets = entries(row_offsets);
 
-  const auto start_of = [&](int64_t line) {
-    const int64_t matrix = line / std::max<int64_t>(lines, 1);
-    return line == blocks.g.rows
-               ? all_blocks
-               : matrix * index.entries + proven[static_cast<size_t>(matrix)].line_starts[static_cast<size_t>(line % lines)];
+  const auto start_of = [&](int64_t line) {  // of a line of blocks, or of the end, counted from the first matrix on
+    if (line == blocks.g.rows) return all_blocks;
+    return line / lines * index.entries + proven[static_cast<size_t>(line / lines)].line_starts[static_cast<size_t>(line % lines)];
   };
-  const std::vector<int64_t> borders = row_ranges(blocks.g.rows, blocks.rows * row_bytes, blocks.elements() * width, start_of);
-  for_each_task(static_cast<int64_t>(borders.size()) - 1, kMostTaskBytes, [&](int64_t range) {
-    for (int64_t line = borders[static_cast<size_t>(range)]; line < borders[static_cast<size_t>(range) + 1]; ++line) {
-      const int64_t matrix = line / lines, first = start_of(line), count = start_of(line + 1) - first;
-      // Blocks keep the order of their rows of blocks, so the values of a row of blocks lie where they lay, in another order.
-      const int64_t offset = first < all_blocks ? const_entries(block_offsets)[first * blocks.rows] : packed.numel();
-      const int64_t* const positions = proven[static_cast<size_t>(matrix)].positions.data() + (first - matrix * index.entries);
-      cpu::kernels().convert.join_blocks(const_bytes(packed), width, const_bytes(block_bits) + first * blocks.rows * block_bytes,
-                                         const_entries(block_offsets) + first * blocks.rows, positions, count, blocks.rows, blocks.cols,
-                                         m.cols, offset, mutable_bytes(bitmasks) + line * blocks.rows * row_bytes,
-                                         entries(row_offsets) + line * blocks.rows, mutable_bytes(joined));
-    }
+  const std::vector<int64_t> borders = row_ranges(blocks.g.rows, blocks.rows * row_bytes, blocks.elements() * element.width, start_of);
+  // Calls body(first row, its bits, blocks, line) for every line of blocks.
+  const auto for_each_line = [&](const auto& body) {
+    for_each_task(static_cast<int64_t>(borders.size()) - 1, kMostTaskBytes, [&](int64_t range) {
+      for (int64_t line = borders[static_cast<size_t>(range)]; line < borders[static_cast<size_t>(range) + 1]; ++line) {
+        const int64_t matrix = line / lines, first = start_of(line);
+        const int64_t* const positions = proven[static_cast<size_t>(matrix)].positions.data() + (first - matrix * index.entries);
+        body(line * blocks.rows, mutable_bytes(bitmasks) + line * blocks.rows * row_bytes,
+             const_bytes(source) + first * blocks.elements() * element.width,
+             cpu::BlockLine{positions, start_of(line + 1) - first, blocks.rows, blocks.cols, m.cols});
+      }
+    });
+  };
+  for_each_line([&](int64_t row, uint8_t* bits, const uint8_t* from, const cpu::BlockLine& line) {
+    kernels.build_bitmasks(from, line, element.zero_test, bits, offsets + row);
   });
-  return {joined, bitmasks, row_offsets};
+  const int64_t nnz = exclusive_prefix_sums(offsets, m.all_rows(), 0);
+  const Tensor packed = empty(std::vector<int64_t>{nnz}, element.dtype);
+  for_each_line([&](int64_t row, const uint8_t* bits, const uint8_t* from, const cpu::BlockLine& line) {
+    const int64_t start = offsets[row], end = row + blocks.rows < m.all_rows() ? offsets[row + blocks.rows] : nnz;
+    kernels.pack_values(from, line, bits, mutable_bytes(packed) + start * element.width, end - start);
+  });
+  return {packed, bitmasks, row_offsets};
 }
 
 // Of a COO tensor's indices [dims, nnz], in order: where the entries of each row begin. What from_csr makes of them proves the rest.

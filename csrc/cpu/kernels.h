@@ -131,7 +131,16 @@ struct TwoFourLinearKernels {
   void (*prune_transposable)(void* dense, int64_t rows, int64_t cols);
 };
 
-// Conversions of the values of a bitmask matrix for one element width. The bits are the caller's own and proven.
+// Some blocks of block_rows rows of a [.., cols] matrix, cols a multiple of block_cols.
+struct BlockLine {
+  const int64_t* positions;  // [blocks]: the block columns, ascending, below cols / block_cols
+  int64_t blocks;
+  int64_t block_rows;
+  int64_t block_cols;
+  int64_t cols;
+};
+
+// Conversions of the values of a bitmask matrix for one element width. Bits and indices are the caller's own and proven.
 struct ConvertValueKernels {
   // Takes the values of a tile [rows, cols] of a matrix to where they lie in the transposed one. Rows of `bits` lie `stride` bytes apart;
   // row_next [rows] and col_next [cols] say where the first value of each row lies in `values`, and of each column in `transposed`; both
@@ -139,10 +148,13 @@ struct ConvertValueKernels {
   void (*transpose_values)(const void* values, const uint8_t* bits, int64_t rows, int64_t cols, int64_t stride, int64_t* row_next,
                            int64_t* col_next, void* transposed);
 
-  // Writes every element of a row of blocks, `expanded` [blocks][block_rows][block_cols], from block_rows rows of `bitmasks`, cols a
-  // multiple of block_cols; `positions` [blocks], ascending, are the block columns. Never reads past `values` + nnz elements.
-  void (*expand_blocks)(const void* values, int64_t nnz, const uint8_t* bitmasks, int64_t cols, int64_t block_rows, int64_t block_cols,
-                        const int64_t* positions, int64_t blocks, void* expanded);
+  // Writes every element of a line of blocks, `expanded` [blocks][block_rows][block_cols], from its rows of `bitmasks`. Never reads past
+  // `values` + nnz elements.
+  void (*expand_blocks)(const void* values, int64_t nnz, const uint8_t* bitmasks, const BlockLine& line, void* expanded);
+
+  // What CodecKernels do with dense rows, with those of a line of blocks [blocks][block_rows][block_cols].
+  void (*build_bitmasks)(const void* blocks, const BlockLine& line, const ZeroTest& zero_test, uint8_t* bitmasks, int64_t* counts);
+  void (*pack_values)(const void* blocks, const BlockLine& line, const uint8_t* bitmasks, void* values, int64_t nnz);
 };
 
 // Conversions between bitmasks and the index lists of torch's sparse layouts.
@@ -170,13 +182,6 @@ struct ConvertKernels {
 
   // A bit for each block of block_cols columns, of which cols is a multiple: whether any of the `rows` rows has a bit set there.
   void (*mark_blocks)(const uint8_t* bitmasks, int64_t rows, int64_t cols, int64_t block_cols, uint8_t* marks);
-
-  // Joins a row of blocks to block_rows rows of a bitmask matrix. block_bits [blocks][block_rows][bitmask_bytes(block_cols)] are the
-  // caller's own, `starts` [blocks][block_rows] where the values of each line of a block lie in `values`, elements of `width` bytes.
-  // The rows' values go to `joined` from element `offset` on.
-  void (*join_blocks)(const void* values, int64_t width, const uint8_t* block_bits, const int64_t* starts, const int64_t* positions,
-                      int64_t blocks, int64_t block_rows, int64_t block_cols, int64_t cols, int64_t offset, uint8_t* bitmasks,
-                      int64_t* row_offsets, void* joined);
 
   ConvertValueKernels values[kWidths];  // indexed by log2 of the element width in bytes
 };

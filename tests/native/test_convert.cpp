@@ -246,55 +246,46 @@ void test_blocks(const ConvertKernels& kernels, const Bits& bits, int64_t block_
   kernels.mark_blocks(masks.data(), bits.rows, bits.cols, block_cols, got_marks.data());
   check(got_marks.bytes() == marks && got_marks.canaries_intact(), "mark_blocks: wrong");
 
-  // Elements of the blocks, their values by rows, and the same by blocks.
+  // Elements of the blocks, and those that are marked row by row: all of them non-zero.
   const int64_t nnz = count_reference(bits.masks.data(), static_cast<int64_t>(bits.masks.size()));
-  const Bytes stored = random_values(nnz, width);
-  Bytes blocks(static_cast<size_t>(count * bits.rows * block_cols * width), 0), by_block, block_bits;
-  Indices starts, row_offsets;
-  std::vector<Indices> of_rows(static_cast<size_t>(bits.rows));
+  Bytes stored = random_values(nnz, width), blocks(static_cast<size_t>(count * bits.rows * block_cols * width), 0);
+  for (uint8_t& byte : stored) byte = static_cast<uint8_t>(byte | 1);
+  Indices counts;
   int64_t next = 0;
   for (int64_t row = 0; row < bits.rows; ++row) {
-    row_offsets.push_back(next + 5);
-    for (int64_t col = 0; col < bits.cols; ++col) of_rows[static_cast<size_t>(row)].push_back(bits.at(row, col) ? next++ : -1);
-  }
-  for (int64_t block = 0; block < count; ++block) {
-    for (int64_t row = 0; row < bits.rows; ++row) {
-      starts.push_back(static_cast<int64_t>(by_block.size()) / width);
-      Bytes line(static_cast<size_t>(bitmask_bytes(block_cols)), 0);
-      for (int64_t col = 0; col < block_cols; ++col) {
-        const int64_t from =
-            of_rows[static_cast<size_t>(row)][static_cast<size_t>(positions[static_cast<size_t>(block)] * block_cols + col)];
-        if (from < 0) continue;
-        const uint8_t* element = stored.data() + from * width;
-        std::memcpy(blocks.data() + ((block * bits.rows + row) * block_cols + col) * width, element, static_cast<size_t>(width));
-        by_block.insert(by_block.end(), element, element + width);
-        line[static_cast<size_t>(col / 8)] = static_cast<uint8_t>(line[static_cast<size_t>(col / 8)] | 1 << (col % 8));
-      }
-      block_bits.insert(block_bits.end(), line.begin(), line.end());
+    counts.push_back(count_reference(bits.row(row), bits.row_bytes()));
+    int64_t block = 0;
+    for (const int64_t col : columns_of(bits, row)) {
+      while (positions[static_cast<size_t>(block)] < col / block_cols) ++block;
+      std::memcpy(blocks.data() + ((block * bits.rows + row) * block_cols + col % block_cols) * width, stored.data() + next++ * width,
+                  static_cast<size_t>(width));
     }
   }
 
+  const ConvertValueKernels& value_kernels = kernels.values[width_log2];
   IndexBuffer at(positions);
+  const cpu::BlockLine line{at.entries(), count, bits.rows, block_cols, bits.cols};
   Buffer values(stored), expanded(static_cast<int64_t>(blocks.size()));
-  kernels.values[width_log2].expand_blocks(values.data(), nnz, masks.data(), bits.cols, bits.rows, block_cols, at.entries(), count,
-                                           expanded.data());
+  value_kernels.expand_blocks(values.data(), nnz, masks.data(), line, expanded.data());
   check(expanded.bytes() == blocks && expanded.canaries_intact(), "expand_blocks: wrong, width %" PRId64, width);
-  if (nnz > 0) {  // fewer values than bits: nothing is read past them
-    Buffer fewer(Bytes(stored.begin(), stored.end() - width));
-    kernels.values[width_log2].expand_blocks(fewer.data(), nnz - 1, masks.data(), bits.cols, bits.rows, block_cols, at.entries(), count,
-                                             expanded.data());
-    check(expanded.canaries_intact(), "expand_blocks: wrote outside, width %" PRId64, width);
-  }
 
-  // Five values of a row of blocks before this one.
-  Buffer packed(by_block), lines(block_bits), joined_masks(static_cast<int64_t>(bits.masks.size())), joined((nnz + 5) * width);
-  IndexBuffer from(starts), offsets(bits.rows);
-  kernels.join_blocks(packed.data(), width, lines.data(), from.entries(), at.entries(), count, bits.rows, block_cols, bits.cols, 5,
-                      joined_masks.data(), offsets.entries(), joined.data());
-  const Bytes got = joined.bytes();
-  check(joined_masks.bytes() == bits.masks && offsets.bytes() == bytes_of(row_offsets), "join_blocks: wrong bits or offsets");
-  check(Bytes(got.begin() + 5 * width, got.end()) == stored, "join_blocks: wrong values, width %" PRId64, width);
-  check(joined.canaries_intact() && joined_masks.canaries_intact() && offsets.canaries_intact(), "join_blocks: wrote outside");
+  Buffer from(blocks), got_masks(static_cast<int64_t>(bits.masks.size())), packed(nnz * width);
+  IndexBuffer got_counts(bits.rows);
+  ZeroTest all_bits;
+  std::memset(all_bits.bytes, 0xff, sizeof(all_bits.bytes));
+  value_kernels.build_bitmasks(from.data(), line, all_bits, got_masks.data(), got_counts.entries());
+  check(got_masks.bytes() == bits.masks && got_counts.bytes() == bytes_of(counts), "build_bitmasks of blocks: wrong, width %" PRId64,
+        width);
+  value_kernels.pack_values(from.data(), line, masks.data(), packed.data(), nnz);
+  check(packed.bytes() == stored, "pack_values of blocks: wrong, width %" PRId64, width);
+  check(got_masks.canaries_intact() && got_counts.canaries_intact() && packed.canaries_intact(), "of blocks: wrote outside");
+
+  if (nnz == 0) return;  // fewer values than bits: nothing is read or written past them
+  Buffer fewer(Bytes(stored.begin(), stored.end() - width)), less((nnz - 1) * width);
+  value_kernels.expand_blocks(fewer.data(), nnz - 1, masks.data(), line, expanded.data());
+  value_kernels.pack_values(from.data(), line, masks.data(), less.data(), nnz - 1);
+  check(expanded.canaries_intact() && less.canaries_intact(), "fewer values: wrote outside, width %" PRId64, width);
+  check(less.bytes() == Bytes(stored.begin(), stored.end() - width), "pack_values of blocks: wrong where there are fewer");
 }
 
 // ---------------------------------------------------------------------------------------------------------------- programs

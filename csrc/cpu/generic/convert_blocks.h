@@ -1,4 +1,4 @@
-// A row of blocks (BSR) from the rows of a bitmask that it covers, and back. Which blocks hold anything is a bitmask too, a bit for each.
+// A line of blocks (BSR) from the rows of a bitmask that it covers, and back. Which blocks hold anything is a bitmask too, a bit for each.
 
 // The lowest `count` <= 64 bits.
 inline uint64_t low_bits(int64_t count) { return count == kGroup ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
@@ -25,60 +25,90 @@ inline void mark_blocks(const uint8_t* bitmasks, int64_t rows, int64_t cols, int
   }
 }
 
-// Columns of a row that are expanded at a time, before they are dealt out to blocks: they stay in the first cache.
+// Columns of a row that are dense at a time, on their way between blocks and the codec: they stay in the first cache.
 constexpr int64_t kDealtColumns = 1024;
 
+// Calls body(block, first, last) for the blocks, from `block` on, that columns [col, end) meet: in [first, last). Returns the first block
+// that later columns meet.
+template <class Body>
+inline int64_t for_each_block(const int64_t* positions, int64_t blocks, int64_t block_cols, int64_t block, int64_t col, int64_t end,
+                              const Body& body) {
+  while (block < blocks && positions[block] * block_cols < end) {
+    const int64_t block_col = positions[block] * block_cols, block_end = block_col + block_cols;
+    body(block, block_col < col ? col : block_col, block_end < end ? block_end : end);
+    if (block_end > end) break;
+    ++block;
+  }
+  return block;
+}
+
 template <int W>
-void expand_blocks(const void* values, int64_t nnz, const uint8_t* bitmasks, int64_t cols, int64_t block_rows, int64_t block_cols,
-                   const int64_t* positions, int64_t blocks, void* expanded) {
+void expand_blocks(const void* values, int64_t nnz, const uint8_t* bitmasks, const BlockLine& line, void* expanded) {
   const uint8_t* src = static_cast<const uint8_t*>(values);
   const uint8_t* const src_end = src + nnz * W;
   uint8_t* const dst = static_cast<uint8_t*>(expanded);
   alignas(64) uint8_t dense[kDealtColumns * W];
-  for (int64_t row = 0; row < block_rows; ++row, bitmasks += bitmask_bytes(cols)) {
+  for (int64_t row = 0; row < line.block_rows; ++row, bitmasks += bitmask_bytes(line.cols)) {
     int64_t block = 0;
-    for (int64_t col = 0; col < cols; col += kDealtColumns) {
-      const int64_t end = cols - col < kDealtColumns ? cols : col + kDealtColumns;
+    for (int64_t col = 0; col < line.cols; col += kDealtColumns) {
+      const int64_t end = line.cols - col < kDealtColumns ? line.cols : col + kDealtColumns;
       src = expand_row<W>(src, src_end, bitmasks + col / 8, end - col, dense);
-      while (block < blocks && positions[block] * block_cols < end) {
-        const int64_t block_col = positions[block] * block_cols, block_end = block_col + block_cols;
-        const int64_t first = block_col < col ? col : block_col, last = block_end < end ? block_end : end;
-        copy_bytes(dst + ((block * block_rows + row) * block_cols + first - block_col) * W, dense + (first - col) * W, (last - first) * W);
-        if (block_end > end) break;
-        ++block;
-      }
+      block = for_each_block(line.positions, line.blocks, line.block_cols, block, col, end, [&](int64_t i, int64_t first, int64_t last) {
+        const int64_t in_block = first - line.positions[i] * line.block_cols;
+        copy_bytes(dst + ((i * line.block_rows + row) * line.block_cols + in_block) * W, dense + (first - col) * W, (last - first) * W);
+      });
     }
   }
 }
 
-// Sets `count` <= 64 bits, those of `mask`, from bit `at` on.
-inline void set_bits(uint64_t mask, int64_t count, int64_t at, uint8_t* bits) {
-  for (int64_t done = 0; done < count;) {
-    const int64_t shift = (at + done) % 8;
-    uint8_t& byte = bits[(at + done) / 8];
-    byte = static_cast<uint8_t>(byte | (mask >> done & 0xff) << shift);
-    done += 8 - shift;
+// Gathers each row of a line of blocks, kDealtColumns at a time: calls body(row, col, columns, dense), `dense` being null where no block
+// is.
+template <int W, class Body>
+inline void gather_rows(const void* values, const BlockLine& line, const Body& body) {
+  const uint8_t* const src = static_cast<const uint8_t*>(values);
+  alignas(64) uint8_t dense[kDealtColumns * W];
+  for (int64_t row = 0; row < line.block_rows; ++row) {
+    int64_t block = 0;
+    for (int64_t col = 0; col < line.cols; col += kDealtColumns) {
+      const int64_t end = line.cols - col < kDealtColumns ? line.cols : col + kDealtColumns;
+      int64_t gathered = col;
+      block = for_each_block(line.positions, line.blocks, line.block_cols, block, col, end, [&](int64_t i, int64_t first, int64_t last) {
+        const int64_t in_block = first - line.positions[i] * line.block_cols;
+        clear_bytes(dense + (gathered - col) * W, (first - gathered) * W);
+        copy_bytes(dense + (first - col) * W, src + ((i * line.block_rows + row) * line.block_cols + in_block) * W, (last - first) * W);
+        gathered = last;
+      });
+      const bool empty = gathered == col;
+      if (!empty) clear_bytes(dense + (gathered - col) * W, (end - gathered) * W);
+      body(row, col, end - col, empty ? nullptr : dense);
+    }
   }
 }
 
-inline void join_blocks(const void* values, int64_t width, const uint8_t* block_bits, const int64_t* starts, const int64_t* positions,
-                        int64_t blocks, int64_t block_rows, int64_t block_cols, int64_t cols, int64_t offset, uint8_t* bitmasks,
-                        int64_t* row_offsets, void* joined) {
-  const int64_t row_bytes = bitmask_bytes(cols), block_bytes = bitmask_bytes(block_cols);
-  clear_bytes(bitmasks, block_rows * row_bytes);
-  for (int64_t row = 0; row < block_rows; ++row) {
-    row_offsets[row] = offset;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t line = block * block_rows + row;
-      int64_t count = 0;
-      for (int64_t col = 0; col < block_cols; col += kGroup) {
-        const int64_t columns = block_cols - col < kGroup ? block_cols - col : kGroup;
-        const uint64_t mask = load_mask(block_bits + line * block_bytes + col / 8, columns);
-        set_bits(mask, columns, positions[block] * block_cols + col, bitmasks + row * row_bytes);
-        count += __builtin_popcountll(mask);
-      }
-      copy_bytes(static_cast<uint8_t*>(joined) + offset * width, static_cast<const uint8_t*>(values) + starts[line] * width, count * width);
-      offset += count;
+template <int W>
+void build_block_bitmasks(const void* values, const BlockLine& line, const ZeroTest& zero_test, uint8_t* bitmasks, int64_t* counts) {
+  for (int64_t row = 0; row < line.block_rows; ++row) counts[row] = 0;
+  gather_rows<W>(values, line, [&](int64_t row, int64_t col, int64_t columns, const uint8_t* dense) {
+    uint8_t* const bits = bitmasks + row * bitmask_bytes(line.cols) + col / 8;
+    if (dense == nullptr) {
+      clear_bytes(bits, bitmask_bytes(columns));
+    } else {
+      int64_t count;
+      build_bitmasks<W>(dense, 1, columns, zero_test, bits, &count);
+      counts[row] += count;
     }
-  }
+  });
+}
+
+template <int W>
+void pack_block_values(const void* values, const BlockLine& line, const uint8_t* bitmasks, void* packed, int64_t nnz) {
+  uint8_t* dst = static_cast<uint8_t*>(packed);
+  gather_rows<W>(values, line, [&](int64_t row, int64_t col, int64_t columns, const uint8_t* dense) {
+    if (dense == nullptr) return;
+    const uint8_t* const bits = bitmasks + row * bitmask_bytes(line.cols) + col / 8;
+    const int64_t marked = count_bits(bits, bitmask_bytes(columns)), count = marked < nnz ? marked : nnz;
+    pack_values<W>(dense, bits, 1, columns, dst, count);
+    dst += count * W;
+    nnz -= count;
+  });
 }

@@ -41,16 +41,21 @@ void transpose_values(const void* values, const uint8_t* bits, int64_t rows, int
   const uint8_t* const from = static_cast<const uint8_t*>(values);
   uint8_t* const to = static_cast<uint8_t*>(transposed);
   for (int64_t strip = 0; strip < cols; strip += kScatteredColumns) {
-    const int64_t strip_end = cols - strip < kScatteredColumns ? cols : strip + kScatteredColumns;
+    const int64_t columns = cols - strip < kScatteredColumns ? cols - strip : kScatteredColumns;
+    uint8_t* next[kScatteredColumns];
+    for (int64_t i = 0; i < columns; ++i) next[i] = to + col_next[strip + i] * W;
     for (int64_t row = 0; row < rows; ++row) {
-      int64_t next = row_next[row];
-      for (int64_t col = strip; col < strip_end; col += kGroup) {
-        uint64_t mask = load_mask(bits + row * stride + col / 8, strip_end - col < kGroup ? strip_end - col : kGroup);
-        for (; mask != 0; mask &= mask - 1) {
-          __builtin_memcpy(to + col_next[col + __builtin_ctzll(mask)]++ * W, from + next++ * W, W);
+      const uint8_t* src = from + row_next[row] * W;
+      for (int64_t col = 0; col < columns; col += kGroup) {
+        uint64_t mask = load_mask(bits + row * stride + (strip + col) / 8, columns - col < kGroup ? columns - col : kGroup);
+        for (; mask != 0; mask &= mask - 1, src += W) {
+          uint8_t*& dst = next[col + __builtin_ctzll(mask)];
+          __builtin_memcpy(dst, src, W);
+          dst += W;
         }
       }
-      row_next[row] = next;
+      row_next[row] = (src - from) / W;
     }
+    for (int64_t i = 0; i < columns; ++i) col_next[strip + i] = (next[i] - to) / W;
   }
 }

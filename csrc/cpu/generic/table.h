@@ -65,7 +65,7 @@ constexpr TwoFourLinearKernels two_four_linear_kernels() {
 
 template <int W>
 constexpr ConvertValueKernels convert_value_kernels() {
-  return {transpose_values<W>, expand_blocks<W>};
+  return {transpose_values<W>, expand_blocks<W>, build_block_bitmasks<W>, pack_block_values<W>};
 }
 
 constexpr ConvertKernels convert_kernels() {
@@ -74,7 +74,6 @@ constexpr ConvertKernels convert_kernels() {
           start_rows,
           transpose_bits,
           mark_blocks,
-          join_blocks,
           {convert_value_kernels<1>(), convert_value_kernels<2>(), convert_value_kernels<4>(), convert_value_kernels<8>(),
            convert_value_kernels<16>()}};
 }

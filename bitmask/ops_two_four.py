@@ -199,6 +199,8 @@ def check_parts_24(values: Tensor, metadata: Tensor) -> None:
         raise TypeError(f"metadata: got dtype {metadata.dtype}, expected torch.uint8")
     if metadata.device != values.device:
         raise ValueError(f"metadata: got device {metadata.device}, expected {values.device}, the device of values")
+    if values.ndim > 0 and values.shape[-1] >= 2**62:
+        raise FormatError(f"values: got size {list(values.shape)}, expected fewer than 2^63 columns")
     if values.ndim == 0 or values.shape[-1] % 2 != 0:
         raise FormatError(
             f"values: got size {list(values.shape)}, expected [..., cols / 2], two for each group of four columns"
@@ -305,7 +307,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
-    needs_x, _, _, needs_bias = ctx.needs_input_grad
+    needs_x, *_, needs_bias = ctx.needs_input_grad  # of a bias that is left out nothing is said
     grad_x = linear_24_backward_input(grad, *ctx.saved_tensors) if needs_x else None
     return grad_x, None, None, grad.sum_to_size(ctx.bias_shape) if needs_bias else None
 

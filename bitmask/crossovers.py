@@ -49,7 +49,13 @@ class FormatCrossovers:
     def __str__(self) -> str:
         """One line for each format but dense."""
         of_columns = [self.smaller_than_dense, self.smaller_than_bitmask, *map(self.faster_than_dense, self.speedups)]
-        columns = ["format", "smaller than dense", "than bitmask", *(f"faster, m = {rows}" for rows in self.speedups), ""]
+        columns = [
+            "format",
+            "smaller than dense",
+            "than bitmask",
+            *(f"faster, m = {rows}" for rows in self.speedups),
+            "",
+        ]
         lines = [
             [name, *(_words(found[name]) if name in found else "-" for found in of_columns), ""]
             for name in self.smaller_than_dense
@@ -84,8 +90,8 @@ def format_crossovers(
         ValueError: a size, a number of rows or a block below 1, or a share of zeros that is not between 0 and 1.
 
     >>> found = format_crossovers((4096, 4096), torch.bfloat16)
-    >>> {name: found.smaller_than_dense[name] for name in ("bitmask", "2:4", "BSR")}
     >>> f"{found.smaller_than_dense['CSR']:.1%}", f"{found.smaller_than_bitmask['CSR']:.1%}"
+    ('80.0%', '98.4%')
     """
     size, blocks, wanted = _check_shape(shape), check_block_shape(block_shape), check_rows(rows)
     shares = _check_sparsities(sparsities)
@@ -116,7 +122,7 @@ def crossing_sparsity(points: Iterable[tuple[float, float]]) -> float | None:
             if next_share == 1:
                 return next_share
             way = -math.log(ratio) / math.log(next_ratio / ratio)
-            return 1 - (1 - share) ** (1 - way) * (1 - next_share) ** way
+            return 1 - math.pow(1 - share, 1 - way) * math.pow(1 - next_share, way)
     return ordered[0][0]
 
 
@@ -161,9 +167,7 @@ def _speedups(
         for count, milliseconds in product_times(dense.to(dtype), chosen, rows).milliseconds.items():
             for name in set(names) & milliseconds.keys():
                 found[count].setdefault(name, []).append((share, milliseconds[DENSE] / milliseconds[name]))
-    return {
-        count: {name: tuple(points[name]) for name in FORMATS if name in points} for count, points in found.items()
-    }
+    return {count: {name: tuple(points[name]) for name in FORMATS if name in points} for count, points in found.items()}
 
 
 def _weights(

@@ -48,9 +48,7 @@ class Census:
         """Of a matrix with such a share of non-zeros, of blocks that are not all zeros, and two in every four."""
         rows, cols = shape
         lines, columns = _grid(shape, block_shape)
-        return cls(
-            rows, cols, itemsize, round(density * rows * cols), block_shape, round(density * lines * columns), 0
-        )
+        return cls(rows, cols, itemsize, round(density * rows * cols), block_shape, round(density * lines * columns), 0)
 
     @property
     def sparsity(self) -> float:
@@ -102,7 +100,7 @@ def _occupied_blocks(bitmasks: Tensor, cols: int, block_shape: tuple[int, int]) 
     """Blocks in which a bit is set, looked at some rows of blocks at a time."""
     height, width = (max(1, min(pair)) for pair in zip(block_shape, (len(bitmasks), cols), strict=True))
     occupied = 0
-    for part in bitmasks.split(height * max(1, _UNPACKED_ELEMENTS // (height * max(cols, 1)))):
+    for part in torch.split(bitmasks, height * max(1, _UNPACKED_ELEMENTS // (height * max(cols, 1)))):
         mask = F.pad(unpack_bits(part, cols), (0, -cols % width, 0, -len(part) % height))
         blocks = mask.view(len(mask) // height, height, mask.shape[1] // width, width)
         occupied += int(blocks.any(3).any(1).sum())

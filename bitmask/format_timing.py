@@ -6,7 +6,8 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,15 +66,15 @@ def block_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def convert_times(dense: Tensor, chosen: Mapping[str, Format]) -> dict[str, float]:
     """Median milliseconds of making each chosen format of a matrix, in turn."""
-    return medians({name: partial(each.make, dense) for name, each in chosen.items() if name != DENSE})
+    with _without_notices():
+        return medians({name: partial(each.make, dense) for name, each in chosen.items() if name != DENSE})
 
 
 def product_times(dense: Tensor, chosen: Mapping[str, Format], rows: Iterable[int]) -> ProductTimes:
     """Time x W^T in each chosen format of W in turn; what torch cannot multiply by, or gets wrong, is left out."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
+    found = ProductTimes({}, {})
+    with _without_notices():
         weights = {name: each.make(dense) for name, each in chosen.items()}
-        found = ProductTimes({}, {})
         for count in rows:
             x = torch.randn(count, dense.shape[1], generator=torch.Generator().manual_seed(0)).to(dense.dtype)
             exact = F.linear(x.float(), dense.float()) if dense.itemsize < 4 else F.linear(x, dense)
@@ -84,6 +85,15 @@ def product_times(dense: Tensor, chosen: Mapping[str, Format], rows: Iterable[in
     return found
 
 
+@contextmanager
+def _without_notices() -> Iterator[None]:
+    """Without what torch says when it first makes tensors in its sparse layouts."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
+        warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
+        yield
+
+
 def _problem(call: Callable[[], Tensor], exact: Tensor, x: Tensor) -> str:
     """Why a product is not to be timed, or nothing; where the result is not finite, any is right."""
     dtype = str(x.dtype).removeprefix("torch.")
@@ -92,11 +102,11 @@ def _problem(call: Callable[[], Tensor], exact: Tensor, x: Tensor) -> str:
     except RuntimeError:
         return f"torch has no product with it in {dtype}"
     allowed = 2 * torch.finfo(x.dtype).eps + math.sqrt(x.shape[1]) * torch.finfo(exact.dtype).eps
-    return f"torch's product is {error:.1%} off in {dtype}, and left out" if error > allowed else ""
+    return f"its product is {error:.1%} off in {dtype}, and left out" if error > allowed else ""
 
 
 def medians(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median milliseconds of calls taken in turn after one of each; slow ones sit out later rounds, results are dropped."""
+    """Median milliseconds of calls in turn, after one of each; slow ones sit out later rounds."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()

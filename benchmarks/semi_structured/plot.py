@@ -24,7 +24,9 @@ def plot(report: Report[CpuResult], path: Path) -> None:
     if len({result.rows for result in products}) < 2:
         raise NothingToPlotError("a plot needs results at two numbers of rows")
     (shape, threads), chosen = max(grouped(products, _slice), key=lambda group: (len(group[1]), group[0]))
-    codecs = [result for result in report.results if isinstance(result, CodecResult) and _slice(result) == (shape, threads)]
+    codecs = [
+        result for result in report.results if isinstance(result, CodecResult) and _slice(result) == (shape, threads)
+    ]
     by_dtype = grouped(chosen, lambda result: result.dtype)
     panels = len(by_dtype) + bool(codecs)
     size = 5.5 * min(panels, COLUMNS), 1.4 + 3.8 * -(-panels // COLUMNS)
@@ -62,7 +64,7 @@ def _draw_products(panel: Any, dtype: str, results: Sequence[LinearResult]) -> N
 
 
 def _draw_codecs(panel: Any, results: Sequence[CodecResult]) -> None:
-    """A group of bars for each operation, a bar for each dtype, of this library alone: peers take many times as long."""
+    """A group of bars for each operation, a bar for each dtype, of this library: peers take many times as long."""
     own = [result for result in results if result.contender == SEMI_STRUCTURED]
     by_dtype = grouped(own, lambda result: result.dtype)
     width = 0.8 / len(by_dtype)

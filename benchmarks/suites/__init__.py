@@ -33,8 +33,9 @@ class Suite(Generic[_R]):
     """A set of benchmarks, and how its results are shown.
 
     `default_threads` gets the number torch uses by default, `peers` tells the version of each peer or why it is
-    skipped, `read` makes a result of what JSON holds of it, `run` gets a plan and a function that prints a line while it works, `tables` sets the results as Markdown,
-    and `plot` draws them. `fresh_memory` says whether every large result is to be mapped anew.
+    skipped, `read` makes a result of what JSON holds of it, `run` gets a plan and a function that prints a line while
+    it works, `tables` sets the results as Markdown, and `plot` draws them. `fresh_memory` says whether every large
+    result is to be mapped anew.
     """
 
     summary: str

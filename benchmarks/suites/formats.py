@@ -7,7 +7,7 @@ them; the others get zeros at random places.
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 
-from benchmarks.cases import DTYPES, Selection, Shape, Workload, shape_name
+from benchmarks.cases import DTYPES, Selection, Shape, shape_name
 from benchmarks.formats.contenders import BLOCK, format_products, pattern_input, torch_status
 from benchmarks.formats.measure import measure_conversions
 from benchmarks.formats.plot import plot, speedups
@@ -148,14 +148,14 @@ def _crossover_tables(results: Sequence[FormatProductResult]) -> Iterable[str]:
     for (shape, dtype), _ in grouped(results, lambda result: (result.shape, result.dtype)):
         counted = format_crossovers(shape, DTYPES[dtype], block_shape=(BLOCK, BLOCK))
         found = (counted.smaller_than_dense, counted.smaller_than_bitmask)
-        rows = [[name, *(_share(each.get(name)) for each in found)] for name in counted.smaller_than_dense]
+        rows = [[name, *(_share(each[name]) if name in each else "-" for each in found)] for name in found[0]]
         title = f"{shape_name(shape)} {dtype}: smaller from which share of zeros on"
         yield f"**{title}**\n\n{markdown_table(('format', 'than dense', 'than bitmask'), rows)}"
-    for (shape, dtype, threads), group in grouped(results, lambda r: (shape_name(r.shape), r.dtype, r.threads)):
+    for (size, dtype, threads), group in grouped(results, lambda r: (shape_name(r.shape), r.dtype, r.threads)):
         by_rows = [(rows, speedups(cell)) for rows, cell in grouped(group, lambda result: result.rows)]
         names = dict.fromkeys(name for _, found in by_rows for name in found)
         lines = [[name, *(_share(crossing_sparsity(found.get(name, ()))) for _, found in by_rows)] for name in names]
-        title = f"{shape} {dtype}, {thread_count(threads)}: faster than {DENSE} from which share of zeros on"
+        title = f"{size} {dtype}, {thread_count(threads)}: faster than {DENSE} from which share of zeros on"
         yield f"**{title}**\n\n{markdown_table(('format', *(f'm = {rows}' for rows, _ in by_rows)), lines)}"
 
 

@@ -52,11 +52,11 @@ def _run(plan: Plan, say: Callable[[str], None]) -> list[CpuResult]:
     results: list[CpuResult] = []
     for workload in wanted.workloads():
         for threads in plan.header.threads:
-            found = _codec_cells(plan, workload, threads, say)
+            packed_and_unpacked = _codec_cells(plan, workload, threads, say)
             say(f"\n{workload}, then none, {thread_count(threads)}")
-            for result in found:
-                say(result.line())
-            results += found
+            for cell in packed_and_unpacked:
+                say(cell.line())
+            results += packed_and_unpacked
         layers = two_four_layers(workload, _QUICK_UNCACHED_NBYTES if plan.quick else uncached)
         packed = packed_product(layers)
         for rows, threads in product(wanted.rows, plan.header.threads):
@@ -134,18 +134,21 @@ def _product_tables(results: Sequence[LinearResult]) -> Iterable[str]:
     for (shape, dtype, threads), group in grouped(results, lambda r: (shape_name(r.shape), r.dtype, r.threads)):
         rows = [_product_row(cell) for _, cell in grouped(group, lambda result: result.rows)]
         own = next(result for result in group if result.contender == SEMI_STRUCTURED)
-        title = f"{shape} {dtype}, {thread_count(threads)}; {own.dense_nbytes / own.weight_nbytes:.2f} times fewer bytes"
+        title = (
+            f"{shape} {dtype}, {thread_count(threads)}; {own.dense_nbytes / own.weight_nbytes:.2f} times fewer bytes"
+        )
         yield f"**{title}**\n\n{markdown_table(columns, rows)}"
 
 
 def _product_row(cell: Sequence[LinearResult]) -> list[str]:
-    own, bitmask = (
-        next(result for result in cell if result.contender == name) for name in (SEMI_STRUCTURED, BITMASK)
-    )
+    own, bitmask = (next(result for result in cell if result.contender == name) for name in (SEMI_STRUCTURED, BITMASK))
     saturated = ["-", f"{own.summary.median_ms:.3f}", f"{own.speedup:.2f}", "-", "-"]
     if own.saturated_ms is not None and own.saturated_speedup is not None:
         ceiling_share = own.saturated_speedup * own.weight_nbytes / own.dense_nbytes
-        saturated[0], saturated[3:] = f"{own.saturated_ms:.3f}", [f"{own.saturated_speedup:.2f}", f"{ceiling_share:.0%}"]
+        saturated[0], saturated[3:] = (
+            f"{own.saturated_ms:.3f}",
+            [f"{own.saturated_speedup:.2f}", f"{ceiling_share:.0%}"],
+        )
     ratio = bitmask.summary.median_ms / own.summary.median_ms
     return [str(own.rows), f"{own.dense_ms:.3f}", *saturated, f"{bitmask.summary.median_ms:.3f}", f"{ratio:.2f}"]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from bitmask import block_layout, block_patterns
-from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.block_sparse import BlockSparseLinear
 from bitmask.calls import LINEAR_DTYPES
+from bitmask.compressed_tensor import CompressedTensor
 from bitmask.models import Filter, LinearWeight, linear_weights, use_against
 
 # What becomes of a layer: the blocks that it keeps, and their shape.
@@ -342,7 +342,7 @@ def _layers(model: nn.Module) -> list[_Layer]:
 def _reason_against(weight: LinearWeight) -> str:
     """Why layers with this weight cannot be replaced, wherever it is; empty if they can."""
     tensor = weight.tensor
-    if isinstance(tensor, BitmaskTensor):
+    if isinstance(tensor, CompressedTensor):
         return "its weight is compressed: decompress_ the model first"
     if len(weight.layers) > 1:
         return f"{' and '.join(weight.layers)} share one weight"

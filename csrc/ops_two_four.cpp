@@ -67,7 +67,7 @@ void prove(const TwoFourMatrix& w) {
     int count = 0;
     for (int64_t i = col; i < col + 4; ++i) count += is_zero(data + i * element.width) ? 0 : 1;
     if (count > 2) {
-      fail("dense: row ", row, ", columns ", col, " to ", col + 3, ": got ", count, " non-zeros, expected at most 2 (or prune=True)");
+      fail("dense: row ", row, ", columns ", col, " to ", col + 3, ": got ", count, " non-zeros, expected at most 2");
     }
   }
   fail("dense: row ", row, " changed while it was read");

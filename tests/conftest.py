@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import bitmask
 from benchmarks.gpu.device import reason_against
+from bitmask.compressed_tensor import CompressedTensor
 from bitmask.ops import DTYPES
 
 ALL_DTYPES = sorted(DTYPES, key=str)
@@ -64,6 +66,24 @@ def flush_denormals() -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
+allows_decompression = pytest.mark.filterwarnings("ignore::bitmask.DecompressWarning")
+
+
+@pytest.fixture
+def decompression_is_an_error(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For modules to use, where a DecompressWarning that a test neither allows nor waits for is a failure."""
+    with warnings.catch_warnings():
+        if not any("DecompressWarning" in mark.args[0] for mark in request.node.iter_markers("filterwarnings")):
+            warnings.simplefilter("error", bitmask.DecompressWarning)
+        yield
+
+
+@pytest.fixture
+def seed() -> None:
+    """Makes random numbers of torch the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Restores torch's thread count after a test that changes it."""
@@ -102,6 +122,11 @@ def random_numbers(*shape: int, density: float = 0.4, seed: int = 0, dtype: torc
     return torch.where(torch.rand(shape, generator=generator) < density, numbers, 0.0).to(dtype)
 
 
+def two_four_numbers(*shape: int, density: float = 0.4, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Ordinary numbers that are 2:4, many groups of which have fewer than two."""
+    return bitmask.prune_24_(random_numbers(*shape, density=density, seed=seed, dtype=dtype))
+
+
 def special_words(dtype: torch.dtype) -> list[int]:
     """Bit patterns at the edges of a dtype: zeros of both signs, subnormals, infinities, NaNs of all kinds."""
     if dtype == torch.bool:
@@ -135,6 +160,22 @@ def assert_parts_equal(got: Sequence[Tensor], expected: Sequence[Tensor]) -> Non
     """`assert_bits_equal` for values, bitmasks and row_offsets."""
     for got_part, expected_part in zip(got, expected, strict=True):
         assert_bits_equal(got_part, expected_part)
+
+
+def parts_of(tensor: CompressedTensor) -> list[Tensor]:
+    """What a compressed tensor is stored as."""
+    return [getattr(tensor, name) for name in tensor.part_names]
+
+
+def assert_is_compressed(tensor: Tensor, dense: Tensor) -> None:
+    """A compressed tensor that stands for `dense`, with parts that hold."""
+    assert isinstance(tensor, CompressedTensor)
+    assert (tensor.shape, tensor.dtype, tensor.device) == (dense.shape, dense.dtype, dense.device)
+    if isinstance(tensor, bitmask.BitmaskTensor):
+        bitmask.BitmaskTensor.from_parts(*parts_of(tensor), tensor.shape)
+    else:
+        bitmask.SemiStructuredTensor.from_parts(*parts_of(tensor))
+    assert torch.equal(tensor.to_dense(), dense)
 
 
 def assert_is_linear(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None) -> None:

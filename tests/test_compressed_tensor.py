@@ -692,6 +692,15 @@ def test_assigning_data(kind, compressed):
     assert_is_compressed(compressed, other)
 
 
+@pytest.mark.parametrize("make", [lambda t: t, *(kind.from_dense for kind in KINDS)], ids=["dense", "bitmask", "2:4"])
+def test_assigning_data_of_another_kind_is_refused(kind, dense, compressed, make):
+    source = make(dense)
+    if type(source) is not kind:
+        with pytest.raises(TypeError, match=f"data: got {type(source).__name__}, expected a {kind.__name__}"):
+            compressed.data = source
+    assert_is_compressed(compressed, dense)
+
+
 @pytest.mark.parametrize("change", [lambda t: t.reshape(3, 40), torch.Tensor.half, lambda t: t[:3]])
 def test_assigning_data_of_another_shape_or_dtype_is_refused(kind, dense, compressed, change):
     with pytest.raises(ValueError, match=r"data: got .*, expected"):

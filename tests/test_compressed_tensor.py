@@ -373,6 +373,14 @@ def test_linear_equals_dense(linear, dense):
     assert linear.weight.grad is None
 
 
+@allows_decompression
+@pytest.mark.parametrize("weight_kind", [None, *KINDS])
+def test_linear_with_a_compressed_bias(kind, weight_kind):
+    weight, bias, inputs = two_four_numbers(8, 20), two_four_numbers(8, seed=1), torch.randn(3, 20)
+    outputs = F.linear(inputs, weight_kind.from_dense(weight) if weight_kind else weight, kind.from_dense(bias))
+    torch.testing.assert_close(outputs, F.linear(inputs, weight, bias))
+
+
 def test_parameter(linear, dense):
     assert isinstance(linear.weight, nn.Parameter)
     assert isinstance(linear.weight, CompressedTensor)

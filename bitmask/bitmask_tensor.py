@@ -94,6 +94,90 @@ class BitmaskTensor(CompressedTensor):
         sizes = ops.validate(values, bitmasks, row_offsets, shape)
         return cls._wrap((values, bitmasks.reshape(ops.bitmask_sizes(sizes)), row_offsets), sizes)
 
+    @classmethod
+    def from_sparse(cls, tensor: Tensor, *, keep_negative_zero: bool = False) -> BitmaskTensor:
+        """Convert a tensor of any of PyTorch's sparse layouts, without a dense copy: `from_dense(tensor.to_dense())`.
+
+        Stored zeros are dropped. COO tensors are coalesced first; dense dimensions become the last ones.
+
+        Args:
+            tensor: torch.sparse_coo, sparse_csr, sparse_csc, sparse_bsr, sparse_bsc, or
+                torch.sparse.SparseSemiStructuredTensorCUTLASS; on the CPU.
+            keep_negative_zero: keep stored -0.0, which by default counts as zero; PyTorch's own `to_dense` loses it.
+
+        Raises:
+            FormatError: indices that are out of range, out of order or repeated, or contradict the shape.
+            TypeError: a dense tensor, or a dtype without a codec.
+            NotImplementedError: a tensor on another device.
+
+        >>> dense = torch.tensor([[1.0, 0.0, 2.0], [5.0, 3.0, 0.0]])
+        >>> BitmaskTensor.from_sparse(dense.to_sparse()).values
+        tensor([1., 2., 5., 3.])
+        """
+        from bitmask.sparse_layouts import from_sparse  # it imports this module
+
+        return from_sparse(tensor, keep_negative_zero)
+
+    def to_coo(self) -> Tensor:
+        """This tensor as a coalesced torch.sparse_coo tensor of int64 indices, as `to_dense().to_sparse()` makes it.
+
+        Nothing is shared. Zeros that are stored here stay stored.
+
+        Raises:
+            FormatError: the parts were changed since they were proven.
+            NotImplementedError: a tensor on another device than the CPU.
+
+        >>> BitmaskTensor.from_dense(torch.tensor([[0.0, 7.0], [8.0, 0.0]])).to_coo().indices()
+        tensor([[0, 1],
+                [1, 0]])
+        """
+        from bitmask.sparse_layouts import to_coo  # it imports this module
+
+        return to_coo(self)
+
+    def to_csr(self) -> Tensor:
+        """The same as torch.sparse_csr: a matrix, or a batch of them that store as many elements each.
+
+        Raises:
+            ValueError: a tensor of fewer than two dimensions, without matrices, or whose matrices store more or fewer
+                elements than others, which PyTorch's layout has no room for.
+            FormatError, NotImplementedError: as for `to_coo`.
+
+        >>> BitmaskTensor.from_dense(torch.tensor([[0.0, 7.0], [8.0, 0.0]])).to_csr().col_indices()
+        tensor([1, 0])
+        """
+        from bitmask.sparse_layouts import to_csr  # it imports this module
+
+        return to_csr(self)
+
+    def to_csc(self) -> Tensor:
+        """The same as torch.sparse_csc: column by column; raises what `to_csr` raises.
+
+        >>> BitmaskTensor.from_dense(torch.tensor([[0.0, 7.0], [8.0, 0.0]])).to_csc().values()
+        tensor([8., 7.])
+        """
+        from bitmask.sparse_layouts import to_csc  # it imports this module
+
+        return to_csc(self)
+
+    def to_bsr(self, block_shape: Sequence[int]) -> Tensor:
+        """The same as torch.sparse_bsr: all elements of the blocks that store any.
+
+        Args:
+            block_shape: rows and columns of a block, which divide those of a matrix.
+
+        Raises:
+            ValueError: as for `to_csr`, of blocks; a block_shape that does not divide.
+            FormatError, NotImplementedError: as for `to_coo`.
+
+        >>> BitmaskTensor.from_dense(torch.tensor([[0.0, 7.0, 0.0, 0.0], [8.0, 0.0, 0.0, 0.0]])).to_bsr((2, 2)).values()
+        tensor([[[0., 7.],
+                 [8., 0.]]])
+        """
+        from bitmask.sparse_layouts import to_bsr  # it imports this module
+
+        return to_bsr(self, block_shape)
+
     def to_semi_structured(self) -> SemiStructuredTensor:
         """The same tensor in the 2:4 layout; values and bitmasks are shared.
 

@@ -135,7 +135,7 @@ Tensor linear_backward_input(const Tensor& grad, const Tensor& values, const Ten
   const Parts weight = weight_of(values, bitmasks, row_offsets, in_features);
   const BitmaskMatrix& w = weight.matrix;
   const std::vector<int64_t> sizes = backward_input_sizes(grad, weight);
-  validate(weight.values, weight.bitmasks, weight.row_offsets, {w.rows, w.cols});
+  prove(weight.values, weight.bitmasks, weight.row_offsets, {w.rows, w.cols});
   const Tensor g = contiguous("grad", grad);
   const int64_t m = geometry(grad.sizes()).rows;
   const Tensor y = empty(sizes, weight.element.dtype);

@@ -79,6 +79,12 @@ def decompression_is_an_error(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
+def seed() -> None:
+    """Makes random numbers of torch the same in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
 def threads() -> Iterator[None]:
     """Restores torch's thread count after a test that changes it."""
     before = torch.get_num_threads()

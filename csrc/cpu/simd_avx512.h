@@ -9,6 +9,15 @@ inline __m512i opaque_zero() {
   return zero;
 }
 
+// The positions of the columns of a group.
+struct Positions {
+  alignas(64) uint8_t bytes[64];
+  constexpr Positions() : bytes() {
+    for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(i);
+  }
+};
+constexpr Positions kPositions{};
+
 struct Simd {
   template <int W>
   static uint64_t nonzero(const uint8_t* src, const ZeroTest& test) {
@@ -81,6 +90,18 @@ struct Simd {
     if constexpr (W == 2) return _mm512_cmpge_epi16_mask(left, right);
     if constexpr (W == 4) return _mm512_cmpge_epi32_mask(left, right);
     if constexpr (W == 8) return _mm512_cmpge_epi64_mask(left, right);
+  }
+
+  // Positions are packed as bytes, then widened eight at a time: as many stores as there are vectors to fill.
+  static int64_t* list(uint64_t mask, int64_t first, int64_t* dst) {
+    alignas(64) uint8_t positions[64];
+    _mm512_store_si512(positions, _mm512_mask_compress_epi8(opaque_zero(), mask, load(kPositions.bytes)));
+    const int64_t count = __builtin_popcountll(mask);
+    for (int64_t i = 0; i < count; i += 8) {
+      const __m512i eight = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(positions + i)));
+      _mm512_storeu_si512(dst + i, _mm512_add_epi64(eight, _mm512_set1_epi64(first)));
+    }
+    return dst + count;
   }
 
   // The vector-th 64 bytes of a group. Where its elements lie is counted from the start of the group, not from the vector before: so only

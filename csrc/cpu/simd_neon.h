@@ -98,6 +98,23 @@ struct Simd {
     }
   }
 
+  // A byte of the mask at a time: its row of the table is the positions, and what marks absent ones is overwritten by the next byte's.
+  static int64_t* list(uint64_t mask, int64_t first, int64_t* dst) {
+    const uint64_t counts = field_counts<8>(mask);
+    for (int at = 0; at < kGroup; at += 8) {
+      const uint16x8_t positions = vmovl_u8(vld1_u8(kTables<1>.compress[field_at<1>(mask, at)]));
+      const uint32x4_t halves[2] = {vmovl_u16(vget_low_u16(positions)), vmovl_u16(vget_high_u16(positions))};
+      const uint64x2_t base = vdupq_n_u64(static_cast<uint64_t>(first + at));
+      uint64_t* const to = reinterpret_cast<uint64_t*>(dst);
+      for (int half = 0; half < 2; ++half) {
+        vst1q_u64(to + 4 * half, vaddw_u32(base, vget_low_u32(halves[half])));
+        vst1q_u64(to + 4 * half + 2, vaddw_u32(base, vget_high_u32(halves[half])));
+      }
+      dst += field_at<1>(counts, at);
+    }
+    return dst;
+  }
+
  private:
   // Elements of W bytes that one shuffle takes; as many bits of the mask word are its field. 8 at most, so that a table has 256 rows.
   template <int W>

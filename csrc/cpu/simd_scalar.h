@@ -46,6 +46,11 @@ struct Simd {
     return mask;
   }
 
+  static int64_t* list(uint64_t mask, int64_t first, int64_t* dst) {
+    for (; mask != 0; mask &= mask - 1) *dst++ = first + __builtin_ctzll(mask);
+    return dst;
+  }
+
  private:
   static uint64_t load(const uint8_t* src) {
     uint64_t word;

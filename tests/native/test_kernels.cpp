@@ -8,9 +8,9 @@
 //   transposable_24
 //
 // The codec is tested here, products in test_linear.cpp, test_linear_gradient.cpp, test_block.cpp and test_two_four_linear.cpp, packing and
-// pruning of 2:4 in test_two_four_codec.cpp and test_two_four_prune.cpp. Buffers are exactly as large as the kernels were promised.
-// AddressSanitizer watches their ends; builds without it put canary bytes around them instead. Prints each failed check and
-// "N passed, M failed".
+// pruning of 2:4 in test_two_four_codec.cpp and test_two_four_prune.cpp, conversions in test_convert.cpp. Buffers are exactly as large as
+// the kernels were promised. AddressSanitizer watches their ends; builds without it put canary bytes around them instead. Prints each
+// failed check and "N passed, M failed".
 #include <cinttypes>
 #include <cstdint>
 #include <cstdio>
@@ -486,6 +486,7 @@ int main(int argc, char** argv) {
     test_two_four_codec(brief);
     test_two_four_prune(brief);
     test_two_four_linear(brief);
+    test_convert(brief);
   }
   std::printf("%" PRId64 " passed, %" PRId64 " failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

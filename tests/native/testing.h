@@ -136,4 +136,7 @@ void test_two_four_prune(bool brief);
 // The same for the 2:4 products (test_two_four_linear.cpp).
 void test_two_four_linear(bool brief);
 
+// The same for conversions to and from index lists (test_convert.cpp).
+void test_convert(bool brief);
+
 }  // namespace bitmask::testing

@@ -82,10 +82,11 @@ void pack_vector_of_rows(const uint8_t* x, int64_t x_step, int64_t rows, int64_t
     const uint8_t* const src = direct ? x + col * kWidth : group[0];
     const int64_t stride = direct ? x_step : kGroupBytes<L>;
     for (int64_t lane = 0; lane < lanes_of<L>(columns); lane += L::kLanes) {
-      L::transpose(src + lane * kLaneBytes<L>, stride, lanes);
-      for (int64_t i = 0; i < L::kLanes && lane + i < lanes_of<L>(columns); ++i, dst += step) {
-        copy_bytes(dst, lanes + i * kVectorBytes<L>, kVectorBytes<L>);
-      }
+      const int64_t count = at_most(lanes_of<L>(columns) - lane, L::kLanes);
+      const bool in_place = count == L::kLanes && step == kVectorBytes<L>;
+      L::transpose(src + lane * kLaneBytes<L>, stride, in_place ? dst : lanes);
+      for (int64_t i = 0; i < count && !in_place; ++i) copy_bytes(dst + i * step, lanes + i * kVectorBytes<L>, kVectorBytes<L>);
+      dst += count * step;
     }
   }
 }

@@ -55,7 +55,8 @@ constexpr TwoFourLinearKernels two_four_linear_kernels() {
   kernels.stream = stream<L, TwoFourRows>;
   if constexpr (L::kSelectedFrom != 0) {
     kernels.tile_rows = L::kPanelRows;
-    kernels.most_rows = kBlockRows;
+    static_assert(kTwoFourMostRows % L::kPanelRows == 0, "whole panels");
+    kernels.most_rows = kTwoFourMostRows;
     kernels.scratch_bytes = sizeof(Scratch<L>);
     kernels.tiles_bytes = two_four_tiles_bytes<L>;
     kernels.pack_tiles = two_four_pack_tiles<L>;
@@ -63,6 +64,21 @@ constexpr TwoFourLinearKernels two_four_linear_kernels() {
   }
   kernels.prune_transposable = prune_transposable_24<L>;
   return kernels;
+}
+
+template <int W>
+constexpr ConvertValueKernels convert_value_kernels() {
+  return {transpose_values<W>, expand_blocks<W>, build_block_bitmasks<W>, pack_block_values<W>};
+}
+
+constexpr ConvertKernels convert_kernels() {
+  return {list_columns,
+          mark_columns,
+          start_rows,
+          transpose_bits,
+          mark_blocks,
+          {convert_value_kernels<1>(), convert_value_kernels<2>(), convert_value_kernels<4>(), convert_value_kernels<8>(),
+           convert_value_kernels<16>()}};
 }
 
 // F32, BF16, F16  how this instruction set multiplies each dtype (lanes.h says what such a type holds)
@@ -77,6 +93,7 @@ constexpr Kernels make_kernels(const char* isa) {
       {two_four_codec_kernels<1>(), two_four_codec_kernels<2>(), two_four_codec_kernels<4>(), two_four_codec_kernels<8>()},
       {two_four_linear_kernels<F32>(), two_four_linear_kernels<BF16>(), two_four_linear_kernels<F16>(),
        two_four_linear_kernels<PortableLanes<Float64Element>>()},
+      convert_kernels(),
       count_bits,
       first_faulty_row,
       first_faulty_metadata};

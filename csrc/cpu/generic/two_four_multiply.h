@@ -16,8 +16,9 @@ constexpr int kUnitSteps = kUnitLanes<L> / 2;
 template <class L>
 constexpr int kFourSteps = 2 / L::kDepth;
 
-constexpr int64_t kSmallM = 32;         // rows of x that reuse a tile too little to pay for one that outgrows the first cache
-constexpr int64_t kSmallTileRows = 32;  // of W
+constexpr int64_t kTwoFourMostRows = kBlockRows / 2;  // of x in a call: with more, x leaves the last cache while W goes by
+constexpr int64_t kSmallM = 32;                       // rows of x that reuse a tile too little to pay for one that outgrows the first cache
+constexpr int64_t kSmallTileRows = 32;                // of W
 
 template <class L>
 struct TwoFourStrip {
@@ -89,7 +90,7 @@ inline void store_selectors(Words masks, uint32_t at, uint8_t* dst) {
   }
 }
 
-// The selectors of `columns` columns of `rows` <= kLanes rows, whose metadata is row_bytes apart.
+// The selectors of `columns` columns of `rows` <= kLanes rows, whose metadata is row_bytes apart; a last mask word is taken whole.
 template <class L>
 void fill_selectors(const uint8_t* bits, int64_t row_bytes, int64_t rows, int64_t columns, uint8_t* dst) {
   static_assert(kLaneBytes<L> == 4 && 32 % L::kSelectedFrom == 0, "a lane is a mask word of 32 columns, and these are whole units");
@@ -102,9 +103,11 @@ void fill_selectors(const uint8_t* bits, int64_t row_bytes, int64_t rows, int64_
     if (!direct) __builtin_memset(edge, 0, sizeof(edge));
     for (int64_t i = 0; i < rows && !direct; ++i) copy_bytes(edge[i], bits + i * row_bytes, bitmask_bytes(left));
     L::transpose(direct ? bits : edge[0], direct ? row_bytes : kVectorBytes<L>, words[0]);
-    for (int64_t at = 0; at < left; at += 4, dst += kFourSteps<L> * kVectorBytes<L>) {
-      const Words masks = load_as<Words>(words[at / 32]) >> static_cast<uint32_t>(at % 32);
-      store_selectors<L>(masks, static_cast<uint32_t>(at % L::kSelectedFrom), dst);
+    for (int64_t word = 0; word < blocks_across(left, 32); ++word) {
+#pragma GCC unroll 8
+      for (uint32_t at = 0; at < 32; at += 4, dst += kFourSteps<L> * kVectorBytes<L>) {
+        store_selectors<L>(load_as<Words>(words[word]) >> at, at % L::kSelectedFrom, dst);
+      }
     }
   }
 }
@@ -134,7 +137,7 @@ int64_t two_four_multiply(const TwoFourMatrix& w, int64_t begin, int64_t end, co
     add_products<L, TwoFourStrip<L>>(w.cols, strips, tiles, m, scratch, [&](int64_t strip, int64_t group, int64_t groups) {
       const int64_t first = strip * L::kLanes, there = first < rows ? at_most(rows - first, L::kLanes) : 0;
       const int64_t columns = at_most(groups * kGroup, w.cols - group * kGroup);
-      fill_strip<L>(w, row + first, there, group * kGroup, columns, scratch.tile[strip]);
+      fill_strip<L>(w, row + at_most(first, rows), there, group * kGroup, columns, scratch.tile[strip]);
       return columns / 4 * kFourSteps<L>;
     });
     round_sums(scratch, m, rows, static_cast<uint8_t*>(y) + row * kWidth, w.rows * kWidth);

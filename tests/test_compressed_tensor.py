@@ -373,6 +373,14 @@ def test_linear_equals_dense(linear, dense):
     assert linear.weight.grad is None
 
 
+@allows_decompression
+@pytest.mark.parametrize("weight_kind", [None, *KINDS])
+def test_linear_with_a_compressed_bias(kind, weight_kind):
+    weight, bias, inputs = two_four_numbers(8, 20), two_four_numbers(8, seed=1), torch.randn(3, 20)
+    outputs = F.linear(inputs, weight_kind.from_dense(weight) if weight_kind else weight, kind.from_dense(bias))
+    torch.testing.assert_close(outputs, F.linear(inputs, weight, bias))
+
+
 def test_parameter(linear, dense):
     assert isinstance(linear.weight, nn.Parameter)
     assert isinstance(linear.weight, CompressedTensor)
@@ -690,6 +698,15 @@ def test_assigning_data(kind, compressed):
     other = two_four_numbers(6, 20, seed=3)
     compressed.data = kind.from_dense(other)
     assert_is_compressed(compressed, other)
+
+
+@pytest.mark.parametrize("make", [lambda t: t, *(kind.from_dense for kind in KINDS)], ids=["dense", "bitmask", "2:4"])
+def test_assigning_data_of_another_kind_is_refused(kind, dense, compressed, make):
+    source = make(dense)
+    if type(source) is not kind:
+        with pytest.raises(TypeError, match=f"data: got {type(source).__name__}, expected a {kind.__name__}"):
+            compressed.data = source
+    assert_is_compressed(compressed, dense)
 
 
 @pytest.mark.parametrize("change", [lambda t: t.reshape(3, 40), torch.Tensor.half, lambda t: t[:3]])

@@ -463,7 +463,7 @@ def test_groups_of_more_than_two_are_refused(isa, dtype, shape):
         faulty = dense.view(torch.uint8).view(groups, 4, -1)[place::3]  # the message is about the first
         faulty[:, 4 - count :, 0] = 1
         row, col = divmod(4 * place, shape[-1])
-        where = f"^dense: row {row}, columns {col} to {col + 3}: got {count} non-zeros, expected at most 2 "
+        where = f"^dense: row {row}, columns {col} to {col + 3}: got {count} non-zeros, expected at most 2$"
         with pytest.raises(ValueError, match=where) as got:
             pack_24(dense)
         assert not isinstance(got.value, FormatError)

@@ -25,7 +25,6 @@ DEFINES = [
     ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
     ("BITMASK_TORCH_TARGET", f'"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"'),
 ]
-CPU_OPS = ("ops.cpp", "ops_block.cpp", "ops_convert.cpp", "ops_linear.cpp", "ops_two_four.cpp")
 # Kernels find <ptx.cuh> by the include path, so that tests can put another file in its place.
 CUDA_INCLUDE = "csrc/cuda"
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fvisibility=hidden"]
@@ -126,7 +125,7 @@ def cpu_extension() -> Extension:
     flags = sanitizer_flags()
     return cpp_extension.CppExtension(
         "bitmask._C",
-        sources("module.cpp", *CPU_OPS, "parallel.cpp", "proof.cpp", "cpu/*.cpp"),
+        [path for path in sources("*.cpp", "cpu/*.cpp") if not path.endswith("_cuda.cpp")],
         include_dirs=[pybind11.get_include()],
         depends=headers(),
         define_macros=DEFINES,

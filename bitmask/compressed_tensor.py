@@ -85,19 +85,14 @@ def _row_access(name: str) -> Any:
 class CompressedTensor(Tensor):
     """A tensor with the shape, dtype and device of a dense one, stored as parts, the first of which are its values.
 
-    It can be an `nn.Parameter(..., requires_grad=False)`, and travels through `state_dict`, `to`, `deepcopy`, pickling
-    and `torch.save`. Its elements are immutable but for `copy_`. An operation without a kernel here runs on a dense
-    copy and says so with a `DecompressWarning`; that goes for views too, other than rows, so writing to such a result
-    does not change the tensor.
+    What BitmaskTensor says of parameters, copies, writing and operations without a kernel is what is written here.
     """
 
     # What a subclass sets, or writes for itself below.
     part_names: ClassVar[tuple[str, ...]]
     _check_parts: ClassVar[Callable[..., None]]  # (*parts): raises unless kinds, dtypes and devices are right
     _check_part_sizes: ClassVar[Callable[..., None]]  # (*parts, shape): raises unless their sizes fit it
-    _rebuild: ClassVar[
-        Callable[..., Any]
-    ]  # (*parts, shape, is_parameter): a function that unpickles, proving the parts
+    _rebuild: ClassVar[Callable[..., Any]]  # (*parts, shape, is_parameter): unpickles, proving the parts
 
     _held: _Parts
     values = part_property(0)

@@ -148,6 +148,8 @@ def linear_24_backward_input(grad: Tensor, values: Tensor, metadata: Tensor) -> 
     >>> linear_24_backward_input(torch.tensor([1.0, 10.0]), values, metadata)
     tensor([ 1., 50.,  2., 30.])
     """
+    if not type(values) is type(metadata) is Tensor:
+        check_parts_24(values, metadata)
     try:
         grad_x: Tensor = call_past_autograd(
             torch.ops.bitmask.linear_24_backward_input.default, grad, values, metadata, invalid=FormatError
@@ -199,6 +201,8 @@ def check_parts_24(values: Tensor, metadata: Tensor) -> None:
         raise TypeError(f"metadata: got dtype {metadata.dtype}, expected torch.uint8")
     if metadata.device != values.device:
         raise ValueError(f"metadata: got device {metadata.device}, expected {values.device}, the device of values")
+    if values.ndim > 0 and values.shape[-1] >= 2**62:
+        raise FormatError(f"values: got size {list(values.shape)}, expected fewer than 2^63 columns")
     if values.ndim == 0 or values.shape[-1] % 2 != 0:
         raise FormatError(
             f"values: got size {list(values.shape)}, expected [..., cols / 2], two for each group of four columns"
@@ -305,9 +309,9 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
-    needs_x, _, _, needs_bias = ctx.needs_input_grad
+    needs_x, _, _, *needs_bias = ctx.needs_input_grad  # as many as were given
     grad_x = linear_24_backward_input(grad, *ctx.saved_tensors) if needs_x else None
-    return grad_x, None, None, grad.sum_to_size(ctx.bias_shape) if needs_bias else None
+    return grad_x, None, None, grad.sum_to_size(ctx.bias_shape) if any(needs_bias) else None
 
 
 def _backward_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -234,11 +234,16 @@ def prune_24_transposable(weight: Tensor) -> None:
     rows_of_two = [torch.tensor([bool(mask >> i & 1) for i in range(4)]) for mask in (3, 5, 6, 9, 10, 12)]
     grids = [torch.stack(rows) for rows in itertools.product(rows_of_two, repeat=4)]
     patterns = [grid for grid in grids if (grid.sum(dim=0) == 2).all()]
-    for matrix in weight.reshape(-1, *weight.shape[-2:]):
-        for tile in (tile for strip in matrix.split(4) for tile in strip.split(4, dim=1)):
-            magnitudes = tile.double().abs()
-            sums = [magnitudes[pattern].sum().item() for pattern in patterns]
-            tile[~patterns[sums.index(max(sums))]] = 0
+    matrix = weight.view(*rows_and_columns(weight.shape))
+    for row, col in itertools.product(range(0, matrix.shape[0], 4), range(0, matrix.shape[1], 4)):
+        tile = matrix[row : row + 4, col : col + 4]
+        ranks = (
+            tile.isinf() + 16 * tile.isnan()
+        )  # any NaN is worth more than all infinities, and these than all numbers
+        numbers = tile.double().abs().where(ranks == 0, 0)
+        numbers *= 2.0**-8 if numbers.max() >= 2.0**1000 else 1.0  # so that no sum overflows
+        scores = [(ranks[pattern].sum().item(), numbers[pattern].sum().item()) for pattern in patterns]
+        tile[~patterns[scores.index(max(scores))]] = 0
 
 
 def linear_24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -188,7 +188,7 @@ def test_stored_reports_have_tables(path):
         assert "| " in of_a_gpu.markdown()
         return
     suites = find_suites()
-    report = Report.load(path, {name: suite.result for name, suite in suites.items()})
+    report = Report.load(path, {name: suite.read for name, suite in suites.items()})
     assert "| " in suites[report.suite].tables(report)
 
 

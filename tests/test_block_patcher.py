@@ -17,11 +17,6 @@ from bitmask.block_patterns import spread_blocks
 pytestmark = pytest.mark.filterwarnings("error", "ignore:.*nested tensor")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def encoder():
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True), 2)
 

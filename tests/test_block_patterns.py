@@ -16,11 +16,6 @@ from bitmask.block_patterns import spread_blocks
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 # Norms.
 
 

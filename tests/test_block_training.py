@@ -18,9 +18,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 class MaskedLinear(nn.Module):

@@ -11,7 +11,7 @@ from benchmarks.linear.contenders import Layers, peer_products, peer_status, pro
 from benchmarks.linear.measure import Setting, measure
 from benchmarks.linear.plot import plot
 from benchmarks.linear.result import BITMASK, DENSE, SATURATED, LinearResult
-from benchmarks.linear.saturated import read_bandwidth, saturated_status
+from benchmarks.linear.saturated import read_bandwidths
 from benchmarks.machine import thread_count, uncached_nbytes
 from benchmarks.report import Report, grouped, markdown_table
 from benchmarks.suites import Plan, Suite
@@ -36,7 +36,7 @@ _QUICK_BUDGET = Budget(min_rounds=2, max_rounds=2, slow_rounds=2, seconds=0.0)
 
 def _run(plan: Plan, say: Callable[[str], None]) -> list[LinearResult]:
     uncached = _QUICK_UNCACHED_NBYTES if plan.quick else uncached_nbytes(plan.header.cache_nbytes)
-    bandwidths = _bandwidths(plan, say)
+    bandwidths = read_bandwidths(plan.header.threads, uncached_nbytes(plan.header.cache_nbytes), say)
     results: list[LinearResult] = []
     for workload in plan.selection.over(_QUICK if plan.quick else _DEFAULT).workloads():
         layers = Layers.of(workload, uncached)
@@ -51,17 +51,6 @@ def _run(plan: Plan, say: Callable[[str], None]) -> list[LinearResult]:
                     say(result.line())
                 results += found
     return results
-
-
-def _bandwidths(plan: Plan, say: Callable[[str], None]) -> dict[int, float | None]:
-    """GB/s for each number of threads."""
-    found: dict[int, float | None] = dict.fromkeys(plan.header.threads)
-    if saturated_status().startswith("skipped"):
-        return found
-    for threads in found:
-        found[threads] = read_bandwidth(threads, uncached_nbytes(plan.header.cache_nbytes))
-        say(f"{'Read bandwidth':<16}{found[threads]:.1f} GB/s on {thread_count(threads)}")
-    return found
 
 
 def _rows(plan: Plan, workload: Workload) -> Sequence[int]:
@@ -177,7 +166,7 @@ def _or_dash(value: float | None, style: str) -> str:
 
 SUITE = Suite(
     summary="multiply by sparse weights over shapes of Llama 3, rows, dtypes and sparsities, beside peers",
-    result=LinearResult,
+    read=LinearResult.from_json,
     default_threads=lambda every: (every,),
     peers=peer_status,
     run=_run,

@@ -34,7 +34,8 @@ namespace {
 #include "generic/block_stream_transposed.h"
 #include "generic/block_multiply.h"
 #include "generic/block_sample.h"
-#include "generic/two_four_linear.h"
+#include "generic/two_four_stream.h"
+#include "generic/two_four_multiply.h"
 #include "generic/two_four_prune.h"
 #include "generic/table.h"
 constexpr Kernels kTable = make_kernels<Float32Lanes, WidenedBfloat16Lanes, Float16Lanes>("avx512");

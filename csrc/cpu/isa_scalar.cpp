@@ -1,6 +1,8 @@
 // Kernels for any CPU.
 #include "kernels.h"
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // how vectors are passed here concerns nobody else
+
 namespace bitmask::cpu {
 namespace {
 #include "generic/elements.h"
@@ -20,7 +22,8 @@ namespace {
 #include "generic/block_stream_transposed.h"
 #include "generic/block_multiply.h"
 #include "generic/block_sample.h"
-#include "generic/two_four_linear.h"
+#include "generic/two_four_stream.h"
+#include "generic/two_four_multiply.h"
 #include "generic/two_four_prune.h"
 #include "generic/table.h"
 constexpr Kernels kTable =

@@ -16,7 +16,7 @@ constexpr LinearKernels linear_kernels() {
   kernels.scratch_bytes = sizeof(Scratch<L>);
   kernels.pack_rows = pack_rows<L>;
   kernels.pack_panel = pack_panel<L>;
-  kernels.stream = stream<L>;
+  kernels.stream = stream<L, BitmaskRows>;
   kernels.multiply = multiply<L>;
   kernels.gradient_group_bytes = kGroupBytes<G>;
   kernels.gradient_scratch_bytes = sizeof(Scratch<G>);
@@ -52,13 +52,16 @@ template <class L>
 constexpr TwoFourLinearKernels two_four_linear_kernels() {
   TwoFourLinearKernels kernels{};
   kernels.streaming_rows = L::kStreamedRows;
-  kernels.stream = stream_24<L>;
-  kernels.tile_rows = 16;
-  kernels.most_rows = 1024;
-  kernels.scratch_bytes = 64;
-  kernels.tiles_bytes = tiles_bytes_24<L>;
-  kernels.pack_tiles = pack_tiles_24<L>;
-  kernels.multiply = multiply_24<L>;
+  kernels.stream = stream<L, TwoFourRows>;
+  if constexpr (L::kSelectedFrom != 0) {
+    kernels.tile_rows = L::kPanelRows;
+    static_assert(kTwoFourMostRows % L::kPanelRows == 0, "whole panels");
+    kernels.most_rows = kTwoFourMostRows;
+    kernels.scratch_bytes = sizeof(Scratch<L>);
+    kernels.tiles_bytes = two_four_tiles_bytes<L>;
+    kernels.pack_tiles = two_four_pack_tiles<L>;
+    kernels.multiply = two_four_multiply<L>;
+  }
   kernels.prune_transposable = prune_transposable_24<L>;
   return kernels;
 }

@@ -1,0 +1,136 @@
+"""The dense copy that a block-sparse layer's `weight` is: made when it is needed, refused where it is written to."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from block_layers import assert_same_layer, dense_weight, make
+from torch import nn
+
+from bitmask import BlockSparseLinear
+
+pytestmark = [
+    pytest.mark.usefixtures("seed"),
+    pytest.mark.filterwarnings("error", "ignore:Sparse .* beta", "ignore:Initializing", "ignore:.*nested"),
+]
+
+
+def test_weight_is_a_dense_copy_through_which_gradients_flow():
+    layer = make(dtype=torch.float64)
+    assert isinstance(layer.weight, torch.Tensor)
+    assert (layer.weight.shape, layer.weight.dtype, layer.weight.device.type) == ((50, 70), torch.float64, "cpu")
+    assert layer.weight.requires_grad
+    assert torch.equal(layer.weight, dense_weight(layer))
+    x = torch.randn(3, 70, dtype=torch.float64)
+    for product in (F.linear(x, layer.weight, layer.bias), x @ layer.weight.t() + layer.bias):
+        assert type(product) is torch.Tensor
+        torch.testing.assert_close(product, layer(x))
+        (gradient,) = torch.autograd.grad(product.pow(2).sum(), layer.values)
+        (expected,) = torch.autograd.grad(layer(x).pow(2).sum(), layer.values)
+        torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(layer.weight.norm(), layer.values.norm())
+    assert repr(layer.weight) == repr(layer._dense())
+
+
+def test_looking_at_weight_makes_no_copy(monkeypatch):
+    layer = make()
+    monkeypatch.setattr(BlockSparseLinear, "_dense", lambda self: pytest.fail("a copy was made"))
+    weight = layer.weight
+    assert (weight.shape, weight.ndim, weight.dtype, weight.device.type) == ((50, 70), 2, torch.float32, "cpu")
+    assert weight.requires_grad
+    assert torch.overrides.has_torch_function((weight,))
+
+
+def add_to_data(weight):
+    weight.data += 1
+
+
+WRITES = {
+    "fill_": lambda weight: weight.fill_(1),
+    "constant_": lambda weight: nn.init.constant_(weight, 1),
+    "xavier_uniform_": nn.init.xavier_uniform_,
+    "kaiming_uniform_": lambda weight: nn.init.kaiming_uniform_(tensor=weight),
+    "trunc_normal_": nn.init.trunc_normal_,
+    "orthogonal_": nn.init.orthogonal_,
+    "eye_": nn.init.eye_,
+    "relu_": F.relu_,
+    "copy_": lambda weight: weight.copy_(torch.ones(50, 70)),
+    "requires_grad_": lambda weight: weight.requires_grad_(False),
+    "item": lambda weight: weight.__setitem__(0, 1),
+    "data +=": add_to_data,
+    "out=": lambda weight: torch.add(torch.ones(50, 70), 1, out=weight),
+    "foreach": lambda weight: torch._foreach_add_([weight], 1),
+    "op": lambda weight: torch.ops.aten.fill_.Scalar(weight, 1),
+    "packet": lambda weight: torch.ops.aten.fill_(weight, 1),
+    ".data =": lambda weight: setattr(weight, "data", torch.ones(50, 70)),
+    ".grad =": lambda weight: setattr(weight, "grad", torch.ones(50, 70)),
+    "data": lambda weight: weight.data.fill_(1),
+    "detach": lambda weight: weight.detach().zero_(),
+    "row": lambda weight: weight[0].zero_(),
+    "transposed": lambda weight: weight.data.t()[:3].mul_(2),
+    "part": lambda weight: weight.split(10)[1].zero_(),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_writing_to_weight_is_refused(name, grad):
+    layer = make()
+    before = copy.deepcopy(layer)
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(TypeError, match=r"^weight: got \w+(\.\w+)? of a dense copy; write"),
+    ):
+        WRITES[name](layer.weight)
+    assert_same_layer(layer, before)
+
+
+def test_weight_under_transforms_and_as_sparse():
+    layer, x = make(), torch.randn(3, 70)
+    gradient = torch.func.grad(lambda x: F.linear(x, layer.weight.data).sum())(x)
+    torch.testing.assert_close(gradient, dense_weight(layer).sum(0).expand(3, 70))
+    with torch.no_grad():
+        rows = torch.func.vmap(lambda row: F.linear(row, layer.weight.view(50, 70)))(x)
+    torch.testing.assert_close(rows, x @ dense_weight(layer).t())
+    assert torch.equal(layer.weight.detach().to_sparse().to_dense(), dense_weight(layer))
+
+
+def test_what_weight_gives_may_be_written_to():
+    layer = make()
+    expected = dense_weight(layer)
+    with torch.no_grad():
+        assert torch.equal(torch.zeros(50, 70).add_(layer.weight), expected)
+        assert torch.equal(layer.weight.clone().mul_(2), 2 * expected)
+        assert torch.equal((layer.weight.data * 1).mul_(2), 2 * expected)
+        assert torch.equal(torch.empty(70, 50).copy_(layer.weight.t()), expected.t())
+        assert not (~layer.weight.bool() & (expected != 0)).any()
+
+
+def test_writing_past_torch_function_is_refused():
+    class Zero(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight):
+            with torch._C.DisableTorchFunctionSubclass():
+                return weight.zero_()
+
+    with pytest.raises(TypeError, match=r"^weight: got zero_(\.default)? of a dense copy; write to values"):
+        Zero.apply(make().weight)
+
+
+def test_weight_past_torch_function():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight):
+            return weight * 2
+
+    layer = make()
+    assert torch.equal(Twice.apply(layer.weight), 2 * dense_weight(layer))
+
+
+def test_weight_cannot_be_set():
+    layer = make()
+    with pytest.raises((AttributeError, KeyError), match="weight"):
+        layer.weight = nn.Parameter(torch.ones(50, 70))
+    with pytest.raises(AttributeError):
+        layer.weight = torch.ones(50, 70)

@@ -82,7 +82,7 @@ struct Simd {
   // A byte of the mask at a time: its row of the table is the positions, and what marks absent ones is overwritten by the next byte's.
   static int64_t* list(uint64_t mask, int64_t first, int64_t* dst) {
     for (int at = 0; at < kGroup; at += 8) {
-      const unsigned lanes = mask >> at & 0xff;
+      const unsigned lanes = lanes_at<1>(mask, at);
       const __m128i positions = _mm256_castsi256_si128(load_low<8>(kBytes.compress[lanes]));
       const __m256i base = _mm256_set1_epi64x(first + at);
       uint8_t* const to = reinterpret_cast<uint8_t*>(dst);

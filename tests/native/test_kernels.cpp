@@ -5,7 +5,7 @@
 //   test_kernels --dispatch          tests the choice of the table only, with BITMASK_ISA as it is
 //   test_kernels --plant ERROR       has the kernels in use read past a buffer, which AddressSanitizer must report: expand, stream,
 //   multiply, gradient, block_stream, block_multiply, block_transposed, block_sample, pack_24, unpack_24, metadata_24, prune_24,
-//   transposable_24
+//   transposable_24, list_columns, transpose_values, expand_blocks
 //
 // The codec is tested here, products in test_linear.cpp, test_linear_gradient.cpp, test_block.cpp and test_two_four_linear.cpp, packing and
 // pruning of 2:4 in test_two_four_codec.cpp and test_two_four_prune.cpp, conversions in test_convert.cpp. Buffers are exactly as large as
@@ -441,6 +441,23 @@ void read_past_a_group(const Kernels& kernels, const char* error) {
   if (std::strcmp(error, "transposable_24") == 0) kernels.two_four_linear[cpu::kFloat32].prune_transposable(floats.data(), 4, 64);
 }
 
+// Has conversions read a byte past a bitmask, or past the values.
+void read_past_a_list(const cpu::ConvertKernels& convert, const char* error) {
+  Buffer values(63), bits(Bytes(7, 0xff)), whole_bits(Bytes(8, 0xff)), columns(64 * 8), elements(64);
+  int64_t first[64] = {}, next[64];
+  for (int64_t i = 0; i < 64; ++i) next[i] = i;
+  const cpu::BlockLine line{first, 1, 1, 64, 64};
+  if (std::strcmp(error, "list_columns") == 0) {
+    convert.list_columns(bits.data(), 1, 64, 0, 0, reinterpret_cast<int64_t*>(columns.data()), 64, nullptr);
+  }
+  if (std::strcmp(error, "transpose_values") == 0) {
+    convert.values[0].transpose_values(values.data(), whole_bits.data(), 1, 64, 8, first, next, elements.data());
+  }
+  if (std::strcmp(error, "expand_blocks") == 0) {
+    convert.values[0].expand_blocks(values.data(), 64, whole_bits.data(), line, elements.data());
+  }
+}
+
 // Has the kernels in use read a byte past the values: a build under AddressSanitizer must not survive this.
 void read_past_a_buffer(const char* error) {
   const Kernels& kernels = cpu::kernels();
@@ -461,6 +478,7 @@ void read_past_a_buffer(const char* error) {
   }
   read_past_a_block(kernels.block[cpu::kFloat32], error);
   read_past_a_group(kernels, error);
+  read_past_a_list(kernels.convert, error);
 }
 
 }  // namespace

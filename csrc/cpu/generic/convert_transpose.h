@@ -1,5 +1,8 @@
 // A bitmask matrix transposed, tile by tile: first its bits, by blocks of 64 x 64, then its values. A value's place is told by what comes
 // before it in its row and in its column of the transposed matrix, so tiles are independent once both bitmasks are there.
+//
+// Values are scattered one by one, about 1.6 ns each on a Zen 5 core where half of the matrix is stored: three times what moving their
+// bytes would take. Bits cost a tenth of that.
 
 // Transposes 64 x 64 bits, bit i of words[j] being column i of row j: exchanges what lies off the diagonal, in ever smaller squares.
 inline void transpose_word_block(uint64_t (&words)[kGroup]) {

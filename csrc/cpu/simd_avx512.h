@@ -171,6 +171,10 @@ struct Float32Sums {
   using Selectors = __m512i;
 
   static Selectors load_selectors(const uint8_t* src) { return _mm512_loadu_si512(src); }
+  template <class Words>
+  static Words look_up(const uint32_t (&table)[16], Words nibbles) {
+    return reinterpret_cast<Words>(_mm512_permutexvar_epi32(reinterpret_cast<__m512i>(nibbles), _mm512_load_si512(table)));
+  }
   static Sums zero() { return _mm512_setzero_ps(); }
   static Sums add(Sums a, Sums b) { return _mm512_add_ps(a, b); }
   static Sum reduce(Sums sums) { return _mm512_reduce_add_ps(sums); }

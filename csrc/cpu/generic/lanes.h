@@ -30,6 +30,7 @@ struct DenseGroup {
 //   L::kSelectedFrom    how many columns a lane can be selected from by one shuffle, 0 if none (two_four_multiply.h):
 //   L::load_columns(src)           so many columns, each lane being given them all
 //   L::load_selectors, select(columns, selectors)
+//   L::look_up(table, nibbles)     32 bits for the lowest four of each lane
 template <class ElementType>
 struct PortableLanes {
   using Element = ElementType;

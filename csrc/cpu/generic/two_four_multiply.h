@@ -74,21 +74,32 @@ bool two_four_pack_tiles(const void* x, int64_t m, int64_t cols, void* tiles) {
 
 // ---- Rows of W
 
-// What the lanes of a four's steps select, from a mask word of each row, whose lowest nibble is that of the four, the at-th column of a
-// unit: the number of a column or, of a pair, the four bytes. A nibble that has not two bits set selects something.
-template <class L, class Words>
-inline void store_selectors(Words masks, uint32_t at, uint8_t* dst) {
-  const Words absent = ~masks;
-  const Words first = at + (absent & 1) + (absent & absent >> 1 & 1);
-  const Words second = at + 3 - (absent >> 3 & 1) - (absent >> 3 & absent >> 2 & 1);
-  if constexpr (L::kDepth == 1) {
-    store_as(first, dst);
-    store_as(second, dst + kVectorBytes<L>);
-  } else {
-    const Words even = (first | second << 16) * 2;  // the lower bytes of both
-    store_as(even | even << 8 | 0x01000100, dst);
+// What a lane selects in the steps of a four, by its nibble of metadata: the number of a column or, of a pair, the four bytes. A nibble
+// that has not two bits set selects something.
+template <class L>
+struct SelectorTable {
+  alignas(64) uint32_t steps[kFourSteps<L>][16];
+
+  constexpr SelectorTable() : steps() {
+    for (uint32_t nibble = 0; nibble < 16; ++nibble) {
+      uint32_t columns[4] = {};
+      int count = 0;
+      for (uint32_t column = 0; column < 4; ++column) {
+        if ((nibble >> column & 1) != 0) columns[count++] = column;
+      }
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (L::kDepth == 1) {
+          steps[i][nibble] = columns[i];
+        } else {
+          steps[0][nibble] |= (2 * columns[i] | (2 * columns[i] + 1) << 8) << (16 * i);
+        }
+      }
+    }
   }
-}
+};
+
+template <class L>
+constexpr SelectorTable<L> kSelectorTable;
 
 // The selectors of `columns` columns of `rows` <= kLanes rows, whose metadata is row_bytes apart; a last mask word is taken whole.
 template <class L>
@@ -106,7 +117,10 @@ void fill_selectors(const uint8_t* bits, int64_t row_bytes, int64_t rows, int64_
     for (int64_t word = 0; word < blocks_across(left, 32); ++word) {
 #pragma GCC unroll 8
       for (uint32_t at = 0; at < 32; at += 4, dst += kFourSteps<L> * kVectorBytes<L>) {
-        store_selectors<L>(load_as<Words>(words[word]) >> at, at % L::kSelectedFrom, dst);
+        for (int step = 0; step < kFourSteps<L>; ++step) {
+          const Words selectors = L::look_up(kSelectorTable<L>.steps[step], load_as<Words>(words[word]) >> at);
+          store_as(L::kDepth == 1 ? selectors + at % L::kSelectedFrom : selectors, dst + step * kVectorBytes<L>);
+        }
       }
     }
   }

@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
 def show(source: str) -> None:
     """Print a line for each tensor and the totals."""
     tensors = list(list_checkpoint(source))
-    width = max((len(tensor.name) for tensor in tensors), default=0)
+    width = max((len(repr(tensor.name)) for tensor in tensors), default=0)
     dense = stored = 0
     header = f"{'shape':>16}  {'dtype':>8}  {'stored as':>17}  {'zeros':>7}  {'dense MB':>10}  {'stored MB':>10}"
     print(f"{'tensor':{width}}  {header}")

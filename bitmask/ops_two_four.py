@@ -148,6 +148,8 @@ def linear_24_backward_input(grad: Tensor, values: Tensor, metadata: Tensor) -> 
     >>> linear_24_backward_input(torch.tensor([1.0, 10.0]), values, metadata)
     tensor([ 1., 50.,  2., 30.])
     """
+    if not type(values) is type(metadata) is Tensor:
+        check_parts_24(values, metadata)
     try:
         grad_x: Tensor = call_past_autograd(
             torch.ops.bitmask.linear_24_backward_input.default, grad, values, metadata, invalid=FormatError
@@ -307,9 +309,9 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
-    needs_x, *_, needs_bias = ctx.needs_input_grad  # of a bias that is left out nothing is said
+    needs_x, _, _, *needs_bias = ctx.needs_input_grad  # as many as were given
     grad_x = linear_24_backward_input(grad, *ctx.saved_tensors) if needs_x else None
-    return grad_x, None, None, grad.sum_to_size(ctx.bias_shape) if needs_bias else None
+    return grad_x, None, None, grad.sum_to_size(ctx.bias_shape) if any(needs_bias) else None
 
 
 def _backward_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

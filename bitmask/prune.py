@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitmask.bitmask_tensor import BitmaskTensor
+from bitmask.compressed_tensor import CompressedTensor
 from bitmask.ops_two_four import prune_24
 
 
@@ -22,8 +22,9 @@ def prune_by_magnitude(tensor: Tensor, sparsity: float) -> Tensor:
     tensor([[ 0., -2.],
             [ 0.,  1.]])
     """
-    if isinstance(tensor, BitmaskTensor):
-        raise TypeError("tensor: got a BitmaskTensor, expected a dense tensor: prune to_dense() and compress again")
+    if isinstance(tensor, CompressedTensor):
+        kind = type(tensor).__name__
+        raise TypeError(f"tensor: got a {kind}, expected a dense tensor: prune to_dense() and compress again")
     if not tensor.is_floating_point() or tensor.dtype is torch.float8_e8m0fnu:
         raise TypeError(f"tensor: got dtype {tensor.dtype}, expected a real floating-point dtype that has a zero")
     if not 0 <= sparsity <= 1:

@@ -237,8 +237,13 @@ def prune_24_transposable(weight: Tensor) -> None:
     matrix = weight.view(*rows_and_columns(weight.shape))
     for row, col in itertools.product(range(0, matrix.shape[0], 4), range(0, matrix.shape[1], 4)):
         tile = matrix[row : row + 4, col : col + 4]
-        sums = [tile.double().abs()[pattern].sum().item() for pattern in patterns]
-        tile[~patterns[sums.index(max(sums))]] = 0
+        ranks = (
+            tile.isinf() + 16 * tile.isnan()
+        )  # any NaN is worth more than all infinities, and these than all numbers
+        numbers = tile.double().abs().where(ranks == 0, 0)
+        numbers *= 2.0**-8 if numbers.max() >= 2.0**1000 else 1.0  # so that no sum overflows
+        scores = [(ranks[pattern].sum().item(), numbers[pattern].sum().item()) for pattern in patterns]
+        tile[~patterns[scores.index(max(scores))]] = 0
 
 
 def linear_24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None) -> Tensor:

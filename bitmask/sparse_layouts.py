@@ -7,6 +7,7 @@ sorted out. A sparse tensor is data that anyone may have written to, so its indi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,9 @@ from bitmask.semi_structured import SemiStructuredTensor
 
 _Parts = tuple[Tensor, Tensor, Tensor]
 
+# They hold; where PyTorch was told to check them, it does.
+_checks_invariants: Callable[[], bool] = torch.sparse.check_sparse_tensor_invariants.is_enabled
+
 
 # From a BitmaskTensor.
 
@@ -29,7 +33,9 @@ _Parts = tuple[Tensor, Tensor, Tensor]
 def to_coo(tensor: BitmaskTensor) -> Tensor:
     """A coalesced torch.sparse_coo tensor without dense dimensions."""
     indices, values = ops_convert.to_coo(*_arguments(tensor))
-    return torch.sparse_coo_tensor(indices, values, tensor.shape, is_coalesced=True)
+    return torch.sparse_coo_tensor(
+        indices, values, tensor.shape, is_coalesced=True, check_invariants=_checks_invariants()
+    )
 
 
 def to_csr(tensor: BitmaskTensor) -> Tensor:
@@ -79,7 +85,9 @@ def _compressed(layout: torch.layout, lists: _Parts, shape: torch.Size) -> Tenso
         starts = starts.reshape(*batch, lines + 1)
         positions = positions.reshape(*batch, entries)
         values = values.reshape(*batch, entries, *values.shape[1:])
-    return torch.sparse_compressed_tensor(starts, positions, values, shape, layout=layout)
+    return torch.sparse_compressed_tensor(
+        starts, positions, values, shape, layout=layout, check_invariants=_checks_invariants()
+    )
 
 
 def _entries_of_each(borders: Tensor) -> int:
@@ -130,10 +138,8 @@ def _named(names: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except FormatError as error:
-        message = str(error)
-        for name, callers in names.items():
-            message = message.replace(name, callers)
-        raise FormatError(message) from None
+        pattern = "|".join(map(re.escape, names))
+        raise FormatError(re.sub(pattern, lambda name: names[name[0]], str(error)) if names else str(error)) from None
 
 
 def _from_coo(tensor: Tensor, keep_negative_zero: bool) -> _Parts:

@@ -118,10 +118,13 @@ int by_dtype(const char* name, int32_t dtype) {
   return by_linear_dtype(dtype, int{cpu::kFloat32}, int{cpu::kBfloat16}, int{cpu::kFloat16}, int{cpu::kFloat64}, name);
 }
 
+// Bytes that memory brings while one is pruned in rows and in columns.
+constexpr int64_t kPruningCost = 8;
+
 // In rows and in columns at once: a task is whole rows of 4 x 4 elements.
 void prune_transposable(uint8_t* data, const Geometry& g, const Element& element) {
   const TwoFourLinearKernels& kernels = cpu::kernels().two_four_linear[by_dtype("tensor", element.dtype)];
-  const int64_t row_bytes = g.cols * element.width, bytes = g.rows * row_bytes, lines = g.rows / 4;
+  const int64_t row_bytes = g.cols * element.width, bytes = g.rows * row_bytes * kPruningCost, lines = g.rows / 4;
   if (bytes == 0) return;
   const int64_t count = std::clamp<int64_t>(task_count(bytes), 1, lines);
   for_each_task(count, bytes / count, [&](int64_t task) {

@@ -100,6 +100,14 @@ def test_conversion_from_a_dtype_without_zero():
     assert torch.equal(torch.as_tensor(converted.to_dense()), exponents.to(torch.float32))
 
 
+def test_pickles_name_what_earlier_versions_named(compressed):
+    """So that they load, both ways."""
+    rebuild, (*parts, shape, is_parameter) = compressed.__reduce_ex__(2)
+    assert (rebuild.__module__, rebuild.__qualname__) == ("bitmask.bitmask_tensor", "_rebuild")
+    assert_parts_equal(parts, parts_of(compressed))
+    assert (shape, is_parameter) == ((6, 20), False)
+
+
 def test_unpickling_proves_the_parts(compressed):
     rebuild, (values, bitmasks, row_offsets, *rest) = compressed.__reduce_ex__(2)
     with pytest.raises(FormatError, match=r"row_offsets\[0\]: got 1, expected 0"):

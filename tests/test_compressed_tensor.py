@@ -24,6 +24,7 @@ from torch import nn
 import bitmask
 from bitmask import BitmaskTensor, DecompressWarning, FormatError, SemiStructuredTensor
 from bitmask.compressed_tensor import CompressedTensor
+from bitmask.prune import prune_by_magnitude
 
 pytestmark = pytest.mark.usefixtures("decompression_is_an_error")
 
@@ -76,6 +77,16 @@ def test_from_dense_of_a_parameter_is_frozen(kind, dense):
 def test_to_dense_with_dtype(compressed, dense):
     assert_bits_equal(compressed.to_dense(torch.float64), dense.double())
     assert_bits_equal(compressed.to_dense(dtype=torch.float16), dense.half())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [bitmask.compress, bitmask.pack_24, bitmask.prune_24_, lambda t: prune_by_magnitude(t, 0.5), bitmask.block_norms],
+)
+def test_what_takes_dense_tensors_refuses_compressed_ones(dense, compressed, use):
+    with pytest.raises(TypeError, match=f"got a {type(compressed).__name__}"):
+        use(compressed)
+    assert_is_compressed(compressed, dense)
 
 
 @pytest.mark.parametrize("not_dense", [None, [1.0], 3.0])

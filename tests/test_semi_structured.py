@@ -136,13 +136,18 @@ NOT_TWO_FOUR = "dense: row 3, columns 4 to 7: got 3 non-zeros, expected at most 
         (torch.zeros(()), ValueError, r"dense: got size \[\], expected at least one dimension"),
         (torch.zeros(2, 4, dtype=torch.complex64), TypeError, "dense: got dtype torch.complex64, expected"),
         (torch.zeros(4, dtype=torch.uint8).view(torch.float8_e8m0fnu), TypeError, "dense: got dtype torch.float8_e8m0"),
-        (torch.zeros(2, 4, device="meta"), (ValueError, NotImplementedError), "meta"),
     ],
-    ids=["three", "NaNs", "6 columns", "3 columns", "scalar", "complex", "no zero", "meta"],
+    ids=["three", "NaNs", "6 columns", "3 columns", "scalar", "complex", "no zero"],
 )
 def test_from_dense_refuses(dense, error, message):
     with pytest.raises(error, match=message):
         SemiStructuredTensor.from_dense(dense)
+
+
+def test_from_dense_on_meta():
+    """Sizes do not depend on what is stored."""
+    compressed = SemiStructuredTensor.from_dense(torch.empty(6, 20, device="meta"))
+    assert (compressed.device.type, compressed.shape, compressed.values.shape) == ("meta", (6, 20), (6, 10))
 
 
 def test_from_parts_does_not_copy(compressed, dense):
@@ -165,14 +170,14 @@ def test_parts_with_gaps_in_memory(compressed, dense):
     assert_is_compressed(tensor.to_bitmask(), dense)
 
 
-BITS = torch.tensor([[0b0101, 0b1100], [0b0110, 0b0011]], dtype=torch.uint8)
+BITS = torch.tensor([[0b1100_0101, 0b0011], [0b0110_0110, 0b1001]], dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
     ("values", "metadata", "error", "message"),
     [
-        (torch.zeros(2, 6), BITS + 0xF0, FormatError, "metadata: row 0, columns 4 to 7: got 4 bits set, expected 2"),
-        (torch.zeros(2, 6), BITS | 0xC0, FormatError, "metadata: row 0, columns 12 to 15"),
+        (torch.zeros(2, 6), BITS | 0x10, FormatError, "metadata: row 0, columns 4 to 7: got 3 bits set, expected 2"),
+        (torch.zeros(2, 6), BITS | torch.tensor([0, 0x30], dtype=torch.uint8), FormatError, "metadata: row 0"),
         (torch.zeros(2, 5), BITS, FormatError, r"values: got size \[2, 5\], expected \[..., cols / 2\]"),
         (torch.zeros(2, 4), BITS, FormatError, r"metadata: got size \[2, 2\], expected \[2, 1\]"),
         (torch.zeros(12), BITS, FormatError, r"metadata: got size \[2, 2\], expected \[3\]"),
@@ -301,6 +306,10 @@ def test_from_torch_refuses():
     converted = SemiStructuredTensor.from_dense(torch.zeros(64, 64, dtype=torch.float16)).to_torch()
     with pytest.raises(ValueError, match="tensor: got one without packed and meta"):
         SemiStructuredTensor.from_torch(converted.t())
+    with pytest.raises(FormatError, match=r"values: got size \[64, 32\], expected \[32, 64\] for shape \[32, 128\]"):
+        SemiStructuredTensor.from_torch(
+            SparseSemiStructuredTensorCUTLASS(torch.Size([32, 128]), converted.packed, converted.meta, None, None, None)
+        )
     converted.meta.fill_(0)
     with pytest.raises(FormatError, match="meta: row 0, columns 0 to 3"):
         SemiStructuredTensor.from_torch(converted)

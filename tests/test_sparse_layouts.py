@@ -402,7 +402,7 @@ def hostile(layout, size=(4, 8), **changes):
 FAULTS = {
     "first start": (lambda s, p, v: s.__setitem__(0, 1), r"(crow|ccol)_indices\[0\]: got 1, expected 0"),
     "negative start": (lambda s, p, v: s.__setitem__(1, -1), r"(crow|ccol)_indices\[1\]: got -1, expected 0 to"),
-    "descending starts": (lambda s, p, v: s.__setitem__(1, 2), r"(crow|ccol)_indices\[2\]: got 1, expected 2 to"),
+    "descending starts": (lambda s, p, v: s.__setitem__(2, 0), r"(crow|ccol)_indices\[2\]: got 0, expected 1 to"),
     "start too large": (lambda s, p, v: s.__setitem__(1, 99), r"(crow|ccol)_indices\[1\]: got 99, expected 0 to"),
     "start far too large": (
         lambda s, p, v: s.__setitem__(1, 2**62),
@@ -428,7 +428,7 @@ def test_faulty_indices_are_refused(isa, layout, change, message):
         with pytest.raises(FormatError, match=message) as raised:
             BitmaskTensor.from_sparse(sparse)
         by_column = layout in (torch.sparse_csc, torch.sparse_bsc)
-        assert ("ccol_indices" in str(raised.value) or "row_indices" in str(raised.value)) == by_column
+        assert str(raised.value).startswith(("ccol_indices", "row_indices")) == by_column
 
 
 @pytest.mark.parametrize("layout", ALL_LAYOUTS[1:], ids=str)
@@ -537,8 +537,10 @@ def test_other_tensors_are_refused():
     ]:
         with pytest.raises(TypeError, match=message):
             BitmaskTensor.from_sparse(wrong)
+    indices, values = torch.zeros(2, 0, device="meta", dtype=torch.int64), torch.zeros(0, device="meta")
+    elsewhere = torch.sparse_coo_tensor(indices, values, (2, 2))
     with pytest.raises(NotImplementedError, match="expected cpu"):
-        BitmaskTensor.from_sparse(torch.zeros(2, 2, device="meta").to_sparse())
+        BitmaskTensor.from_sparse(elsewhere)
 
 
 @pytest.mark.parametrize("shape", [(2**40, 2**22), (2**22, 2**40), (2**61, 1), (1, 2**62)], ids=str)
@@ -673,11 +675,11 @@ def test_indices_that_another_thread_writes_to_give_valid_parts_or_errors():
 
 WORKS = """
 import torch, bitmask
-tensor = bitmask.BitmaskTensor.from_dense(torch.rand(600, 400).round())
+tensor = bitmask.BitmaskTensor.from_dense((torch.rand(600, 400) < 0.4).float())
 def works():
     made = [tensor.to_coo(), tensor.to_csr(), tensor.to_csc(), tensor.to_bsr((4, 4))]
     taken = [bitmask.BitmaskTensor.from_sparse(sparse) for sparse in made]
-    return all(torch.equal(back.to_dense(), tensor.to_dense()) for back in taken)
+    return all(back.tolist() == tensor.tolist() for back in taken)  # torch's own ops may use OpenMP, which hangs
 """
 
 
@@ -696,11 +698,12 @@ def test_opcheck():
     for op in (call.to_coo, call.to_csr, call.to_csc, call.transpose):
         library.opcheck(op.default, (*parts, [6, 8]))
     library.opcheck(call.to_bsr.default, (*parts, [6, 8], [2, 4]))
-    crow, col, values = members(tensor.to_csr())
+    crow, col, values = call.to_csr(*parts, [6, 8])
     library.opcheck(call.from_csr.default, (values, crow, col, [6, 8], False))
-    crow, col, values = members(tensor.to_bsr((2, 4)))
+    crow, col, values = call.to_bsr(*parts, [6, 8], [2, 4])
     library.opcheck(call.from_bsr.default, (values, crow, col, [6, 8], True))
-    library.opcheck(call.coo_to_crow.default, (tensor.to_coo()._indices(), [6, 8]))
+    indices, _ = call.to_coo(*parts, [6, 8])
+    library.opcheck(call.coo_to_crow.default, (indices, [6, 8]))
 
 
 def test_ops_refuse_what_is_wrong():

@@ -175,7 +175,8 @@ def test_subnormals(isa, dtype, m):
 @pytest.mark.parametrize("name", VIEWS_OF_ROWS)
 def test_views_of_x_and_grad(isa, dtype, name):
     x = VIEWS_OF_ROWS[name](numbers(80, 140, dtype=dtype))
-    check(x[..., :68], random_weight(30, 68, dtype=dtype), numbers(60, dtype=dtype)[::2])
+    k = x.shape[-1] // 4 * 4
+    check(x[..., :k], random_weight(30, k, dtype=dtype), numbers(60, dtype=dtype)[::2])
     check_gradient(x, random_weight(x.shape[-1], 40, dtype=dtype))
 
 
@@ -455,6 +456,15 @@ def test_a_faulty_group_is_found_whatever_the_kernel(isa, dtype, m, finite):
             product()
 
 
+def fault_of(function, *args):
+    """What a call finds wrong, if anything."""
+    try:
+        function(*args)
+    except FormatError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize("m", [1, 40])
 @pytest.mark.parametrize("shape", [(5, 12), (70, 132), (3, 2500)], ids=str)
 def test_mutated_metadata_are_refused_or_multiply_as_the_reference_does(isa, m, shape):
@@ -464,14 +474,10 @@ def test_mutated_metadata_are_refused_or_multiply_as_the_reference_does(isa, m, 
         mutated = metadata.clone()
         place = int(torch.randint(0, mutated.numel(), (), generator=generator))
         mutated.view(-1)[place] ^= int(torch.randint(1, 256, (), generator=generator))
-        try:
-            validate_24(values, mutated)
-        except FormatError as error:
-            refused += 1
-            with pytest.raises(FormatError) as got:
-                linear_24(x, values, mutated)
-            assert str(got.value) == str(error)
-        else:
+        fault = fault_of(validate_24, values, mutated)
+        assert fault_of(linear_24, x, values, mutated) == fault
+        refused += fault is not None
+        if fault is None:
             assert_is_linear(linear_24(x, values, mutated), x, unpack_24(values, mutated))
     assert 0 < refused < 60
 

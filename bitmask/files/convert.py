@@ -81,7 +81,7 @@ def compress_checkpoint(
         if prune > 0:
             tensor = prune_by_magnitude(tensor, prune)
         in_fours = tensor.ndim == 2 and tensor.shape[1] % 4 == 0 and tensor.dtype in TWO_FOUR_DTYPES
-        return prune_24_(tensor.clone()) if prune_24 and in_fours else tensor
+        return prune_24_(tensor.clone()) if prune_24 and in_fours else tensor  # what is mapped is not written to
 
     def content(metadata: Mapping[str, str]) -> FileContent:
         return FileContent(config.format, key_style, min_sparsity, keep_negative_zero, metadata)

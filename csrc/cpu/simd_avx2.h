@@ -83,11 +83,11 @@ struct Simd {
   static int64_t* list(uint64_t mask, int64_t first, int64_t* dst) {
     for (int at = 0; at < kGroup; at += 8) {
       const unsigned lanes = mask >> at & 0xff;
-      const __m128i positions = load_low(kBytes.compress[lanes]);
+      const __m128i positions = _mm256_castsi256_si128(load_low<8>(kBytes.compress[lanes]));
       const __m256i base = _mm256_set1_epi64x(first + at);
       uint8_t* const to = reinterpret_cast<uint8_t*>(dst);
-      store(to, _mm256_add_epi64(_mm256_cvtepu8_epi64(positions), base));
-      store(to + 32, _mm256_add_epi64(_mm256_cvtepu8_epi64(_mm_srli_si128(positions, 4)), base));
+      store_low<32>(to, _mm256_add_epi64(_mm256_cvtepu8_epi64(positions), base));
+      store_low<32>(to + 32, _mm256_add_epi64(_mm256_cvtepu8_epi64(_mm_srli_si128(positions, 4)), base));
       dst += __builtin_popcount(lanes);
     }
     return dst;

@@ -218,6 +218,26 @@ std::vector<int64_t> up_to(int64_t most) {
   return ms;
 }
 
+// One infinity or NaN is seen wherever it is; the largest numbers are finite.
+void test_finite(const Kernels24& kernels) {
+  const TwoFourLinearKernels& tiled = kernels.subject.kernels;
+  const Format& format = kernels.subject.format;
+  if (tiled.pack_tiles == nullptr) return;
+  const uint64_t odd[] = {format.infinity(), format.infinity() | format.sign(), format.infinity() + 1, ~uint64_t{0}};
+  for (const int64_t cols : {4, 12, 60, 132}) {
+    const int64_t m = tiled.tile_rows + 3;
+    for (int64_t at = -1; at < m * cols; at += at < m * cols - 40 ? 7 : 1) {
+      std::vector<uint64_t> elements;
+      for (int64_t i = 0; i < m * cols; ++i) elements.push_back((format.infinity() - 1) | (random_below(2) == 0 ? format.sign() : 0));
+      if (at >= 0) elements[static_cast<size_t>(at)] = odd[random_below(4)];
+      Buffer x(pack(format, elements), kSkews[random_below(3)]), packed(tiled.tiles_bytes(m, cols));
+      place =
+          std::string(kernels.subject.isa) + " 2:4 linear " + format.name + " x [" + std::to_string(m) + ", " + std::to_string(cols) + "]";
+      check(tiled.pack_tiles(x.data(), m, cols, packed.data()) == (at < 0), "pack_tiles: element %" PRId64 " is not finite", at);
+    }
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------- faults
 
 // Some rows are made faulty: the first of them is returned, and nothing is written outside.
@@ -267,6 +287,7 @@ void bitmask::testing::test_two_four_linear(bool brief) {
         for (const bool finite_x : {true, false}) test(26, cols > 1000 ? 3 : 37, cols, numbers, finite_x, {1, 3, 8, 9, 26});
       }
     }
+    for_each_table(subjects, linear, format, test_finite);
     test(1033, 3, 68, kIntegers, true, {505, 1031, 1032, 1033});
     if (!brief) test(1033, 133, 132, kReals, true, {1031, 1033});
     for (const int64_t cols : {4, 12, 64, 516, 1100}) {

@@ -55,7 +55,8 @@ constexpr TwoFourLinearKernels two_four_linear_kernels() {
   kernels.stream = stream<L, TwoFourRows>;
   if constexpr (L::kSelectedFrom != 0) {
     kernels.tile_rows = L::kPanelRows;
-    kernels.most_rows = kBlockRows;
+    static_assert(kTwoFourMostRows % L::kPanelRows == 0, "whole panels");
+    kernels.most_rows = kTwoFourMostRows;
     kernels.scratch_bytes = sizeof(Scratch<L>);
     kernels.tiles_bytes = two_four_tiles_bytes<L>;
     kernels.pack_tiles = two_four_pack_tiles<L>;

@@ -16,8 +16,9 @@ constexpr int kUnitSteps = kUnitLanes<L> / 2;
 template <class L>
 constexpr int kFourSteps = 2 / L::kDepth;
 
-constexpr int64_t kSmallM = 32;         // rows of x that reuse a tile too little to pay for one that outgrows the first cache
-constexpr int64_t kSmallTileRows = 32;  // of W
+constexpr int64_t kTwoFourMostRows = kBlockRows / 2;  // of x in a call: with more, x leaves the last cache while W goes by
+constexpr int64_t kSmallM = 32;                       // rows of x that reuse a tile too little to pay for one that outgrows the first cache
+constexpr int64_t kSmallTileRows = 32;                // of W
 
 template <class L>
 struct TwoFourStrip {

@@ -129,3 +129,8 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
     rule = "|" + "|".join(["-" * (widths[0] + 2)] + ["-" * (width + 1) + ":" for width in widths[1:]]) + "|"
     return "\n".join([line(columns), rule, *map(line, rows)])
+
+
+def or_dash(value: float | None, style: str) -> str:
+    """A figure as text, or a dash where there is none."""
+    return "-" if value is None else format(value, style)

@@ -12,7 +12,9 @@ from bitmask.block_patcher import BlockSparseModelPatcher, prune_blocks
 from bitmask.block_patterns import block_norms, largest_blocks
 from bitmask.block_sparse import BlockSparseLinear
 from bitmask.calls import FormatError
+from bitmask.compare import FormatComparison, compare_formats
 from bitmask.compressed_tensor import DecompressWarning
+from bitmask.crossovers import format_crossovers
 from bitmask.files import BitmaskConfig, load_compressed, load_rows, save_compressed, save_compressed_model
 from bitmask.linear import BitmaskLinear
 from bitmask.models import CompressionReport, compress_, compression_report, decompress_
@@ -35,6 +37,7 @@ __all__ = [
     "BlockSparseModelPatcher",
     "CompressionReport",
     "DecompressWarning",
+    "FormatComparison",
     "FormatError",
     "NaiveBitmaskTensor",
     "SemiStructuredTensor",
@@ -42,12 +45,14 @@ __all__ = [
     "available_isas",
     "block_norms",
     "build_info",
+    "compare_formats",
     "compress",
     "compress_",
     "compress_into",
     "compression_report",
     "decompress",
     "decompress_",
+    "format_crossovers",
     "get_isa",
     "largest_blocks",
     "load_compressed",

@@ -13,7 +13,7 @@ from benchmarks.linear.plot import plot
 from benchmarks.linear.result import BITMASK, DENSE, SATURATED, LinearResult
 from benchmarks.linear.saturated import read_bandwidths
 from benchmarks.machine import thread_count, uncached_nbytes
-from benchmarks.report import Report, grouped, markdown_table
+from benchmarks.report import Report, grouped, markdown_table, or_dash
 from benchmarks.suites import Plan, Suite
 from benchmarks.timer import Budget
 
@@ -97,13 +97,13 @@ def _one_row_tables(report: Report[LinearResult]) -> Iterable[str]:
                 shape_name(result.shape),
                 f"{result.sparsity:.0%}",
                 f"{result.dense_ms:.3f}",
-                _or_dash(result.saturated_ms, ".3f"),
+                or_dash(result.saturated_ms, ".3f"),
                 f"{result.summary.median_ms:.3f}",
                 f"{result.gb_per_s:.1f}",
                 f"{result.speedup:.2f}",
-                _or_dash(result.saturated_speedup, ".2f"),
+                or_dash(result.saturated_speedup, ".2f"),
                 f"{result.ceiling:.2f}",
-                _or_dash(result.ceiling_share, ".0%"),
+                or_dash(result.ceiling_share, ".0%"),
             ]
             for result in group
         ]
@@ -158,10 +158,6 @@ def _peer_tables(report: Report[LinearResult]) -> Iterable[str]:
             for result in group
         ]
         yield f"**{shape} {dtype} beside peers, {thread_count(threads)}**\n\n{markdown_table(columns, rows)}"
-
-
-def _or_dash(value: float | None, style: str) -> str:
-    return "-" if value is None else format(value, style)
 
 
 SUITE = Suite(

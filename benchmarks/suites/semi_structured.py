@@ -15,7 +15,7 @@ from benchmarks.linear.contenders import products
 from benchmarks.linear.result import BITMASK, DENSE, SATURATED, LinearResult
 from benchmarks.linear.saturated import read_bandwidths, saturated_status
 from benchmarks.machine import thread_count, uncached_nbytes
-from benchmarks.report import CpuResult, Report, grouped, markdown_table, reader_of
+from benchmarks.report import CpuResult, Report, grouped, markdown_table, or_dash, reader_of
 from benchmarks.semi_structured.contenders import (
     SEMI_STRUCTURED,
     checking_codec,
@@ -116,7 +116,7 @@ def _codec_tables(results: Sequence[CodecResult]) -> Iterable[str]:
     timed = [result for result in results if result.operation != COPY]
     for (shape, threads), group in grouped(timed, lambda result: (shape_name(result.shape), result.threads)):
         rows = [_codec_row(cell) for _, cell in grouped(group, lambda result: (result.dtype, result.contender))]
-        yield f"**{shape}, {thread_count(threads)}**\n\n{markdown_table(columns, rows)}"
+        yield f"**{shape}, {thread_count(threads)}: packing**\n\n{markdown_table(columns, rows)}"
 
 
 def _codec_row(cell: Sequence[CodecResult]) -> list[str]:
@@ -134,23 +134,26 @@ def _product_tables(results: Sequence[LinearResult]) -> Iterable[str]:
     for (shape, dtype, threads), group in grouped(results, lambda r: (shape_name(r.shape), r.dtype, r.threads)):
         rows = [_product_row(cell) for _, cell in grouped(group, lambda result: result.rows)]
         own = next(result for result in group if result.contender == SEMI_STRUCTURED)
-        title = (
-            f"{shape} {dtype}, {thread_count(threads)}; {own.dense_nbytes / own.weight_nbytes:.2f} times fewer bytes"
-        )
+        ceiling = own.dense_nbytes / own.weight_nbytes
+        title = f"{shape} {dtype}, {thread_count(threads)}: products; {ceiling:.2f} times fewer bytes"
         yield f"**{title}**\n\n{markdown_table(columns, rows)}"
 
 
 def _product_row(cell: Sequence[LinearResult]) -> list[str]:
-    own, bitmask = (next(result for result in cell if result.contender == name) for name in (SEMI_STRUCTURED, BITMASK))
-    saturated = ["-", f"{own.summary.median_ms:.3f}", f"{own.speedup:.2f}", "-", "-"]
-    if own.saturated_ms is not None and own.saturated_speedup is not None:
-        ceiling_share = own.saturated_speedup * own.weight_nbytes / own.dense_nbytes
-        saturated[0], saturated[3:] = (
-            f"{own.saturated_ms:.3f}",
-            [f"{own.saturated_speedup:.2f}", f"{ceiling_share:.0%}"],
-        )
-    ratio = bitmask.summary.median_ms / own.summary.median_ms
-    return [str(own.rows), f"{own.dense_ms:.3f}", *saturated, f"{bitmask.summary.median_ms:.3f}", f"{ratio:.2f}"]
+    by_contender = {result.contender: result for result in cell}
+    own, bitmask_ms = by_contender[SEMI_STRUCTURED], by_contender[BITMASK].summary.median_ms
+    speedup = own.saturated_speedup
+    return [
+        str(own.rows),
+        f"{own.dense_ms:.3f}",
+        or_dash(own.saturated_ms, ".3f"),
+        f"{own.summary.median_ms:.3f}",
+        f"{own.speedup:.2f}",
+        or_dash(speedup, ".2f"),
+        or_dash(None if speedup is None else speedup * own.weight_nbytes / own.dense_nbytes, ".0%"),
+        f"{bitmask_ms:.3f}",
+        f"{bitmask_ms / own.summary.median_ms:.2f}",
+    ]
 
 
 SUITE = Suite(

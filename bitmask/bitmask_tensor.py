@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from bitmask import ops, ops_two_four
-from bitmask.calls import FormatError
+from bitmask import ops, sparse_layouts
 from bitmask.compressed_tensor import CompressedTensor, detached, mark_parameter, part_property
-
-if TYPE_CHECKING:
-    from bitmask.semi_structured import SemiStructuredTensor
 
 
 def _rebuild(
@@ -114,9 +109,7 @@ class BitmaskTensor(CompressedTensor):
         >>> BitmaskTensor.from_sparse(dense.to_sparse()).values
         tensor([1., 2., 5., 3.])
         """
-        from bitmask.sparse_layouts import from_sparse  # it imports this module
-
-        return from_sparse(tensor, keep_negative_zero)
+        return cls._wrap(sparse_layouts.from_sparse(tensor, keep_negative_zero), tensor.shape)
 
     def to_coo(self) -> Tensor:
         """This tensor as a coalesced torch.sparse_coo tensor of int64 indices, as `to_dense().to_sparse()` makes it.
@@ -131,9 +124,7 @@ class BitmaskTensor(CompressedTensor):
         tensor([[0, 1],
                 [1, 0]])
         """
-        from bitmask.sparse_layouts import to_coo  # it imports this module
-
-        return to_coo(self)
+        return sparse_layouts.to_coo(self._parts(), self.shape)
 
     def to_csr(self) -> Tensor:
         """The same as torch.sparse_csr: a matrix, or a batch of them that store as many elements each.
@@ -146,9 +137,7 @@ class BitmaskTensor(CompressedTensor):
         >>> BitmaskTensor.from_dense(torch.tensor([[0.0, 7.0], [8.0, 0.0]])).to_csr().col_indices()
         tensor([1, 0])
         """
-        from bitmask.sparse_layouts import to_csr  # it imports this module
-
-        return to_csr(self)
+        return sparse_layouts.to_csr(self._parts(), self.shape)
 
     def to_csc(self) -> Tensor:
         """The same as torch.sparse_csc: column by column; raises what `to_csr` raises.
@@ -156,9 +145,7 @@ class BitmaskTensor(CompressedTensor):
         >>> BitmaskTensor.from_dense(torch.tensor([[0.0, 7.0], [8.0, 0.0]])).to_csc().values()
         tensor([8., 7.])
         """
-        from bitmask.sparse_layouts import to_csc  # it imports this module
-
-        return to_csc(self)
+        return sparse_layouts.to_csc(self._parts(), self.shape)
 
     def to_bsr(self, block_shape: Sequence[int]) -> Tensor:
         """The same as torch.sparse_bsr: all elements of the blocks that store any.
@@ -174,34 +161,11 @@ class BitmaskTensor(CompressedTensor):
         tensor([[[0., 7.],
                  [8., 0.]]])
         """
-        from bitmask.sparse_layouts import to_bsr  # it imports this module
+        return sparse_layouts.to_bsr(self._parts(), self.shape, block_shape)
 
-        return to_bsr(self, block_shape)
-
-    def to_semi_structured(self) -> SemiStructuredTensor:
-        """The same tensor in the 2:4 layout; values and bitmasks are shared.
-
-        Raises:
-            ValueError: a group of four columns that does not store exactly two elements, named in the message. One with
-                fewer non-zeros than that is taken by `SemiStructuredTensor.from_dense(tensor.to_dense())`.
-            TypeError: a dtype that has no 2:4 layout.
-
-        >>> BitmaskTensor.from_dense(torch.tensor([[0.0, 7.0, 0.0, 8.0]])).to_semi_structured().values
-        tensor([[7., 8.]])
-        """
-        from bitmask.semi_structured import SemiStructuredTensor  # it imports this module
-
-        values, bitmasks, row_offsets = self._parts()
-        if self.ndim == 0 or self.shape[-1] % 4 != 0:
-            raise ValueError(f"shape: got {list(self.shape)}, expected a last size that is a multiple of 4")
-        ops.validate(values, bitmasks, row_offsets, self.shape)
-        sizes = [*self.shape[:-1], self.shape[-1] // 2]
-        bitmasks = bitmasks.reshape(ops.bitmask_sizes(self.shape))
-        try:
-            ops_two_four.validate_24(values.new_empty(()).expand(sizes), bitmasks)
-        except FormatError as error:
-            raise ValueError(f"bitmasks, taken for 2:4 {error}") from None
-        return SemiStructuredTensor(values.reshape(sizes), bitmasks)
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        values, bitmasks, row_offsets = super()._parts()
+        return values, bitmasks, row_offsets
 
     def _decompress(self) -> Tensor:
         values, bitmasks, row_offsets = self._parts()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
 from bitmask.calls import FormatError, check_strided
 from bitmask.ops_two_four import unpack_24, validate_24
@@ -98,6 +99,25 @@ def from_cutlass(packed: Tensor, meta: Tensor) -> tuple[Tensor, Tensor]:
         halves = _masks_of(codes, known, 2).reshape(rows, cols // 8, 2)
         return packed.contiguous(), halves[..., 0] | halves[..., 1] << 4
     return packed.contiguous(), _masks_of(codes, {code: mask for mask, code in _CODES.items()}, 4)
+
+
+def parts_of_torch(tensor: SparseSemiStructuredTensorCUTLASS) -> tuple[Tensor, Tensor]:
+    """`packed` and `meta` of a tensor of torch's, whose sizes are held against its shape.
+
+    Raises:
+        TypeError: anything but a `torch.sparse.SparseSemiStructuredTensorCUTLASS`.
+        ValueError: one that has lost its elements by being transposed.
+        FormatError: `packed` of a size that is not that of the shape.
+    """
+    if not isinstance(tensor, SparseSemiStructuredTensorCUTLASS):
+        raise TypeError(f"tensor: got {type(tensor).__name__}, expected a SparseSemiStructuredTensorCUTLASS")
+    if tensor.packed is None or tensor.meta is None:
+        raise ValueError("tensor: got one without packed and meta, expected one that is not transposed")
+    packed, shape = tensor.packed.detach(), list(tensor.shape)
+    if [*packed.shape[:-1], 2 * packed.shape[-1]] != shape:
+        expected = [*shape[:-1], shape[-1] // 2]
+        raise FormatError(f"packed: got size {list(packed.shape)}, expected {expected} for shape {shape}")
+    return packed, tensor.meta
 
 
 def _layout_of(name: str, packed: Tensor) -> _Layout:

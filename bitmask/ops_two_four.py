@@ -6,6 +6,7 @@ is a bitmask whose every four bits have two set (FORMAT.md). cols is a multiple 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,6 +57,18 @@ def pack_24(dense: Tensor, prune: bool = False, keep_negative_zero: bool = False
     _check_packable("dense", dense)
     parts: tuple[Tensor, Tensor] = call(torch.ops.bitmask.pack_24, dense, prune, keep_negative_zero)
     return parts
+
+
+def bitmask_parts_24(values: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts of the same tensor in the bitmask layout: metadata are bitmasks, and every row stores as many values.
+
+    >>> metadata = torch.tensor([[0b0110], [0b1001]], dtype=torch.uint8)
+    >>> bitmask_parts_24(torch.tensor([[7, 8], [5, 6]]), metadata)[2]
+    tensor([0, 2])
+    """
+    check_parts_24(values, metadata)
+    row_offsets = values.shape[-1] * torch.arange(math.prod(values.shape[:-1]), device=values.device)
+    return values.reshape(-1), metadata, row_offsets
 
 
 def unpack_24(values: Tensor, metadata: Tensor) -> Tensor:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
-from bitmask import ops_two_four
+from bitmask import ops, ops_two_four
 from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.calls import FormatError
 from bitmask.compressed_tensor import CompressedTensor, detached, mark_parameter, part_property
-from bitmask.cutlass_layout import from_cutlass, to_cutlass
-
-if TYPE_CHECKING:
-    from torch.sparse import SparseSemiStructuredTensorCUTLASS
+from bitmask.cutlass_layout import from_cutlass, parts_of_torch, to_cutlass
 
 
 def _check_part_sizes(values: Tensor, metadata: Tensor, shape: Sequence[int]) -> None:
@@ -110,6 +107,33 @@ class SemiStructuredTensor(CompressedTensor):
         ops_two_four.validate_24(values, metadata)
         return cls._wrap((values, metadata), _dense_sizes(values))
 
+    @classmethod
+    def from_bitmask(cls, tensor: BitmaskTensor) -> SemiStructuredTensor:
+        """The same tensor in the 2:4 layout; values and bitmasks are shared.
+
+        Raises:
+            ValueError: a group of four columns that does not store exactly two elements, named in the message. One with
+                fewer non-zeros than that is taken by `from_dense(tensor.to_dense())`.
+            TypeError: no BitmaskTensor, or one of a dtype that has no 2:4 layout.
+            FormatError: the parts were changed since they were proven.
+
+        >>> SemiStructuredTensor.from_bitmask(BitmaskTensor.from_dense(torch.tensor([[0.0, 7.0, 0.0, 8.0]]))).values
+        tensor([[7., 8.]])
+        """
+        if not isinstance(tensor, BitmaskTensor):
+            raise TypeError(f"tensor: got {type(tensor).__name__}, expected a BitmaskTensor")
+        values, bitmasks, row_offsets = tensor._parts()
+        if tensor.ndim == 0 or tensor.shape[-1] % 4 != 0:
+            raise ValueError(f"shape: got {list(tensor.shape)}, expected a last size that is a multiple of 4")
+        ops.validate(values, bitmasks, row_offsets, tensor.shape)
+        sizes = [*tensor.shape[:-1], tensor.shape[-1] // 2]
+        bitmasks = bitmasks.reshape(ops.bitmask_sizes(tensor.shape))
+        try:
+            ops_two_four.validate_24(values.new_empty(()).expand(sizes), bitmasks)
+        except FormatError as error:
+            raise ValueError(f"bitmasks, taken for 2:4 {error}") from None
+        return cls(values.reshape(sizes), bitmasks)
+
     def to_bitmask(self) -> BitmaskTensor:
         """The same tensor in the bitmask layout, which stores what is stored here; values and metadata are shared.
 
@@ -119,10 +143,7 @@ class SemiStructuredTensor(CompressedTensor):
         >>> SemiStructuredTensor.from_dense(torch.tensor([[0.0, 7.0, 0.0, 8.0]])).to_bitmask().row_offsets
         tensor([0])
         """
-        values, metadata = self._parts()
-        rows, stored = math.prod(values.shape[:-1]), values.shape[-1]
-        row_offsets = stored * torch.arange(rows, device=values.device)
-        return BitmaskTensor.from_parts(values.reshape(-1), metadata, row_offsets, self.shape)
+        return BitmaskTensor.from_parts(*ops_two_four.bitmask_parts_24(*self._parts()), self.shape)
 
     def to_torch(self) -> SparseSemiStructuredTensorCUTLASS:
         """torch's tensor for its 2:4 kernels on GPUs; values are shared, but for float32.
@@ -137,8 +158,6 @@ class SemiStructuredTensor(CompressedTensor):
         >>> torch.equal(SemiStructuredTensor.from_dense(dense).to_torch().to_dense(), dense)
         True
         """
-        from torch.sparse import SparseSemiStructuredTensorCUTLASS
-
         packed, meta = to_cutlass(*self._parts())
         construct: Any = SparseSemiStructuredTensorCUTLASS
         converted: SparseSemiStructuredTensorCUTLASS = construct(self.shape, packed, meta, None, None, None)
@@ -153,15 +172,7 @@ class SemiStructuredTensor(CompressedTensor):
             ValueError: one that has lost its elements by being transposed.
             FormatError: metadata that are none of the layout.
         """
-        from torch.sparse import SparseSemiStructuredTensorCUTLASS
-
-        if not isinstance(tensor, SparseSemiStructuredTensorCUTLASS):
-            raise TypeError(f"tensor: got {type(tensor).__name__}, expected a SparseSemiStructuredTensorCUTLASS")
-        if tensor.packed is None or tensor.meta is None:
-            raise ValueError("tensor: got one without packed and meta, expected one that is not transposed")
-        values, metadata = from_cutlass(tensor.packed.detach(), tensor.meta)
-        _check_part_sizes(values, metadata, tensor.shape)
-        return cls.from_parts(values, metadata)
+        return cls.from_parts(*from_cutlass(*parts_of_torch(tensor)))
 
     def _decompress(self) -> Tensor:
         values, metadata = self._parts()

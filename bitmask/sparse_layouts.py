@@ -1,4 +1,4 @@
-"""BitmaskTensor to and from PyTorch's sparse layouts: COO, CSR, CSC, BSR, BSC.
+"""Parts of the bitmask layout to and from PyTorch's sparse layouts: COO, CSR, CSC, BSR, BSC, and its 2:4 tensors.
 
 The native ops make and prove lists of indices; here they become sparse tensors, and batches and dense dimensions are
 sorted out. A sparse tensor is data that anyone may have written to, so its indices are proven, not trusted.
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
-from bitmask import ops, ops_convert
-from bitmask.bitmask_tensor import BitmaskTensor
+from bitmask import ops, ops_convert, ops_two_four
 from bitmask.calls import FormatError
-from bitmask.semi_structured import SemiStructuredTensor
+from bitmask.cutlass_layout import from_cutlass, parts_of_torch
 
 _Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -27,48 +26,38 @@ _Parts = tuple[Tensor, Tensor, Tensor]
 _checks_invariants: Callable[[], bool] = torch.sparse.check_sparse_tensor_invariants.is_enabled
 
 
-# From a BitmaskTensor.
+# From the bitmask layout: values, bitmasks and row offsets of a tensor of `shape`.
 
 
-def to_coo(tensor: BitmaskTensor) -> Tensor:
+def to_coo(parts: _Parts, shape: torch.Size) -> Tensor:
     """A coalesced torch.sparse_coo tensor without dense dimensions."""
-    indices, values = ops_convert.to_coo(*_arguments(tensor))
-    return torch.sparse_coo_tensor(
-        indices, values, tensor.shape, is_coalesced=True, check_invariants=_checks_invariants()
-    )
+    indices, values = ops_convert.to_coo(*parts, shape)
+    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True, check_invariants=_checks_invariants())
 
 
-def to_csr(tensor: BitmaskTensor) -> Tensor:
+def to_csr(parts: _Parts, shape: torch.Size) -> Tensor:
     """A torch.sparse_csr tensor."""
-    _check_matrices(tensor)
-    return _compressed(torch.sparse_csr, ops_convert.to_csr(*_arguments(tensor)), tensor.shape)
+    _check_matrices(shape)
+    return _compressed(torch.sparse_csr, ops_convert.to_csr(*parts, shape), shape)
 
 
-def to_csc(tensor: BitmaskTensor) -> Tensor:
+def to_csc(parts: _Parts, shape: torch.Size) -> Tensor:
     """A torch.sparse_csc tensor."""
-    _check_matrices(tensor)
-    return _compressed(torch.sparse_csc, ops_convert.to_csc(*_arguments(tensor)), tensor.shape)
+    _check_matrices(shape)
+    return _compressed(torch.sparse_csc, ops_convert.to_csc(*parts, shape), shape)
 
 
-def to_bsr(tensor: BitmaskTensor, block_shape: Sequence[int]) -> Tensor:
+def to_bsr(parts: _Parts, shape: torch.Size, block_shape: Sequence[int]) -> Tensor:
     """A torch.sparse_bsr tensor of blocks of such sides."""
-    _check_matrices(tensor)
-    lists = ops_convert.to_bsr(*_arguments(tensor), block_shape)
-    return _compressed(torch.sparse_bsr, lists, tensor.shape)
+    _check_matrices(shape)
+    return _compressed(torch.sparse_bsr, ops_convert.to_bsr(*parts, shape, block_shape), shape)
 
 
-def _arguments(tensor: BitmaskTensor) -> tuple[Tensor, Tensor, Tensor, torch.Size]:
-    """What native ops ask of it."""
-    values, bitmasks, row_offsets = tensor._parts()
-    return values, bitmasks, row_offsets, tensor.shape
-
-
-def _check_matrices(tensor: BitmaskTensor) -> None:
-    batch = tensor.shape[:-2]
-    if tensor.ndim < 2 or math.prod(batch) == 0:
+def _check_matrices(shape: torch.Size) -> None:
+    if len(shape) < 2 or math.prod(shape[:-2]) == 0:
         raise ValueError(
-            f"tensor: got shape {list(tensor.shape)}, expected a matrix or a batch of one or more: PyTorch has no "
-            "other tensors of this layout"
+            f"tensor: got shape {list(shape)}, expected a matrix or a batch of one or more: PyTorch has no other "
+            "tensors of this layout"
         )
 
 
@@ -104,11 +93,11 @@ def _entries_of_each(borders: Tensor) -> int:
     return int(counts[0])
 
 
-# To a BitmaskTensor.
+# To the bitmask layout.
 
 
-def from_sparse(tensor: Tensor, keep_negative_zero: bool = False) -> BitmaskTensor:
-    """A BitmaskTensor of a sparse tensor of any layout."""
+def from_sparse(tensor: Tensor, keep_negative_zero: bool = False) -> _Parts:
+    """The parts of a sparse tensor of any layout."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensor: got {type(tensor).__name__}, expected a sparse torch.Tensor")
     if isinstance(tensor, SparseSemiStructuredTensorCUTLASS):
@@ -121,15 +110,14 @@ def from_sparse(tensor: Tensor, keep_negative_zero: bool = False) -> BitmaskTens
     if tensor.device.type != "cpu":
         raise NotImplementedError(f"tensor: got device {tensor.device}, expected cpu: bitmask converts there only")
     values, bitmasks, row_offsets = _CONVERSIONS[tensor.layout](tensor.detach(), keep_negative_zero)
-    return BitmaskTensor(values, bitmasks.reshape(ops.bitmask_sizes(tensor.shape)), row_offsets, tensor.shape)
+    return values, bitmasks.reshape(ops.bitmask_sizes(tensor.shape)), row_offsets
 
 
-def _from_semi_structured(tensor: SparseSemiStructuredTensorCUTLASS, keep_negative_zero: bool) -> BitmaskTensor:
+def _from_semi_structured(tensor: SparseSemiStructuredTensorCUTLASS, keep_negative_zero: bool) -> _Parts:
     """Its two elements of every four columns, less the zeros among them."""
-    stored = SemiStructuredTensor.from_torch(tensor).to_bitmask()
-    crow_indices, col_indices, values = ops_convert.to_csr(*_arguments(stored))
-    parts = ops_convert.from_csr(values, crow_indices, col_indices, stored.shape, keep_negative_zero)
-    return BitmaskTensor(*parts, stored.shape)
+    stored = ops_two_four.bitmask_parts_24(*from_cutlass(*parts_of_torch(tensor)))
+    crow_indices, col_indices, values = ops_convert.to_csr(*stored, tensor.shape)
+    return ops_convert.from_csr(values, crow_indices, col_indices, tensor.shape, keep_negative_zero)
 
 
 @contextmanager

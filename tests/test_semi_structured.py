@@ -218,7 +218,7 @@ def test_to_bitmask_and_back_share_memory(shape):
     as_bitmask = compressed.to_bitmask()
     assert type(as_bitmask) is BitmaskTensor
     assert_is_compressed(as_bitmask, dense)
-    back = as_bitmask.to_semi_structured()
+    back = SemiStructuredTensor.from_bitmask(as_bitmask)
     assert type(back) is SemiStructuredTensor
     assert_is_compressed(back, dense)
     for other in (as_bitmask, back):
@@ -238,7 +238,7 @@ def test_rows_to_bitmask(compressed, dense):
 
 def test_bitmask_with_the_rows_of_a_larger_one(dense):
     whole = SemiStructuredTensor.from_dense(dense).to_bitmask()
-    assert_is_compressed(whole[2:5].to_semi_structured(), dense[2:5])
+    assert_is_compressed(SemiStructuredTensor.from_bitmask(whole[2:5]), dense[2:5])
 
 
 def test_to_bitmask_proves_the_metadata(compressed):
@@ -261,14 +261,14 @@ def test_to_bitmask_proves_the_metadata(compressed):
 )
 def test_bitmask_that_is_not_two_four_is_refused(dense, error, message):
     with pytest.raises(error, match=message):
-        BitmaskTensor.from_dense(dense).to_semi_structured()
+        SemiStructuredTensor.from_bitmask(BitmaskTensor.from_dense(dense))
 
 
 def test_bitmask_with_faulty_parts_is_refused(compressed):
     as_bitmask = compressed.to_bitmask()
     as_bitmask.row_offsets += 1
     with pytest.raises(FormatError, match=r"row_offsets\[0\]: got 1, expected 0"):
-        as_bitmask.to_semi_structured()
+        SemiStructuredTensor.from_bitmask(as_bitmask)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, torch.float32])
@@ -306,7 +306,7 @@ def test_from_torch_refuses():
     converted = SemiStructuredTensor.from_dense(torch.zeros(64, 64, dtype=torch.float16)).to_torch()
     with pytest.raises(ValueError, match="tensor: got one without packed and meta"):
         SemiStructuredTensor.from_torch(converted.t())
-    with pytest.raises(FormatError, match=r"values: got size \[64, 32\], expected \[32, 64\] for shape \[32, 128\]"):
+    with pytest.raises(FormatError, match=r"packed: got size \[64, 32\], expected \[32, 64\] for shape \[32, 128\]"):
         SemiStructuredTensor.from_torch(
             SparseSemiStructuredTensorCUTLASS(torch.Size([32, 128]), converted.packed, converted.meta, None, None, None)
         )

@@ -48,7 +48,10 @@ class FormatCrossovers:
 
     def __str__(self) -> str:
         """One line for each format but dense."""
-        of_columns = [self.smaller_than_dense, self.smaller_than_bitmask, *map(self.faster_than_dense, self.speedups)]
+        counted = [self.smaller_than_dense, self.smaller_than_bitmask]
+        of_columns = [{name: _words(share) for name, share in found.items()} for found in counted]
+        for found in self.speedups.values():
+            of_columns.append({name: crossing_words(points) for name, points in found.items()})
         columns = [
             "format",
             "smaller than dense",
@@ -56,10 +59,7 @@ class FormatCrossovers:
             *(f"faster, m = {rows}" for rows in self.speedups),
             "",
         ]
-        lines = [
-            [name, *(_words(found[name]) if name in found else "-" for found in of_columns), ""]
-            for name in self.smaller_than_dense
-        ]
+        lines = [[name, *(texts.get(name, "-") for texts in of_columns), ""] for name in self.smaller_than_dense]
         height, width = self.block_shape
         title = f"From which share of zeros on, {self.shape[0]}x{self.shape[1]} {dtype_name(self.dtype)}"
         notes = f"2:4 is half zeros. BSR: in whole blocks of {height}x{width}."
@@ -124,6 +124,13 @@ def crossing_sparsity(points: Iterable[tuple[float, float]]) -> float | None:
             way = -math.log(ratio) / math.log(next_ratio / ratio)
             return 1 - math.pow(1 - share, 1 - way) * math.pow(1 - next_share, way)
     return ordered[0][0]
+
+
+def crossing_words(points: Sequence[tuple[float, float]]) -> str:
+    """The same as text, which says where the lowest share bounds it that was measured."""
+    found = crossing_sparsity(points)
+    bounds = len(points) > 1 and found == min(share for share, _ in points)
+    return f"at most {_words(found)}" if bounds else _words(found)
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import torch
 
 from bitmask import BitmaskTensor, SemiStructuredTensor
 from bitmask.compare import FormatComparison, FormatRow, compare_formats
-from bitmask.crossovers import crossing_sparsity, format_crossovers
+from bitmask.crossovers import crossing_sparsity, crossing_words, format_crossovers
 from bitmask.format_timing import Format, product_times
 from bitmask.prune import prune_24_
 
@@ -288,6 +288,20 @@ def test_bad_arguments(tensor, options, error, message):
 )
 def test_crossing_sparsity(points, expected):
     assert crossing_sparsity(points) == (expected if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ((), "never"),
+        (((0.5, 0.5), (0.9, 0.9)), "never"),
+        (((0.5, 0.5), (0.75, 1.0)), "75.0%"),
+        (((0.9, 3.0), (0.5, 1.5)), "at most 50.0%"),
+        (((0.5, 1.5),), "50.0%"),
+    ],
+)
+def test_crossing_in_words(points, expected):
+    assert crossing_words(points) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])

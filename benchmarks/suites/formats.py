@@ -19,7 +19,7 @@ from benchmarks.machine import thread_count, uncached_nbytes
 from benchmarks.report import CpuResult, Report, grouped, markdown_table, reader_of
 from benchmarks.suites import Plan, Suite, UnavailableError
 from benchmarks.timer import Budget
-from bitmask.crossovers import crossing_sparsity, format_crossovers
+from bitmask.crossovers import crossing_words, format_crossovers
 from bitmask.format_bytes import DENSE as DENSE_FORMAT
 from bitmask.format_bytes import Census
 
@@ -154,7 +154,7 @@ def _crossover_tables(results: Sequence[FormatProductResult]) -> Iterable[str]:
     for (size, dtype, threads), group in grouped(results, lambda r: (shape_name(r.shape), r.dtype, r.threads)):
         by_rows = [(rows, speedups(cell)) for rows, cell in grouped(group, lambda result: result.rows)]
         names = dict.fromkeys(name for _, found in by_rows for name in found)
-        lines = [[name, *(_share(crossing_sparsity(found.get(name, ()))) for _, found in by_rows)] for name in names]
+        lines = [[name, *(crossing_words(found.get(name, ())) for _, found in by_rows)] for name in names]
         title = f"{size} {dtype}, {thread_count(threads)}: faster than {DENSE} from which share of zeros on"
         yield f"**{title}**\n\n{markdown_table(('format', *(f'm = {rows}' for rows, _ in by_rows)), lines)}"
 

@@ -86,10 +86,9 @@ struct TwoFourParts {
   Geometry geometry() const { return {matrix.rows, matrix.cols}; }
 };
 
-// Throws unless the parts have the dtypes and sizes of a 2:4 tensor.
-inline TwoFourParts two_four_parts_of(const Tensor& values, const Tensor& metadata) {
-  const Element element = element_of(values, false);
-  magnitude_of("values", element.dtype);  // refuses dtypes that have no 2:4 layout
+// Throws unless the parts have the dtypes and sizes of a 2:4 tensor; returns the sizes of the dense one.
+inline std::vector<int64_t> two_four_sizes(const Tensor& values, const Tensor& metadata) {
+  magnitude_of("values", dtype_of(values));  // refuses dtypes that have no 2:4 layout
   check_dtype("metadata", dtype_of(metadata), "torch.uint8", aoti_torch_dtype_uint8());
   const auto got = values.sizes();
   if (got.size() == 0 || got[got.size() - 1] % 2 != 0) {
@@ -99,13 +98,19 @@ inline TwoFourParts two_four_parts_of(const Tensor& values, const Tensor& metada
   if (__builtin_mul_overflow(sizes.back(), int64_t{2}, &sizes.back())) {
     fail("values: got size ", to_text(got), ", expected fewer than 2^63 columns");
   }
-  const Geometry g = geometry(sizes);
   const std::vector<int64_t> expected = bitmask_sizes(sizes), found(metadata.sizes().begin(), metadata.sizes().end());
   if (found != expected) {
     fail("metadata: got size ", to_text(found), ", expected ", to_text(expected), " ([..., ceil(cols / 8)]) for values of size ",
          to_text(got));
   }
-  TwoFourParts parts{contiguous("values", values), contiguous("metadata", metadata), element, sizes, {}};
+  return sizes;
+}
+
+// The parts, contiguous, checked but for what the metadata hold.
+inline TwoFourParts two_four_parts_of(const Tensor& values, const Tensor& metadata) {
+  const std::vector<int64_t> sizes = two_four_sizes(values, metadata);
+  const Geometry g = geometry(sizes);
+  TwoFourParts parts{contiguous("values", values), contiguous("metadata", metadata), element_of(values, false), sizes, {}};
   parts.matrix = {const_bytes(parts.values), const_bytes(parts.metadata), g.rows, g.cols};
   return parts;
 }

@@ -111,6 +111,7 @@ void list_columns(const MarkedRows& marked, int64_t* columns, int64_t* row_start
 
 // Where the elements of each row begin, and the end, and the column of each.
 std::tuple<Tensor, Tensor> row_starts_and_columns(const Proof& proof) {
+  check_feature_count("shape", proof.g.rows);
   const Tensor row_starts = empty_indices({proof.g.rows + 1}), columns = empty_indices({proof.nnz()});
   list_columns({proof.masks(), proof.g, proof.tasks, proof.starts}, entries(columns), entries(row_starts),
                [](const Tasks::Task&, int64_t, int64_t) {});
@@ -324,6 +325,7 @@ struct Index {
 // Fails unless there are `lines` rows in each matrix of `shape` and the values are [batch, entries, behind...].
 Index index_of(const Tensor& values, const Tensor& crow_indices, const Tensor& col_indices, const std::vector<int64_t>& shape,
                int64_t lines, std::initializer_list<int64_t> behind) {
+  check_feature_count("shape", lines);
   check_dtype("crow_indices", dtype_of(crow_indices), "torch.int64", aoti_torch_dtype_int64());
   check_dtype("col_indices", dtype_of(col_indices), "torch.int64", aoti_torch_dtype_int64());
   check_sizes("crow_indices", crow_indices.sizes(), batch_sizes(shape, {lines + 1}), "the sizes of the batch, and rows + 1");
@@ -426,8 +428,9 @@ std::tuple<Tensor, Tensor, Tensor> from_bsr(const Tensor& values, const Tensor& 
   const Index index = index_of(values, crow_indices, col_indices, sizes, lines, {blocks.rows, blocks.cols});
   std::vector<BlockIndex> proven;
   for (int64_t matrix = 0; matrix < m.count; ++matrix) {
-    proven.push_back(copy_block_index(kByRow, const_entries(index.crow) + matrix * (lines + 1), lines,
-                                      const_entries(index.col) + matrix * index.entries, index.entries, blocks.g.cols));
+    const int64_t starts_before = matrix * (lines + 1), blocks_before = matrix * index.entries;
+    proven.push_back(copy_block_index(kByRow, const_entries(index.crow) + starts_before, lines, const_entries(index.col) + blocks_before,
+                                      index.entries, blocks.g.cols, starts_before, blocks_before));
   }
   const Element element = element_of(values, keep_negative_zero);
   const ConvertValueKernels& kernels = value_kernels(element.width);

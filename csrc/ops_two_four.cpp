@@ -110,7 +110,12 @@ Tensor unpack_24(const Tensor& values, const Tensor& metadata) {
   return dense;
 }
 
-void validate_24(const Tensor& values, const Tensor& metadata) { prove(two_four_parts_of(values, metadata).matrix); }
+// Of values only their sizes count.
+void validate_24(const Tensor& values, const Tensor& metadata) {
+  const Geometry g = geometry(two_four_sizes(values, metadata));
+  const Tensor bits = contiguous("metadata", metadata);
+  prove({nullptr, const_bytes(bits), g.rows, g.cols});
+}
 
 // ------------------------------------------------------------------------------------------------------------- pruning
 
@@ -163,7 +168,8 @@ struct Weight : TwoFourParts {
 Weight weight_of(const Tensor& values, const Tensor& metadata) {
   const int dtype = by_dtype("values", dtype_of(values));
   if (values.dim() != 2) fail("values: got size ", to_text(values.sizes()), ", expected [out_features, in_features / 2]");
-  return {two_four_parts_of(values, metadata), cpu::kernels().two_four_linear[dtype], cpu::kernels().linear[dtype]};
+  const cpu::Kernels& table = cpu::kernels();  // looked up once: both must be of one instruction set
+  return {two_four_parts_of(values, metadata), table.two_four_linear[dtype], table.linear[dtype]};
 }
 
 // The weight as a bitmask, once its metadata are proven: half of each row is stored.

@@ -26,7 +26,15 @@ from torch import library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import bitmask
-from bitmask import BitmaskLinear, BitmaskTensor, DecompressWarning, FormatError, ops, reference
+from bitmask import (
+    BitmaskLinear,
+    BitmaskTensor,
+    DecompressWarning,
+    FormatError,
+    SemiStructuredTensor,
+    ops,
+    reference,
+)
 
 pytestmark = pytest.mark.filterwarnings("error::bitmask.DecompressWarning")
 
@@ -148,6 +156,17 @@ def test_subnormals(isa, dtype, m):
 
 
 # Strides and shapes of x.
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_float16_subnormals_are_kept_when_the_cpu_flushes_them(isa, flush_denormals, m):
+    subnormal = torch.tensor([1], dtype=torch.int16).view(torch.float16)
+    dense = torch.eye(4, dtype=torch.float16)
+    dense[1:3, 2:] = 0
+    bias = subnormal.expand(4).clone()
+    x = torch.zeros(m, 4, dtype=torch.float16)
+    for weight in (BitmaskTensor.from_dense(dense), SemiStructuredTensor.from_dense(dense)):
+        assert_bits_equal(F.linear(x, weight, bias), bias.expand(m, 4).contiguous())
 
 
 @pytest.mark.parametrize("name", VIEWS_OF_ROWS)

@@ -140,6 +140,24 @@ def test_subnormals_are_kept_when_the_cpu_flushes_them(isa, flush_denormals, sha
         assert_bits_equal(unpack_24(*pack_24(dense, prune=True)), dense)
 
 
+@pytest.mark.parametrize("float_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_subnormals_are_pruned_alike_when_the_cpu_flushes_them(isa, flush_denormals, float_dtype):
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[element_size(float_dtype)]
+    dense = torch.randint(1, 100, (8, 136), generator=torch.Generator().manual_seed(0)).to(bits).view(float_dtype)
+    for transposable in (False, True):
+        flushing, expected = dense.clone(), dense.clone()
+        prune_24(flushing, transposable)
+        torch.set_flush_denormal(False)
+        prune_24(expected, transposable)
+        torch.set_flush_denormal(True)
+        assert_bits_equal(flushing, expected)
+        kept = expected.view(bits)
+        blocks = dense.view(bits).reshape(2, 4, 34, 4)
+        assert kept.count_nonzero() == kept.numel() // 2
+        if transposable:  # the best pattern of each 4 x 4 keeps at least half, which any pattern and its opposite share
+            assert (2 * kept.reshape(2, 4, 34, 4).sum((1, 3)) >= blocks.sum((1, 3))).all()
+
+
 def strided_views(base):
     """Views of a tensor [8, 12, 16] whose last size is a multiple of four."""
     return {

@@ -60,6 +60,11 @@ struct HalfSums {
   }
 };
 
+// Bits of fp64 magnitudes, which compare as these do.
+constexpr int64_t kLeastNormal = 0x0010000000000000;
+constexpr int64_t kTooLarge = 0x7e70000000000000;  // 2^1000
+constexpr int64_t kInfinity = 0x7ff0000000000000;
+
 // The best pattern of each block. `ranks` may be null.
 inline void find_best(const HalfSums (&sums)[kBlockVectors], const HalfSums* ranks, BlockMarks (&best)[kBlockVectors]) {
   BlockLanes best_sum[kBlockVectors] = {}, best_rank[kBlockVectors] = {};
@@ -80,42 +85,55 @@ inline void find_best(const HalfSums (&sums)[kBlockVectors], const HalfSums* ran
   }
 }
 
-// The same for magnitudes that are not all below 2^1000: those that are not finite are ranked, others scaled where their sum might not be
-// finite.
+// The same for magnitudes that are not all zeros or normal numbers below 2^1000: those that are not finite are ranked, others scaled where
+// their sum might not be finite, or where they might be subnormal, which some modes of the processor take for zero.
 __attribute__((noinline, cold)) inline void find_best_of_extremes(const BlockLanes (&magnitudes)[kBlockVectors][16],
                                                                   BlockMarks (&best)[kBlockVectors]) {
   HalfSums sums[kBlockVectors], rank_sums[kBlockVectors];
   for (int i = 0; i < kBlockVectors; ++i) {
-    BlockLanes terms[16], ranks[16], scale = BlockLanes{} + 1;
-    for (int at = 0; at < 16; ++at) {
-      for (int lane = 0; lane < kBlocksPerVector; ++lane) {
+    BlockLanes terms[16], ranks[16];
+    for (int lane = 0; lane < kBlocksPerVector; ++lane) {
+      double largest = 0;
+      for (const BlockLanes& magnitude : magnitudes[i]) {
+        if (bits_as<int64_t>(magnitude[lane]) < kInfinity && magnitude[lane] > largest) largest = magnitude[lane];
+      }
+      const double scale = largest >= 0x1p1000 ? 0x1p-8 : largest < 0x1p400 ? 0x1p600 : 1;
+      for (int at = 0; at < 16; ++at) {
         const double magnitude = magnitudes[i][at][lane];
-        const bool finite = magnitude <= 0x1.fffffffffffffp1023;
-        ranks[at][lane] = finite ? 0 : magnitude == magnitude ? 1 : 16;
-        terms[at][lane] = finite ? magnitude : 0;
-        if (terms[at][lane] >= 0x1p1000) scale[lane] = 0x1p-8;
+        const int64_t bits = bits_as<int64_t>(magnitude);
+        ranks[at][lane] = bits < kInfinity ? 0 : bits == kInfinity ? 1 : 16;
+        // A subnormal is its bits, as an integer, times 2^-1074.
+        const double scaled = bits < kLeastNormal ? static_cast<double>(bits) * 0x1p-474 * (scale * 0x1p-600) : magnitude * scale;
+        terms[at][lane] = bits < kInfinity ? scaled : 0;
       }
     }
-    for (BlockLanes& term : terms) term *= scale;
     sums[i].add_up(terms);
     rank_sums[i].add_up(ranks);
   }
   find_best(sums, rank_sums, best);
 }
 
-// The magnitudes of the blocks that begin with column `col` of four rows. Returns whether all are below 2^1000.
+// A number as fp64, by its bits where it is an fp32 subnormal, for the same modes.
+inline double as_double(double number) { return number; }
+inline double as_double(float number) {
+  const uint32_t bits = bits_as<uint32_t>(number) & 0x7fffffff;
+  return bits < 0x00800000 ? static_cast<double>(static_cast<int32_t>(bits)) * 0x1p-149 : static_cast<double>(number);
+}
+
+// The magnitudes of the blocks that begin with column `col` of four rows. Returns whether all are zeros or normal numbers below 2^1000.
 template <class Element>
 inline bool load_magnitudes(uint8_t* const (&rows)[4], int col, BlockLanes (&magnitudes)[16]) {
   BlockMarks extreme{};
   for (int row = 0; row < 4; ++row) {
     const uint8_t* const src = rows[row] + col * Element::kWidth;
     double elements[4 * kBlocksPerVector];
-    for (int i = 0; i < 4 * kBlocksPerVector; ++i) elements[i] = static_cast<double>(Element::widen(src + i * Element::kWidth));
+    for (int i = 0; i < 4 * kBlocksPerVector; ++i) elements[i] = as_double(Element::widen(src + i * Element::kWidth));
     for (int i = 0; i < 4; ++i) {
       BlockLanes lanes;
       for (int lane = 0; lane < kBlocksPerVector; ++lane) lanes[lane] = elements[lane * 4 + i];
-      lanes = reinterpret_cast<BlockLanes>(reinterpret_cast<BlockMarks>(lanes) & INT64_MAX);
-      extreme |= ~(lanes < 0x1p1000);
+      const BlockMarks bits = reinterpret_cast<BlockMarks>(lanes) & INT64_MAX;
+      lanes = reinterpret_cast<BlockLanes>(bits);
+      extreme |= (bits >= kTooLarge) | ((bits != 0) & (bits < kLeastNormal));
       magnitudes[row * 4 + i] = lanes;
     }
   }

@@ -81,6 +81,12 @@ def call_past_autograd(op: Any, *args: Any, invalid: type[ValueError] = ValueErr
     return call(_past_autograd, op, *args, invalid=invalid)
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless it is True or False."""
+    if not isinstance(value, bool | torch.SymBool):
+        raise TypeError(f"{name}: got {value!r}, expected True or False")
+
+
 def check_strided(name: str, tensor: object) -> None:
     """Raise TypeError unless it is a plain dense tensor."""
     if not isinstance(tensor, Tensor):

@@ -154,7 +154,7 @@ class BitmaskTensor(CompressedTensor):
             block_shape: rows and columns of a block, which divide those of a matrix.
 
         Raises:
-            ValueError: as for `to_csr`, of blocks; a block_shape that does not divide.
+            ValueError: as for `to_csr`, of blocks; a block_shape that does not divide; a meta tensor.
             FormatError, NotImplementedError: as for `to_coo`.
 
         >>> BitmaskTensor.from_dense(torch.tensor([[0.0, 7.0, 0.0, 0.0], [8.0, 0.0, 0.0, 0.0]])).to_bsr((2, 2)).values()

@@ -149,9 +149,7 @@ def linear_24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None =
         check_parts_24(values, metadata)
     # The native op refuses every mistake; which one it was is asked afterwards, to keep small products fast.
     try:
-        y: Tensor = _differentiable(
-            torch.ops.bitmask.linear_24.default, x, values, metadata, bias, invalid=FormatError
-        )
+        y: Tensor = _differentiable(torch.ops.bitmask.linear_24.default, x, values, metadata, bias, invalid=FormatError)
     except (RuntimeError, TypeError, ValueError):
         _check_linear(x, values, metadata, bias)
         raise

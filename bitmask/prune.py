@@ -75,7 +75,7 @@ def prune_24_(tensor: Tensor, *, transposable: bool = False) -> Tensor:
         return tensor
     if _elements_share_memory(tensor):
         raise ValueError(f"tensor: got strides {list(tensor.stride())}, expected memory for each element by itself")
-    dense = tensor.detach().contiguous()
+    dense = tensor.detach().contiguous().resolve_neg()
     prune_24(dense, transposable)
     tensor.detach().copy_(dense)
     return tensor

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
 from bitmask import ops, ops_convert, ops_two_four
-from bitmask.calls import FormatError
+from bitmask.calls import FormatError, uncompiled
 from bitmask.cutlass_layout import from_cutlass, parts_of_torch
 
 _Parts = tuple[Tensor, Tensor, Tensor]
@@ -29,27 +29,33 @@ _checks_invariants: Callable[[], bool] = torch.sparse.check_sparse_tensor_invari
 # From the bitmask layout: values, bitmasks and row offsets of a tensor of `shape`.
 
 
+@uncompiled
 def to_coo(parts: _Parts, shape: torch.Size) -> Tensor:
     """A coalesced torch.sparse_coo tensor without dense dimensions."""
     indices, values = ops_convert.to_coo(*parts, shape)
     return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True, check_invariants=_checks_invariants())
 
 
+@uncompiled
 def to_csr(parts: _Parts, shape: torch.Size) -> Tensor:
     """A torch.sparse_csr tensor."""
     _check_matrices(shape)
     return _compressed(torch.sparse_csr, ops_convert.to_csr(*parts, shape), shape)
 
 
+@uncompiled
 def to_csc(parts: _Parts, shape: torch.Size) -> Tensor:
     """A torch.sparse_csc tensor."""
     _check_matrices(shape)
     return _compressed(torch.sparse_csc, ops_convert.to_csc(*parts, shape), shape)
 
 
+@uncompiled
 def to_bsr(parts: _Parts, shape: torch.Size, block_shape: Sequence[int]) -> Tensor:
     """A torch.sparse_bsr tensor of blocks of such sides."""
     _check_matrices(shape)
+    if parts[0].is_meta:
+        raise ValueError("tensor: got a meta tensor, expected one with data: it says how many blocks there are")
     return _compressed(torch.sparse_bsr, ops_convert.to_bsr(*parts, shape, block_shape), shape)
 
 
@@ -96,6 +102,7 @@ def _entries_of_each(borders: Tensor) -> int:
 # To the bitmask layout.
 
 
+@uncompiled
 def from_sparse(tensor: Tensor, keep_negative_zero: bool = False) -> _Parts:
     """The parts of a sparse tensor of any layout."""
     if not isinstance(tensor, Tensor):
@@ -104,7 +111,8 @@ def from_sparse(tensor: Tensor, keep_negative_zero: bool = False) -> _Parts:
         return _from_semi_structured(tensor, keep_negative_zero)
     if tensor.layout not in _CONVERSIONS or hasattr(tensor, "__tensor_flatten__"):
         kind = type(tensor).__name__ if hasattr(tensor, "__tensor_flatten__") else f"{tensor.layout} tensor"
-        raise TypeError(f"tensor: got a {kind}, expected a sparse one; from_dense takes dense ones")
+        way = "use its to_bitmask()" if hasattr(tensor, "to_bitmask") else "from_dense takes dense ones"
+        raise TypeError(f"tensor: got a {kind}, expected a sparse one; {way}")
     if tensor.dtype not in ops.DTYPES:
         raise TypeError(f"tensor: got dtype {tensor.dtype}, expected one that bitmask compresses")
     if tensor.device.type != "cpu":

@@ -368,7 +368,7 @@ def test_hostile_components(path, changes):
 
 def test_the_faulty_group_is_named(path):
     save_file(entries(WEIGHT, bitmask=HOSTILE["three bits set"]["bitmask"]), path)
-    with pytest.raises(FormatError, match=r"row 32\D.*60"):
+    with pytest.raises(FormatError, match=rf"{path}: w\.weight\.bitmask: row 32\D.*60"):
         read(path)
 
 

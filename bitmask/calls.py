@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -93,6 +94,17 @@ def check_flag(name: str, value: object) -> None:
     """Raise TypeError unless it is True or False."""
     if not isinstance(value, bool | torch.SymBool):
         raise TypeError(f"{name}: got {value!r}, expected True or False")
+
+
+def check_block_shape(block_shape: Sequence[int]) -> tuple[int, int]:
+    """Two positive integers as a tuple; raises TypeError or ValueError."""
+    try:
+        height, width = (operator.index(size) for size in block_shape)
+    except (TypeError, ValueError):
+        raise TypeError(f"block_shape: got {block_shape!r}, expected two integers") from None
+    if height < 1 or width < 1:
+        raise ValueError(f"block_shape: got {block_shape!r}, expected sizes of at least 1")
+    return height, width
 
 
 def check_strided(name: str, tensor: object) -> None:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitmask.block_layout import check_block_shape
-from bitmask.calls import LINEAR_DTYPES, check_strided, uncompiled
+from bitmask.calls import LINEAR_DTYPES, check_block_shape, check_strided, uncompiled
 from bitmask.format_bytes import BITMASK, BSR, COO, CSC, CSR, DENSE, TWO_FOUR, Census
 from bitmask.format_timing import ProductTimes, convert_times, formats, product_times
 from bitmask.ops import DTYPES

@@ -11,8 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from bitmask.block_layout import check_block_shape
-from bitmask.calls import LINEAR_DTYPES
+from bitmask.calls import LINEAR_DTYPES, check_block_shape
 from bitmask.compare import aligned, check_rows, dtype_name
 from bitmask.format_bytes import BITMASK, BSR, COO, CSC, CSR, DENSE, FORMATS, TWO_FOUR, Census
 from bitmask.format_timing import formats, product_times

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from bitmask.block_layout import check_block_shape
-from bitmask.calls import FormatError, call, check_flag, check_strided
+from bitmask.calls import FormatError, call, check_block_shape, check_flag, check_strided
 from bitmask.ops import DTYPES, bitmask_sizes, check_part_sizes, check_parts
 from bitmask.reference import rows_and_columns
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import bitmask
 from bitmask import BitmaskTensor, SemiStructuredTensor
 from bitmask.compare import FormatComparison, FormatRow, compare_formats
 from bitmask.crossovers import crossing_sparsity, crossing_words, format_crossovers
@@ -185,6 +186,11 @@ def test_compiled_functions_compare_between_their_graphs():
     found = torch.compile(lambda: compare_formats(matrix), backend="eager")()
     assert str(found) == str(compare_formats(matrix))
     torch._dynamo.reset()
+
+
+def test_public_names():
+    assert {"FormatComparison", "FormatCrossovers", "CompressedTensor"} <= {*bitmask.__all__}
+    assert isinstance(format_crossovers((4, 4)), bitmask.FormatCrossovers)
 
 
 def test_rows_by_name_and_in_order():

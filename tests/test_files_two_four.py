@@ -547,6 +547,11 @@ def test_prune_24(tmp_path):
     assert_same(dict(load_compressed(tmp_path / "again")), expected)
 
 
+def test_help_says_what_is_pruned():
+    text = " ".join(run_command("compress", "--help").stdout.split())
+    assert "in floating-point matrices named *weight whose columns are a multiple of four" in text
+
+
 def test_prune_both_ways(tmp_path):
     """First the fraction, of the whole weight, then the rest to 2:4."""
     weight = torch.randn(32, 32)

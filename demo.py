@@ -132,12 +132,18 @@ def show_formats(dense: torch.Tensor, plot: Path | None) -> None:
         plot_crossovers(crossovers, plot)
 
 
-def tensor_of(path: str, name: str | None) -> torch.Tensor:
-    """The named tensor of a checkpoint; exits with the names there are where it has none of that name."""
+def names_in(path: str) -> list[str]:
+    """The names of a checkpoint's tensors."""
     with safe_open(path, framework="pt") as checkpoint:
-        names = sorted(checkpoint.keys())
-        if name not in names:
-            sys.exit(f"{path}: --tensor: got {name}, expected one of {', '.join(names)}")
+        return sorted(checkpoint.keys())
+
+
+def tensor_of(path: str, name: str) -> torch.Tensor:
+    """The named tensor of a checkpoint; exits with the names there are where it has none of that name."""
+    names = names_in(path)
+    if name not in names:
+        sys.exit(f"{path}: --tensor: got {name}, expected one of {', '.join(names)}")
+    with safe_open(path, framework="pt") as checkpoint:
         found: torch.Tensor = checkpoint.get_tensor(name)
         return found
 
@@ -161,7 +167,11 @@ def main() -> None:
         metavar="S",
         help="first zero this fraction of each matrix, smallest first",
     )
-    parser.add_argument("--formats", action="store_true", help="compare sparse formats: memory, conversion, products")
+    parser.add_argument(
+        "--formats",
+        action="store_true",
+        help="compare sparse formats: memory, conversion, products (takes about a minute)",
+    )
     parser.add_argument("--tensor", metavar="NAME", help="which tensor of the checkpoint --formats is to compare")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw what --formats finds (needs matplotlib)")
     args = parser.parse_args()
@@ -178,6 +188,8 @@ def main() -> None:
             show_random((4096, 4096), torch.float16, sparsity=0.5)
         return
     try:
+        if args.formats and args.tensor is None:
+            parser.error(f"--formats of a checkpoint needs --tensor, one of {', '.join(names_in(args.checkpoint))}")
         if args.formats:
             show_formats(pruned(tensor_of(args.checkpoint, args.tensor), args.prune), args.plot)
             return

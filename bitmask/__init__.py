@@ -13,8 +13,8 @@ from bitmask.block_patterns import block_norms, largest_blocks
 from bitmask.block_sparse import BlockSparseLinear
 from bitmask.calls import FormatError
 from bitmask.compare import FormatComparison, compare_formats
-from bitmask.compressed_tensor import DecompressWarning
-from bitmask.crossovers import format_crossovers
+from bitmask.compressed_tensor import CompressedTensor, DecompressWarning
+from bitmask.crossovers import FormatCrossovers, format_crossovers
 from bitmask.files import BitmaskConfig, load_compressed, load_rows, save_compressed, save_compressed_model
 from bitmask.linear import BitmaskLinear
 from bitmask.models import CompressionReport, compress_, compression_report, decompress_
@@ -35,9 +35,11 @@ __all__ = [
     "BitmaskTensor",
     "BlockSparseLinear",
     "BlockSparseModelPatcher",
+    "CompressedTensor",
     "CompressionReport",
     "DecompressWarning",
     "FormatComparison",
+    "FormatCrossovers",
     "FormatError",
     "NaiveBitmaskTensor",
     "SemiStructuredTensor",

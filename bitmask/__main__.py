@@ -49,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
     )
     compress.add_argument("--prune", type=fraction, default=0.0, help="first zero this fraction of each weight")
     compress.add_argument(
-        "--prune-24", action="store_true", help="first zero the smaller two of every four neighbours in a row"
+        "--prune-24",
+        action="store_true",
+        help="first zero the smaller two of every four neighbours in a row, in floating-point matrices named *weight"
+        " whose columns are a multiple of four",
     )
 
     decompress = commands.add_parser("decompress", help="back to ordinary safetensors")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bitmask import ops, sparse_layouts
+from bitmask.calls import uncompiled
 from bitmask.compressed_tensor import CompressedTensor, detached, mark_parameter, part_property
 
 
@@ -90,6 +91,7 @@ class BitmaskTensor(CompressedTensor):
         return cls._wrap((values, bitmasks.reshape(ops.bitmask_sizes(sizes)), row_offsets), sizes)
 
     @classmethod
+    @uncompiled
     def from_sparse(cls, tensor: Tensor, *, keep_negative_zero: bool = False) -> BitmaskTensor:
         """Convert a tensor of any of PyTorch's sparse layouts, without a dense copy: `from_dense(tensor.to_dense())`.
 
@@ -111,6 +113,7 @@ class BitmaskTensor(CompressedTensor):
         """
         return cls._wrap(sparse_layouts.from_sparse(tensor, keep_negative_zero), tensor.shape)
 
+    @uncompiled
     def to_coo(self) -> Tensor:
         """This tensor as a coalesced torch.sparse_coo tensor of int64 indices, as `to_dense().to_sparse()` makes it.
 
@@ -126,6 +129,7 @@ class BitmaskTensor(CompressedTensor):
         """
         return sparse_layouts.to_coo(self._parts(), self.shape)
 
+    @uncompiled
     def to_csr(self) -> Tensor:
         """The same as torch.sparse_csr: a matrix, or a batch of them that store as many elements each.
 
@@ -139,6 +143,7 @@ class BitmaskTensor(CompressedTensor):
         """
         return sparse_layouts.to_csr(self._parts(), self.shape)
 
+    @uncompiled
     def to_csc(self) -> Tensor:
         """The same as torch.sparse_csc: column by column; raises what `to_csr` raises.
 
@@ -147,6 +152,7 @@ class BitmaskTensor(CompressedTensor):
         """
         return sparse_layouts.to_csc(self._parts(), self.shape)
 
+    @uncompiled
     def to_bsr(self, block_shape: Sequence[int]) -> Tensor:
         """The same as torch.sparse_bsr: all elements of the blocks that store any.
 
@@ -154,7 +160,7 @@ class BitmaskTensor(CompressedTensor):
             block_shape: rows and columns of a block, which divide those of a matrix.
 
         Raises:
-            ValueError: as for `to_csr`, of blocks; a block_shape that does not divide.
+            ValueError: as for `to_csr`, of blocks; a block_shape that does not divide; a meta tensor.
             FormatError, NotImplementedError: as for `to_coo`.
 
         >>> BitmaskTensor.from_dense(torch.tensor([[0.0, 7.0, 0.0, 0.0], [8.0, 0.0, 0.0, 0.0]])).to_bsr((2, 2)).values()

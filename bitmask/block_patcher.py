@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bitmask import block_layout, block_patterns
 from bitmask.block_sparse import BlockSparseLinear
-from bitmask.calls import LINEAR_DTYPES
+from bitmask.calls import LINEAR_DTYPES, check_block_shape
 from bitmask.compressed_tensor import CompressedTensor
 from bitmask.models import Filter, LinearWeight, linear_weights, use_against
 
@@ -108,7 +108,7 @@ def prune_blocks(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got {type(module).__name__}, expected an nn.Module")
     block_patterns.check_density(density)
-    sizes = block_layout.check_block_shape(block_shape)
+    sizes = check_block_shape(block_shape)
     if scope not in ("layer", "model"):
         raise ValueError(f"scope: got {scope!r}, expected 'layer' or 'model'")
     if filter_fn is not None and not callable(filter_fn):
@@ -183,7 +183,7 @@ def _strongest(
 # What a pattern of BlockSparseModelPatcher may say, and how it is checked.
 _OPTIONS: dict[str, Callable[[Any], object]] = {
     "density": block_patterns.check_density,
-    "block_shape": block_layout.check_block_shape,
+    "block_shape": check_block_shape,
     "pattern": block_patterns.check_pattern,
 }
 
@@ -297,7 +297,7 @@ class BlockSparseModelPatcher:
 
 def _cut_by(options: Mapping[str, Any], layer: Any, name: str) -> _Cut:
     """What options make of a layer; raises ValueError unless their pattern, if there is one, has its size."""
-    block_shape = block_layout.check_block_shape(options.get("block_shape", (32, 32)))
+    block_shape = check_block_shape(options.get("block_shape", (32, 32)))
     if "pattern" not in options:
         norms = _norms(layer, block_shape)
         count = block_patterns.count_blocks(options.get("density", 0.5), norms.numel(), name, stacklevel=4)

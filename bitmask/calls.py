@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,14 @@ from bitmask import _C, native
 
 # Dtypes that have products.
 LINEAR_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: _Function) -> _Function:
+    """A function that compilers run as it is, between their graphs: what they have no tensors or operations for."""
+    return cast(_Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 class FormatError(ValueError):
@@ -79,6 +88,23 @@ def _past_autograd(op: Any, *args: Any) -> Any:
 def call_past_autograd(op: Any, *args: Any, invalid: type[ValueError] = ValueError) -> Any:
     """`call`, past autograd where nothing needs it: a formula in Python costs more than a small product."""
     return call(_past_autograd, op, *args, invalid=invalid)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless it is True or False."""
+    if not isinstance(value, bool | torch.SymBool):
+        raise TypeError(f"{name}: got {value!r}, expected True or False")
+
+
+def check_block_shape(block_shape: Sequence[int]) -> tuple[int, int]:
+    """Two positive integers as a tuple; raises TypeError or ValueError."""
+    try:
+        height, width = (operator.index(size) for size in block_shape)
+    except (TypeError, ValueError):
+        raise TypeError(f"block_shape: got {block_shape!r}, expected two integers") from None
+    if height < 1 or width < 1:
+        raise ValueError(f"block_shape: got {block_shape!r}, expected sizes of at least 1")
+    return height, width
 
 
 def check_strided(name: str, tensor: object) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bitmask.block_layout import check_block_shape
-from bitmask.calls import LINEAR_DTYPES, check_strided
+from bitmask.calls import LINEAR_DTYPES, check_block_shape, check_strided, uncompiled
 from bitmask.format_bytes import BITMASK, BSR, COO, CSC, CSR, DENSE, TWO_FOUR, Census
 from bitmask.format_timing import ProductTimes, convert_times, formats, product_times
 from bitmask.ops import DTYPES
 from bitmask.ops_two_four import TWO_FOUR_DTYPES
+
+_MANY_ROWS = 16  # of x, from which on arithmetic rather than memory takes the time of a product
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class FormatRow:
         short_nbytes: the same with int32 indices, None where there are none or they do not suffice.
         ratio: `nbytes` as a share of the dense bytes, None where there are none.
         convert_ms: median time of making it from the dense tensor, None where not measured.
-        product_ms: median time of x W^T by rows of x, as far as measured.
+        product_ms: median time of x W^T by rows of x, as far as measured; of CSR and CSC with int32 indices where
+            they suffice.
         note: what there is to say about it here.
     """
 
@@ -49,7 +51,7 @@ class FormatComparison:
         shape, dtype, sparsity: of the matrix that was compared.
         block_shape: rows and columns of BSR's blocks.
         rows: for which numbers of rows of x products were measured.
-        formats: one row for each format; `comparison["CSR"]` is that of CSR.
+        formats: one row for each format, in the order of iteration; `comparison["CSR"]` is that of CSR.
     """
 
     shape: tuple[int, int]
@@ -62,6 +64,14 @@ class FormatComparison:
     def __getitem__(self, name: str) -> FormatRow:
         """The row of a format; KeyError for a name that is none."""
         return {row.name: row for row in self.formats}[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a format of that name."""
+        return any(row.name == name for row in self.formats)
+
+    def __iter__(self) -> Iterator[FormatRow]:
+        """The rows, as in `formats`."""
+        return iter(self.formats)
 
     @property
     def smallest(self) -> FormatRow:
@@ -78,7 +88,7 @@ class FormatComparison:
         """The table, and which format wins, and why."""
         columns = ["format", "bytes", "of dense", "int32 indices"]
         columns += ["convert ms", *(f"m = {rows} ms" for rows in self.rows)] if self.rows else []
-        verdicts = [f"Smallest: {self.smallest.name}: {self._why_smallest()}."]
+        verdicts = [f"Smallest: {self.smallest.name}: {self._why_smallest()}.{self._smaller_with_short_indices()}"]
         verdicts += [f"Fastest at m = {rows}: {self._why_fastest(rows)}." for rows in self.rows]
         title = f"{self.shape[0]}x{self.shape[1]} {dtype_name(self.dtype)}, {self.sparsity:.1%} zeros"
         title += f", times on {torch.get_num_threads()} threads" if self.rows else ""
@@ -90,14 +100,22 @@ class FormatComparison:
             cells += [_or_dash(time, ".3f") for time in (row.convert_ms, *map(row.product_ms.get, self.rows))]
         return [*cells, row.note]
 
+    def _smaller_with_short_indices(self) -> str:
+        """Which format is smaller than all of them once its indices are int32, if any is."""
+        short = {row.name: row.short_nbytes for row in self.formats if row.short_nbytes is not None}
+        best = min(short, key=lambda name: short[name], default=None)
+        if best is None or self.smallest.nbytes is None or short[best] >= self.smallest.nbytes:
+            return ""
+        return f" With int32 indices {best} is smaller: {short[best]:,} bytes."
+
     def _why_smallest(self) -> str:
         index = f"an int64 column index costs 8 bytes for each value of {self.dtype.itemsize}"
-        few = "so few values are left that 8 bytes of index for each are less than a bit for each element"
         return {
             DENSE: f"with {self.sparsity:.1%} zeros, every other format adds more than the zeros that it leaves out",
-            COO: "with fewer values than rows, 16 bytes of indices for each are less than an offset for each row",
-            CSR: few,
-            CSC: few,
+            COO: "with no more values than rows, a second index for each costs less than an offset for each row",
+            CSR: "so few values are left that 8 bytes of index for each are less than a bit for each element",
+            CSC: "an index for each value and an offset for each column are less than the bits and row offsets of a "
+            "bitmask",
             BSR: f"one index of 8 bytes serves the {math.prod(self.block_shape)} elements of a block",
             TWO_FOUR: f"it marks an element by one bit and needs no offsets, while {index}",
             BITMASK: f"it marks an element by one bit, while {index}",
@@ -108,9 +126,19 @@ class FormatComparison:
         if best is dense:
             return f"{DENSE}: finding where values belong takes the others longer than multiplying by zeros takes it"
         gain = f"{best.name}, {dense.product_ms[rows] / best.product_ms[rows]:.2f} times as fast as dense"
-        if best.ratio is not None and best.ratio < 1:
-            return f"{gain}: it reads {best.ratio:.1%} of the bytes"
-        return f"{gain}: it skips blocks or elements that are zero, though it reads no fewer bytes"
+        return f"{gain}: {self._why_faster_than_dense(best, rows)}"
+
+    def _why_faster_than_dense(self, best: FormatRow, rows: int) -> str:
+        # CSR and CSC are multiplied by with int32 indices.
+        read = best.short_nbytes if best.name in (CSR, CSC) and best.short_nbytes is not None else best.nbytes
+        dense = self[DENSE].nbytes
+        if best.name == TWO_FOUR and rows >= _MANY_ROWS:
+            return "it multiplies by half of the elements, which counts for more than bytes with so many rows"
+        if read is not None and dense and read < dense:
+            return f"it reads {read / dense:.1%} of the bytes"
+        if best.name in (COO, CSR, CSC) and self.sparsity > 0:
+            return "it skips the elements that are zero, though it reads no fewer bytes"
+        return "it reads no fewer bytes, its kernel is what is faster"
 
 
 def compare_formats(
@@ -144,6 +172,11 @@ def compare_formats(
     >>> found["2:4"].note
     '512 of 1,024 groups of four have more than two non-zeros'
     """
+    return _compare(tensor, time, rows, block_shape)
+
+
+@uncompiled
+def _compare(tensor: Tensor, time: bool, rows: Sequence[int], block_shape: Sequence[int]) -> FormatComparison:
     wanted, blocks = check_rows(rows), check_block_shape(block_shape)
     _check_tensor(tensor, time)
     matrix = tensor.detach().reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1] if tensor.ndim else 1).contiguous()

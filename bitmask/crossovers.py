@@ -11,12 +11,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from bitmask.block_layout import check_block_shape
-from bitmask.calls import LINEAR_DTYPES
+from bitmask.calls import LINEAR_DTYPES, check_block_shape
 from bitmask.compare import aligned, check_rows, dtype_name
 from bitmask.format_bytes import BITMASK, BSR, COO, CSC, CSR, DENSE, FORMATS, TWO_FOUR, Census
 from bitmask.format_timing import formats, product_times
 from bitmask.ops import DTYPES
+from bitmask.ops_two_four import TWO_FOUR_DTYPES
 from bitmask.prune import prune_24_
 
 _SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -30,7 +30,8 @@ class FormatCrossovers:
     """What `format_crossovers` found; `str()` is a table.
 
     Attributes:
-        smaller_than_dense: from which share of zeros on, by format; 0.5 for a 2:4 that is smaller; None for never.
+        smaller_than_dense: from which share of zeros on, by format; 0.5 for a 2:4 that is smaller; None for never, or
+            for a 2:4 that such a matrix has not.
         smaller_than_bitmask: the same.
         speedups: by rows of x and format, how many times as fast as dense at each share of zeros that was measured.
     """
@@ -61,8 +62,10 @@ class FormatCrossovers:
         ]
         lines = [[name, *(texts.get(name, "-") for texts in of_columns), ""] for name in self.smaller_than_dense]
         height, width = self.block_shape
+        past_edges = self.shape[0] % height != 0 or self.shape[1] % width != 0
         title = f"From which share of zeros on, {self.shape[0]}x{self.shape[1]} {dtype_name(self.dtype)}"
-        notes = f"2:4 is half zeros. BSR: in whole blocks of {height}x{width}."
+        notes = f"2:4 is half zeros. BSR: in whole blocks of {height}x{width}"
+        notes += ", which reach past the edges; torch refuses that." if past_edges else "."
         return "\n".join([title, "", *aligned([columns, *lines]), "", notes])
 
 
@@ -98,13 +101,19 @@ def format_crossovers(
     if dtype not in (LINEAR_DTYPES if time else DTYPES):
         raise TypeError(f"dtype: got {dtype}, expected {'one with products' if time else 'one with a codec'}")
     names = [name for name in FORMATS if name != DENSE]
+    has_two_four = size[1] % 4 == 0 and dtype in TWO_FOUR_DTYPES
     empty, full = (Census.imagined(size, dtype.itemsize, blocks, density).nbytes() for density in (0.0, 1.0))
+
+    def smaller(other: str) -> dict[str, float | None]:
+        possible = {name: name != TWO_FOUR or has_two_four for name in names if name != other}
+        return {name: _smaller(name, other, empty, full) if each else None for name, each in possible.items()}
+
     return FormatCrossovers(
         size,
         dtype,
         blocks,
-        {name: _smaller(name, DENSE, empty, full) for name in names},
-        {name: _smaller(name, BITMASK, empty, full) for name in names if name != BITMASK},
+        smaller(DENSE),
+        smaller(BITMASK),
         _speedups(size, dtype, blocks, wanted, shares) if time else {},
     )
 

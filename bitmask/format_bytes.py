@@ -79,10 +79,15 @@ class Census:
 
     def short_nbytes(self) -> dict[str, int]:
         """The bytes with int32 indices, of the formats that take them, where they suffice."""
-        if max(self.nnz, self.rows, self.cols) >= 2**31:
+        if not short_indices_suffice(self.nnz, self.rows, self.cols):
             return {}
         nbytes = self.nbytes(SHORT_INDEX_NBYTES)
         return {name: nbytes[name] for name in (CSR, CSC, BSR)}
+
+
+def short_indices_suffice(nnz: int, rows: int, cols: int) -> bool:
+    """Whether int32 holds every index of a matrix and every offset into its elements."""
+    return max(nnz, rows, cols) < 2**31
 
 
 def _grid(shape: tuple[int, int], block_shape: tuple[int, int]) -> tuple[int, int]:

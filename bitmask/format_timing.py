@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitmask.bitmask_tensor import BitmaskTensor
-from bitmask.format_bytes import BITMASK, BSR, COO, CSC, CSR, DENSE, TWO_FOUR
+from bitmask.format_bytes import BITMASK, BSR, COO, CSC, CSR, DENSE, TWO_FOUR, short_indices_suffice
 from bitmask.ops_block import bsr_linear
 from bitmask.semi_structured import SemiStructuredTensor
 
@@ -42,16 +42,30 @@ class ProductTimes:
 
 
 def formats(block_shape: tuple[int, int]) -> dict[str, Format]:
-    """Every format by its name; BSR's product is this library's, those of torch's other layouts are torch's."""
+    """Every format by its name; BSR's product is this library's, those of torch's other layouts are torch's.
+
+    CSR and CSC have int32 indices where they suffice: torch multiplies several times as fast by them.
+    """
     return {
         DENSE: Format(lambda dense: dense, F.linear),
         COO: Format(lambda dense: BitmaskTensor.from_dense(dense).to_coo(), torch_linear),
-        CSR: Format(lambda dense: BitmaskTensor.from_dense(dense).to_csr(), torch_linear),
-        CSC: Format(lambda dense: BitmaskTensor.from_dense(dense).to_csc(), torch_linear),
+        CSR: Format(lambda dense: with_short_indices(BitmaskTensor.from_dense(dense).to_csr()), torch_linear),
+        CSC: Format(lambda dense: with_short_indices(BitmaskTensor.from_dense(dense).to_csc()), torch_linear),
         BSR: Format(lambda dense: BitmaskTensor.from_dense(dense).to_bsr(block_shape), block_linear),
         TWO_FOUR: Format(SemiStructuredTensor.from_dense, F.linear),
         BITMASK: Format(BitmaskTensor.from_dense, F.linear),
     }
+
+
+def with_short_indices(matrix: Tensor) -> Tensor:
+    """A matrix in CSR or CSC with int32 indices, which MKL takes as they are, or as it is where they do not suffice."""
+    if not short_indices_suffice(len(matrix.values()), *matrix.shape):
+        return matrix
+    by_row = matrix.layout is torch.sparse_csr
+    starts = matrix.crow_indices() if by_row else matrix.ccol_indices()
+    positions = matrix.col_indices() if by_row else matrix.row_indices()
+    parts = starts.int(), positions.int(), matrix.values()
+    return torch.sparse_compressed_tensor(*parts, matrix.shape, layout=matrix.layout, check_invariants=False)
 
 
 def torch_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -99,7 +113,9 @@ def _problem(call: Callable[[], Tensor], exact: Tensor, x: Tensor) -> str:
     dtype = str(x.dtype).removeprefix("torch.")
     try:
         error = float((call().to(exact.dtype) - exact).norm() / exact.norm())
-    except RuntimeError:
+    except RuntimeError as refusal:
+        if not isinstance(refusal, NotImplementedError) and "MKL" not in str(refusal):  # which some builds are without
+            raise
         return f"torch has no product with it in {dtype}"
     allowed = 2 * torch.finfo(x.dtype).eps + math.sqrt(x.shape[1]) * torch.finfo(exact.dtype).eps
     return f"its product is {error:.1%} off in {dtype}, and left out" if error > allowed else ""

@@ -19,6 +19,7 @@ from bitmask.calls import (
     FormatError,
     call,
     call_past_autograd,
+    check_flag,
     check_strided,
     refuse_frozen_gradient,
     register_autocast,
@@ -91,6 +92,7 @@ def compress(dense: Tensor, keep_negative_zero: bool = False) -> tuple[Tensor, T
     (tensor([1., 2., 5., 3.]), [[5], [3]], [0, 2])
     """
     check_dense(dense)
+    check_flag("keep_negative_zero", keep_negative_zero)
     parts: tuple[Tensor, Tensor, Tensor] = call(torch.ops.bitmask.compress, dense, keep_negative_zero)
     return parts
 
@@ -136,6 +138,7 @@ def compress_into(
     (tensor([1., 2., 3., 0.]), [[5], [2]], [0, 2])
     """
     check_dense(dense)
+    check_flag("keep_negative_zero", keep_negative_zero)
     check_into(dense, keep_negative_zero, values, bitmasks, row_offsets)
     nnz: Tensor = call(
         torch.ops.bitmask.compress_into, dense.detach(), keep_negative_zero, values, bitmasks, row_offsets

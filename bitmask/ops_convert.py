@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from bitmask.calls import FormatError, call, check_strided
+from bitmask.calls import FormatError, call, check_block_shape, check_flag, check_strided
 from bitmask.ops import DTYPES, bitmask_sizes, check_part_sizes, check_parts
 from bitmask.reference import rows_and_columns
 
@@ -95,8 +95,8 @@ def to_bsr(
             [[8, 0]]]))
     """
     _check_matrices(shape)
-    check_block_shape(block_shape, shape)
-    lists: _Three = _call_on_parts(torch.ops.bitmask.to_bsr, values, bitmasks, row_offsets, shape, list(block_shape))
+    sides = _dividing_sides(block_shape, shape)
+    lists: _Three = _call_on_parts(torch.ops.bitmask.to_bsr, values, bitmasks, row_offsets, shape, sides)
     return lists
 
 
@@ -193,16 +193,14 @@ def coo_to_crow(indices: Tensor, shape: Sequence[int]) -> Tensor:
     return crow_indices
 
 
-def check_block_shape(block_shape: Sequence[int], shape: Sequence[int]) -> None:
-    """Raise TypeError or ValueError unless blocks of such sides divide the matrices of `shape`."""
-    if not isinstance(block_shape, Sequence) or [type(side) for side in block_shape] != [int, int]:
-        raise TypeError(f"block_shape: got {block_shape!r}, expected two integers: block rows and block columns")
-    if min(block_shape) < 1:
-        raise ValueError(f"block_shape: got {list(block_shape)}, expected block rows and block columns of at least 1")
-    if any(size % side != 0 for size, side in zip(shape[-2:], block_shape, strict=True)):
+def _dividing_sides(block_shape: Sequence[int], shape: Sequence[int]) -> tuple[int, int]:
+    """The sides of blocks that divide the matrices of `shape`; raises TypeError or ValueError."""
+    sides = check_block_shape(block_shape)
+    if any(size % side != 0 for size, side in zip(shape[-2:], sides, strict=True)):
         raise ValueError(
-            f"block_shape: got {list(block_shape)}, expected sizes that divide those of a matrix, {list(shape[-2:])}"
+            f"block_shape: got {list(sides)}, expected sizes that divide those of a matrix, {list(shape[-2:])}"
         )
+    return sides
 
 
 def _check_matrices(shape: Sequence[int]) -> None:
@@ -255,6 +253,7 @@ def _call_on_lists(
     keep_negative_zero: bool,
 ) -> Any:
     _check_lists(values, crow_indices, col_indices, shape)
+    check_flag("keep_negative_zero", keep_negative_zero)
     return call(op, values.detach(), crow_indices, col_indices, list(shape), keep_negative_zero, invalid=FormatError)
 
 

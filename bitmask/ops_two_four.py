@@ -18,10 +18,12 @@ from bitmask.calls import (
     FormatError,
     call,
     call_past_autograd,
+    check_flag,
     check_on_cpu,
     check_strided,
     check_tensors,
     refuse_frozen_gradient,
+    refuse_transforms,
     register_autocast,
     register_writes,
 )
@@ -55,7 +57,9 @@ def pack_24(dense: Tensor, prune: bool = False, keep_negative_zero: bool = False
     (tensor([[1., 2.], [5., 0.]]), [[5], [6]])
     """
     _check_packable("dense", dense)
-    parts: tuple[Tensor, Tensor] = call(torch.ops.bitmask.pack_24, dense, prune, keep_negative_zero)
+    check_flag("prune", prune)
+    check_flag("keep_negative_zero", keep_negative_zero)
+    parts: tuple[Tensor, Tensor] = _differentiable(torch.ops.bitmask.pack_24.default, dense, prune, keep_negative_zero)
     return parts
 
 
@@ -82,7 +86,7 @@ def unpack_24(values: Tensor, metadata: Tensor) -> Tensor:
     tensor([7, 0, 8, 0])
     """
     check_parts_24(values, metadata)
-    dense: Tensor = call(torch.ops.bitmask.unpack_24, values, metadata, invalid=FormatError)
+    dense: Tensor = _differentiable(torch.ops.bitmask.unpack_24.default, values, metadata, invalid=FormatError)
     return dense
 
 
@@ -145,9 +149,7 @@ def linear_24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None =
         check_parts_24(values, metadata)
     # The native op refuses every mistake; which one it was is asked afterwards, to keep small products fast.
     try:
-        y: Tensor = call_past_autograd(
-            torch.ops.bitmask.linear_24.default, x, values, metadata, bias, invalid=FormatError
-        )
+        y: Tensor = _differentiable(torch.ops.bitmask.linear_24.default, x, values, metadata, bias, invalid=FormatError)
     except (RuntimeError, TypeError, ValueError):
         _check_linear(x, values, metadata, bias)
         raise
@@ -164,13 +166,19 @@ def linear_24_backward_input(grad: Tensor, values: Tensor, metadata: Tensor) -> 
     if not type(values) is type(metadata) is Tensor:
         check_parts_24(values, metadata)
     try:
-        grad_x: Tensor = call_past_autograd(
+        grad_x: Tensor = _differentiable(
             torch.ops.bitmask.linear_24_backward_input.default, grad, values, metadata, invalid=FormatError
         )
     except (RuntimeError, TypeError, ValueError):
         _check_backward_input(grad, values, metadata)
         raise
     return grad_x
+
+
+def _differentiable(op: Any, *args: Any, invalid: type[ValueError] = ValueError) -> Any:
+    """Call an op that has a gradient, but none in forward mode or under torch.func."""
+    refuse_transforms(op, args)
+    return call_past_autograd(op, *args, invalid=invalid)
 
 
 # What is wrong with a call, for all that can be seen without looking at what the parts hold.
@@ -198,6 +206,7 @@ def _check_packable(name: str, dense: Tensor) -> None:
 
 def _check_prunable(tensor: Tensor, transposable: bool) -> None:
     _check_packable("tensor", tensor)
+    check_flag("transposable", transposable)
     if transposable and tensor.dtype not in LINEAR_DTYPES:
         raise TypeError(f"tensor: got dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
     if transposable and (tensor.ndim < 2 or tensor.shape[-2] % 4 != 0):

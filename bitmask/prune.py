@@ -69,12 +69,13 @@ def prune_24_(tensor: Tensor, *, transposable: bool = False) -> Tensor:
     tensor([[ 0., -2.,  3.,  0.],
             [ 0.,  0.,  1.,  0.]])
     """
-    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_contiguous():
+    strided = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+    if not strided or (tensor.is_contiguous() and not tensor.is_neg()):
         prune_24(tensor, transposable)
         return tensor
     if _elements_share_memory(tensor):
         raise ValueError(f"tensor: got strides {list(tensor.stride())}, expected memory for each element by itself")
-    dense = tensor.detach().contiguous()
+    dense = tensor.detach().contiguous().resolve_neg()
     prune_24(dense, transposable)
     tensor.detach().copy_(dense)
     return tensor

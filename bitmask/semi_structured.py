@@ -30,6 +30,8 @@ def _dense_sizes(values: Tensor) -> list[int]:
 def _rebuild(values: Tensor, metadata: Tensor, shape: Sequence[int], is_parameter: bool) -> SemiStructuredTensor:
     """Unpickle: what a file says is proven first."""
     tensor = SemiStructuredTensor.from_parts(values, metadata)
+    if not isinstance(shape, Sequence) or len(shape) == 0 or not all(isinstance(size, int) for size in shape):
+        raise FormatError(f"shape: got {shape!r}, expected {list(tensor.shape)}")
     _check_part_sizes(values, metadata, shape)
     return mark_parameter(tensor, is_parameter)
 
@@ -143,7 +145,9 @@ class SemiStructuredTensor(CompressedTensor):
         >>> SemiStructuredTensor.from_dense(torch.tensor([[0.0, 7.0, 0.0, 8.0]])).to_bitmask().row_offsets
         tensor([0])
         """
-        return BitmaskTensor.from_parts(*ops_two_four.bitmask_parts_24(*self._parts()), self.shape)
+        parts = self._parts()
+        ops_two_four.validate_24(*parts)  # a bitmask proves whole rows, not every four columns
+        return BitmaskTensor._wrap(ops_two_four.bitmask_parts_24(*parts), self.shape)
 
     def to_torch(self) -> SparseSemiStructuredTensorCUTLASS:
         """torch's tensor for its 2:4 kernels on GPUs; values are shared, but for float32.

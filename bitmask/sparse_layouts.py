@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, UnsupportedOperatorException
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
 from bitmask import ops, ops_convert, ops_two_four
@@ -31,26 +33,38 @@ _checks_invariants: Callable[[], bool] = torch.sparse.check_sparse_tensor_invari
 
 def to_coo(parts: _Parts, shape: torch.Size) -> Tensor:
     """A coalesced torch.sparse_coo tensor without dense dimensions."""
+    _break_graph(parts, torch.ops.aten.sparse_coo_tensor.indices)
     indices, values = ops_convert.to_coo(*parts, shape)
     return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True, check_invariants=_checks_invariants())
 
 
 def to_csr(parts: _Parts, shape: torch.Size) -> Tensor:
     """A torch.sparse_csr tensor."""
+    _break_graph(parts, torch.ops.aten.sparse_csr_tensor.crow_col_value_size)
     _check_matrices(shape)
     return _compressed(torch.sparse_csr, ops_convert.to_csr(*parts, shape), shape)
 
 
 def to_csc(parts: _Parts, shape: torch.Size) -> Tensor:
     """A torch.sparse_csc tensor."""
+    _break_graph(parts, torch.ops.aten.sparse_csc_tensor.ccol_row_value_size)
     _check_matrices(shape)
     return _compressed(torch.sparse_csc, ops_convert.to_csc(*parts, shape), shape)
 
 
 def to_bsr(parts: _Parts, shape: torch.Size, block_shape: Sequence[int]) -> Tensor:
     """A torch.sparse_bsr tensor of blocks of such sides."""
+    _break_graph(parts, torch.ops.aten.sparse_bsr_tensor.crow_col_value_size)
     _check_matrices(shape)
+    if parts[0].is_meta:
+        raise ValueError("tensor: got a meta tensor, expected one with data: it says how many blocks there are")
     return _compressed(torch.sparse_bsr, ops_convert.to_bsr(*parts, shape, block_shape), shape)
+
+
+def _break_graph(parts: _Parts, op: OpOverload) -> None:
+    """Tell compilers to call the conversion between their graphs, in which there are no tensors of sparse layouts."""
+    if isinstance(parts[0], FakeTensor):
+        raise UnsupportedOperatorException(op)
 
 
 def _check_matrices(shape: torch.Size) -> None:
@@ -104,7 +118,8 @@ def from_sparse(tensor: Tensor, keep_negative_zero: bool = False) -> _Parts:
         return _from_semi_structured(tensor, keep_negative_zero)
     if tensor.layout not in _CONVERSIONS or hasattr(tensor, "__tensor_flatten__"):
         kind = type(tensor).__name__ if hasattr(tensor, "__tensor_flatten__") else f"{tensor.layout} tensor"
-        raise TypeError(f"tensor: got a {kind}, expected a sparse one; from_dense takes dense ones")
+        way = "use its to_bitmask()" if hasattr(tensor, "to_bitmask") else "from_dense takes dense ones"
+        raise TypeError(f"tensor: got a {kind}, expected a sparse one; {way}")
     if tensor.dtype not in ops.DTYPES:
         raise TypeError(f"tensor: got dtype {tensor.dtype}, expected one that bitmask compresses")
     if tensor.device.type != "cpu":

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+import bitmask
 from bitmask import BitmaskTensor, SemiStructuredTensor
 from bitmask.compare import FormatComparison, FormatRow, compare_formats
 from bitmask.crossovers import crossing_sparsity, crossing_words, format_crossovers
-from bitmask.format_timing import Format, product_times
+from bitmask.format_timing import Format, formats, product_times
+from bitmask.format_timing import with_short_indices as short_csr
 from bitmask.prune import prune_24_
 
 
@@ -153,17 +155,49 @@ def test_any_shape(tensor, shape):
         (torch.ones(64, 64).bfloat16().tril(), "bitmask", "8 bytes for each value of 2"),
         (torch.tensor([[1.0, 0.0, 0.0, 1.0]]).repeat(8, 16), "2:4", "by one bit and needs no offsets"),
         (torch.block_diag(torch.ones(32, 32), torch.zeros(64, 64)), "BSR", "serves the 1024 elements of a block"),
-        (torch.eye(2048)[:, :1024].contiguous(), "COO", "with fewer values than rows"),
+        (torch.eye(2048)[:, :1024].contiguous(), "COO", "with no more values than rows, a second index"),
         (torch.eye(128).repeat(1, 16), "CSR", "so few values are left"),
-        (torch.eye(128).repeat(16, 1), "CSC", "so few values are left"),
+        (torch.eye(128).repeat(16, 1), "CSC", "an index for each value and an offset for each column are less than"),
+        (torch.eye(5)[:1].repeat(4096, 1), "CSC", "the bits and row offsets of a bitmask"),
     ],
-    ids=["dense", "bitmask fp32", "bitmask bf16", "2:4", "BSR", "COO", "CSR", "CSC"],
+    ids=["dense", "bitmask fp32", "bitmask bf16", "2:4", "BSR", "COO", "CSR", "CSC", "one full column"],
 )
 def test_smallest(tensor, name, reason):
     found = compare_formats(tensor)
     assert found.smallest.name == name
     assert reason in str(found)
     assert found.smallest.nbytes == min(row.nbytes for row in found.formats if row.nbytes is not None)
+
+
+@pytest.mark.parametrize("sparsity", [0.7, 0.98])
+def test_smaller_with_short_indices(sparsity):
+    """Said where int32 indices change which format is the smallest one."""
+    matrix = sparse((256, 256), sparsity=sparsity)
+    found = compare_formats(matrix)
+    assert found.smallest.name == "bitmask"
+    nbytes = min(found["CSR"].short_nbytes, found["CSC"].short_nbytes)
+    verdict = f" With int32 indices CSR is smaller: {nbytes:,} bytes."
+    assert (verdict in str(found)) == (nbytes < found.smallest.nbytes) == (sparsity == 0.98)
+
+
+def test_compiled_functions_compare_between_their_graphs():
+    torch._dynamo.reset()
+    matrix = torch.eye(8)
+    found = torch.compile(lambda: compare_formats(matrix), backend="eager")()
+    assert str(found) == str(compare_formats(matrix))
+    torch._dynamo.reset()
+
+
+def test_public_names():
+    assert {"FormatComparison", "FormatCrossovers", "CompressedTensor"} <= {*bitmask.__all__}
+    assert isinstance(format_crossovers((4, 4)), bitmask.FormatCrossovers)
+
+
+def test_rows_by_name_and_in_order():
+    found = compare_formats(torch.eye(4))
+    assert "CSR" in found
+    assert "ELL" not in found
+    assert [row.name for row in found] == ["dense", "COO", "CSR", "CSC", "BSR", "2:4", "bitmask"]
 
 
 def test_text():
@@ -216,7 +250,7 @@ def test_wrong_products_are_left_out():
     """A contender that is off by more than rounding, one that cannot multiply, and one that can."""
 
     def refuse(x, weight):
-        raise RuntimeError("no kernel")
+        raise NotImplementedError("no kernel")
 
     linear = torch.nn.functional.linear
     chosen = {
@@ -232,13 +266,44 @@ def test_wrong_products_are_left_out():
     }
 
 
-def comparison(*times):
-    """Of dense and a bitmask, of made-up times."""
-    rows = [
-        FormatRow(name, nbytes, None, nbytes / 100, 1.0, {1: time}, "")
-        for name, nbytes, time in zip(("dense", "bitmask"), (100, 56), times, strict=True)
+@pytest.mark.parametrize(
+    ("error", "known"), [(RuntimeError("requires compiling PyTorch with MKL"), True), (RuntimeError("a fault"), False)]
+)
+def test_only_products_that_torch_has_not_are_left_out(error, known):
+    def fail(x, weight):
+        raise error
+
+    chosen = {"dense": Format(lambda dense: dense, torch.nn.functional.linear), "other": Format(torch.clone, fail)}
+    if known:
+        assert product_times(torch.eye(4), chosen, [1]).problems == {"other": "torch has no product with it in float32"}
+        return
+    with pytest.raises(RuntimeError, match="a fault"):
+        product_times(torch.eye(4), chosen, [1])
+
+
+@pytest.mark.parametrize("name", ["CSR", "CSC"])
+def test_times_are_those_of_short_indices(name):
+    """Which torch multiplies faster by, so that no format is called the fastest that is not."""
+    matrix = sparse((64, 96))
+    weight = formats((32, 32))[name].make(matrix)
+    assert {part.dtype for part in parts_of(weight)[1:]} == {torch.int32}
+    assert torch.equal(weight.to_dense(), matrix)
+
+
+def test_indices_that_int32_does_not_hold_stay():
+    starts = torch.zeros(2, dtype=torch.int64)
+    for columns, dtype in ((2**31, torch.int64), (2**31 - 1, torch.int32)):
+        empty = torch.sparse_csr_tensor(starts, starts[:0], torch.empty(0), (1, columns), check_invariants=True)
+        assert short_csr(empty).crow_indices().dtype is dtype
+
+
+def comparison(*times, name="bitmask", nbytes=56, short_nbytes=None, sparsity=0.5, rows=1):
+    """Of dense and another format, of made-up times."""
+    table = [
+        FormatRow("dense", 100, None, 1.0, None, {rows: times[0]}, ""),
+        FormatRow(name, nbytes, short_nbytes, nbytes / 100, 1.0, {rows: times[1]}, ""),
     ]
-    return FormatComparison((5, 5), torch.float32, 0.5, (32, 32), (1,), tuple(rows))
+    return FormatComparison((5, 5), torch.float32, sparsity, (32, 32), (rows,), tuple(table))
 
 
 def test_fastest():
@@ -246,6 +311,23 @@ def test_fastest():
     assert found.fastest(1).name == "bitmask"
     assert "Fastest at m = 1: bitmask, 2.00 times as fast as dense: it reads 56.0% of the bytes." in str(found)
     assert "Fastest at m = 1: dense: finding where values belong" in str(comparison(1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ({"name": "BSR", "nbytes": 101, "sparsity": 0.0}, "it reads no fewer bytes, its kernel is what is faster"),
+        ({"name": "BSR", "nbytes": 40}, "it reads 40.0% of the bytes"),
+        ({"name": "CSR", "nbytes": 120, "short_nbytes": 80}, "it reads 80.0% of the bytes"),
+        ({"name": "CSC", "nbytes": 150, "short_nbytes": 110}, "it skips the elements that are zero, though"),
+        ({"name": "COO", "nbytes": 200, "sparsity": 0.0}, "it reads no fewer bytes, its kernel is what is faster"),
+        ({"name": "2:4", "nbytes": 53}, "it reads 53.0% of the bytes"),
+        ({"name": "2:4", "nbytes": 53, "rows": 128}, "it multiplies by half of the elements"),
+    ],
+)
+def test_why_fastest(found, reason):
+    text = str(comparison(2.0, 1.0, **found))
+    assert f"{found['name']}, 2.00 times as fast as dense: {reason}" in text
 
 
 @pytest.mark.parametrize(
@@ -341,6 +423,23 @@ def test_measured_crossovers():
     lines = str(found).splitlines()
     assert "faster, m = 2" in lines[2]
     assert [line.split()[0] for line in lines[3:9]] == ["COO", "CSR", "CSC", "BSR", "2:4", "bitmask"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((4096, 5), torch.float32), ((64, 64), torch.complex64), ((64, 64), torch.float8_e8m0fnu)],
+    ids=str,
+)
+def test_crossovers_of_what_has_no_two_four(shape, dtype):
+    found = format_crossovers(shape, dtype)
+    assert found.smaller_than_dense["2:4"] is found.smaller_than_bitmask["2:4"] is None
+    assert format_crossovers((4096, 8)).smaller_than_dense["2:4"] == 0.5
+
+
+def test_crossovers_say_where_blocks_do_not_divide():
+    note = "reach past the edges"
+    assert note not in str(format_crossovers((64, 96)))
+    assert all(note in str(format_crossovers(shape)) for shape in ((65, 96), (64, 95)))
 
 
 def test_measured_crossovers_of_odd_sizes():

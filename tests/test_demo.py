@@ -130,10 +130,11 @@ def test_formats_without_products(tmp_path):
 def test_formats_name_the_tensors_there_are(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(1), "b": torch.ones(1)}, path)
-    for arguments in ([], ["--tensor", "c"]):
+    refused = "--tensor: got c, expected one of a, b"
+    for arguments, status, message in ([], 2, "needs --tensor, one of a, b"), (["--tensor", "c"], 1, refused):
         done = run("demo.py", path, "--formats", *arguments)
-        assert done.returncode == 1
-        assert "expected one of a, b" in done.stderr
+        assert done.returncode == status
+        assert message in done.stderr
         assert "Traceback" not in done.stderr
 
 

@@ -368,7 +368,7 @@ def test_hostile_components(path, changes):
 
 def test_the_faulty_group_is_named(path):
     save_file(entries(WEIGHT, bitmask=HOSTILE["three bits set"]["bitmask"]), path)
-    with pytest.raises(FormatError, match=r"row 32\D.*60"):
+    with pytest.raises(FormatError, match=rf"{path}: w\.weight\.bitmask: row 32\D.*60"):
         read(path)
 
 
@@ -545,6 +545,11 @@ def test_prune_24(tmp_path):
     done = run_command("compress", tmp_path / "source", tmp_path / "again", "--format", FORMAT, "--prune-24")
     assert done.returncode == 0
     assert_same(dict(load_compressed(tmp_path / "again")), expected)
+
+
+def test_help_says_what_is_pruned():
+    text = " ".join(run_command("compress", "--help").stdout.split())
+    assert "in floating-point matrices named *weight whose columns are a multiple of four" in text
 
 
 def test_prune_both_ways(tmp_path):

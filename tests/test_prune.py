@@ -122,6 +122,23 @@ def test_prune_24_of_parameters(make):
         y.backward()
 
 
+@pytest.mark.parametrize("transposable", [False, True])
+def test_prune_24_of_what_is_negated_when_it_is_read(transposable):
+    base = random_numbers(8, 16, density=1.0)
+    expected = base.clone()
+    prune_24_(expected, transposable=transposable)
+    view = torch._neg_view(base)
+    assert prune_24_(view, transposable=transposable) is view
+    assert torch.equal(base, expected)
+    assert torch.equal(view, -expected)
+
+
+@pytest.mark.parametrize("value", [None, "no", 1])
+def test_prune_24_refuses_a_flag_of_another_type(value):
+    with pytest.raises(TypeError, match=f"transposable: got {value!r}, expected True or False"):
+        prune_24_(torch.ones(4, 4), transposable=value)
+
+
 @pytest.mark.parametrize(
     "tensor",
     [

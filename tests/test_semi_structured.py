@@ -208,7 +208,26 @@ def test_unpickling_proves_the_parts(compressed):
         rebuild(values, metadata, (5, 20), is_parameter)
 
 
+@pytest.mark.parametrize("shape", [None, 120, (), (6, "20"), (6, 20.0), (6, 21), (6, 16), (120,)], ids=str)
+def test_unpickling_refuses_forged_shapes(compressed, shape):
+    rebuild, (values, metadata, _, is_parameter) = compressed.__reduce_ex__(2)
+    with pytest.raises(FormatError, match=r"^(shape|values): got"):
+        rebuild(values, metadata, shape, is_parameter)
+
+
 # To and from other layouts.
+
+
+def test_from_sparse_says_the_way_from_two_four(compressed):
+    with pytest.raises(TypeError, match=r"got a SemiStructuredTensor, expected a sparse one; use its to_bitmask\(\)"):
+        BitmaskTensor.from_sparse(compressed)
+
+
+@pytest.mark.parametrize("name", ["prune", "keep_negative_zero"])
+@pytest.mark.parametrize("value", [None, "no", 1])
+def test_flags_of_another_type(dense, name, value):
+    with pytest.raises(TypeError, match=f"{name}: got {value!r}, expected True or False"):
+        SemiStructuredTensor.from_dense(dense, **{name: value})
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (2, 3, 4), (12,), (0, 8), (3, 0), (7, 44)], ids=str)
@@ -241,9 +260,11 @@ def test_bitmask_with_the_rows_of_a_larger_one(dense):
     assert_is_compressed(SemiStructuredTensor.from_bitmask(whole[2:5]), dense[2:5])
 
 
-def test_to_bitmask_proves_the_metadata(compressed):
-    compressed.metadata[4, 1] = 0b0111_0011
-    with pytest.raises(FormatError, match=r"row_offsets\[5\]"):
+@pytest.mark.parametrize(("octet", "fault"), [(0b0000_1111, "8 to 11: got 4"), (0b0111_0011, "12 to 15: got 3")])
+def test_to_bitmask_proves_every_four_columns(compressed, octet, fault):
+    """A row may store as many elements as it should, and yet be no 2:4."""
+    compressed.metadata[4, 1] = octet
+    with pytest.raises(FormatError, match=f"metadata: row 4, columns {fault} bits set, expected 2"):
         compressed.to_bitmask()
 
 

@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -267,6 +268,52 @@ def test_what_is_no_matrix_is_refused(layout, shape):
 def test_block_shapes_that_are_refused(block, error, message):
     with pytest.raises(error, match=message):
         tensor_of((6, 8)).to_bsr(block)
+
+
+def test_sides_of_blocks_are_any_integers():
+    tensor = tensor_of((6, 8))
+    for block in ((np.int64(2), np.int32(4)), np.array([2, 4]), torch.Size([2, 4])):
+        assert_sparse_equal(tensor.to_bsr(block), tensor.to_bsr((2, 4)))
+
+
+def test_blocks_of_meta_tensors_are_refused():
+    """Unlike elements, they are not counted yet."""
+    tensor = tensor_of((6, 8)).to("meta")
+    with torch.sparse.check_sparse_tensor_invariants(False):
+        assert tensor.to_csr().shape == (6, 8)
+    with pytest.raises(ValueError, match="tensor: got a meta tensor, expected one with data"):
+        tensor.to_bsr((2, 4))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_compiled_functions_convert_between_their_graphs(layout):
+    tensor = tensor_of((6, 8))
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager")
+    def there_and_back(x, tensor):
+        sparse = convert(tensor, layout, (2, 4))
+        return x + 1, sparse, BitmaskTensor.from_sparse(sparse)
+
+    x, sparse, back = there_and_back(torch.zeros(3), tensor)
+    assert x.tolist() == [1.0] * 3
+    assert_sparse_equal(sparse, convert(tensor, layout, (2, 4)))
+    assert_tensors_equal(back, tensor)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("value", [None, "no", 1])
+def test_flags_of_another_type(value):
+    sparse = torch.eye(4).to_sparse_csr()
+    for call in (
+        lambda: BitmaskTensor.from_sparse(sparse, keep_negative_zero=value),
+        lambda: BitmaskTensor.from_dense(torch.eye(4), keep_negative_zero=value),
+        lambda: ops.compress_into(
+            torch.eye(4), torch.zeros(4), torch.zeros(4, 1).byte(), torch.zeros(4).long(), keep_negative_zero=value
+        ),
+    ):
+        with pytest.raises(TypeError, match=f"keep_negative_zero: got {value!r}, expected True or False"):
+            call()
 
 
 # Zeros that are stored.

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from test_interop import LATE, needs_releases, run_release
 from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 import bitmask
 from bitmask import BitmaskTensor, FormatError, reference
@@ -374,6 +375,22 @@ def test_gradcheck(shape):
     dense = torch.arange(1.0, 1 + math.prod(shape), dtype=torch.float64).reshape(shape).requires_grad_()
     assert torch.autograd.gradcheck(lambda dense: pack_24(dense, prune=True)[0], (dense,))
     assert torch.autograd.gradgradcheck(lambda dense: pack_24(dense, prune=True)[0], (dense,))
+
+
+@pytest.mark.parametrize("name", ["pack", "unpack"])
+def test_forward_mode_and_transforms_are_refused(name):
+    """Tangents would come back as zeros, which they are not."""
+    dense = random_two_four((4, 20), torch.float32).nan_to_num()
+    values, metadata = pack_24(dense)
+    run, x = {"pack": (lambda x: pack_24(x)[0], dense), "unpack": (lambda x: unpack_24(x, metadata), values)}[name]
+    with pytest.raises(NotImplementedError, match=f"{name}_24.default: has no forward-mode derivative"):
+        torch.func.jvp(run, (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        run(forward_ad.make_dual(x, torch.ones_like(x)))
+    with pytest.raises(NotImplementedError, match=f"{name}_24.default: has no gradient under torch.func"):
+        torch.func.grad(lambda x: run(x).sum())(x)
+    with forward_ad.dual_level():  # of something else
+        assert torch.equal(run(x), run(x.clone()))
 
 
 OPCHECK_INPUTS = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.block_sparse.weights import BlockWeight
 from benchmarks.cases import DTYPES, Workload, dense_input
 from benchmarks.formats.result import BLOCKS, SCATTERED, TWO_FOUR
-from benchmarks.linear.contenders import Layers, Product, products, with_short_indices
+from benchmarks.linear.contenders import Layers, Product, products, short_csr
 from benchmarks.semi_structured.contenders import packed_product, two_four_input
 from bitmask import BitmaskTensor
 from bitmask.format_timing import block_linear, torch_linear
@@ -67,7 +67,7 @@ def format_products(layers: Layers, pattern: str, rows: int, uncached_nbytes: in
     for layout in LAYOUTS[pattern]:
         ways = {f"torch {layout.name}": (layout.from_dense, torch_linear)}
         if layout.name == "CSR":
-            ways["torch CSR, int32"] = (with_short_indices, torch_linear)
+            ways["torch CSR, int32"] = (short_csr, torch_linear)
         if layout.name == "BSR":
             found.append(_product("BSR", layout.from_dense, block_linear, layers, uncached_nbytes))
         for name, (make, multiply) in ways.items():

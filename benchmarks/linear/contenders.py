@@ -21,7 +21,7 @@ from benchmarks.linear.result import BITMASK, DENSE, SATURATED
 from benchmarks.linear.saturated import saturated_linear, saturated_status
 from benchmarks.memory import huge_page_clone
 from bitmask import BitmaskTensor
-from bitmask.format_timing import torch_linear
+from bitmask.format_timing import torch_linear, with_short_indices
 
 _MOST_DENSE_NBYTES = 2 * 2**30
 _FEWEST_LAYERS = 2
@@ -103,8 +103,8 @@ def _csr_dtypes() -> tuple[str, ...]:
 
 def _csr_multiplies(dtype: torch.dtype) -> bool:
     try:
-        torch_linear(torch.ones(1, 2, dtype=dtype), with_short_indices(torch.ones(2, 2, dtype=dtype)))
-        torch_linear(torch.ones(2, 2, dtype=dtype), with_short_indices(torch.ones(2, 2, dtype=dtype)))
+        torch_linear(torch.ones(1, 2, dtype=dtype), short_csr(torch.ones(2, 2, dtype=dtype)))
+        torch_linear(torch.ones(2, 2, dtype=dtype), short_csr(torch.ones(2, 2, dtype=dtype)))
     except RuntimeError:
         return False
     return True
@@ -115,15 +115,13 @@ def _csr_status() -> str:
     return f"{torch.__version__} ({', '.join(dtypes)})" if dtypes else "skipped: this torch cannot multiply by it"
 
 
-def with_short_indices(dense: Tensor) -> Tensor:
-    """CSR with 32-bit indices, which are fewer bytes and what MKL takes as they are."""
-    csr = dense.to_sparse_csr()
-    indices = csr.crow_indices().int(), csr.col_indices().int()
-    return torch.sparse_csr_tensor(*indices, csr.values(), dense.shape, check_invariants=False)
+def short_csr(dense: Tensor) -> Tensor:
+    """CSR with int32 indices, which are fewer bytes."""
+    return with_short_indices(dense.to_sparse_csr())
 
 
 def _csr_product(layers: Layers) -> Product:
-    first = with_short_indices(layers.dense[0])
+    first = short_csr(layers.dense[0])
     nbytes = first.values().nbytes + first.col_indices().nbytes + first.crow_indices().nbytes
     return Product(CSR, torch_linear, [first, *(first.clone() for _ in layers.dense[1:])], nbytes, peer=True)
 

@@ -230,7 +230,13 @@ def assemble(name: str, components: Mapping[str, Tensor]) -> CompressedTensor:
             return two_four if on_cpu else cast(BitmaskTensor, two_four.to_bitmask().to(values.device))
         return _bitmask(values, components["bitmask"], components.get("row_offsets"), shape)
     except (TypeError, ValueError) as error:
-        raise FormatError(f"{name}: {error}") from error
+        raise FormatError(_named_as_stored(name, str(error))) from error
+
+
+def _named_as_stored(name: str, fault: str) -> str:
+    """What is wrong, of the component that is at fault: files call the metadata of 2:4 a bitmask."""
+    stored = fault.removeprefix("metadata: ")
+    return f"{name}: {fault}" if stored == fault else f"{name.removesuffix('.compressed')}.bitmask: {stored}"
 
 
 def _bitmask(values: Tensor, bitmasks: Tensor, row_offsets: Tensor | None, shape: Sequence[int]) -> BitmaskTensor:

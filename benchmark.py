@@ -110,7 +110,7 @@ def _stored(
     arguments: argparse.Namespace, suites: dict[str, Suite[Any]], parser: argparse.ArgumentParser
 ) -> Report[CpuResult]:
     try:
-        report = Report.load(arguments.table, {name: suite.result for name, suite in suites.items()})
+        report = Report.load(arguments.table, {name: suite.read for name, suite in suites.items()})
     except (OSError, ValueError) as error:
         parser.error(f"--table: {error}")
     wanted = _selection(arguments)

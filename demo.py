@@ -2,6 +2,7 @@
 
 python demo.py
 python demo.py CHECKPOINT.safetensors [--prune 0.5]
+python demo.py --formats [CHECKPOINT.safetensors --tensor NAME] [--plot FILE.png]
 """
 
 from __future__ import annotations
@@ -10,16 +11,23 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from benchmarks.formats.plot import plot_crossovers
+from benchmarks.plot import have_matplotlib
 from bitmask import BitmaskTensor
+from bitmask.calls import LINEAR_DTYPES
+from bitmask.compare import compare_formats
+from bitmask.crossovers import format_crossovers
 from bitmask.ops import DTYPES
-from bitmask.prune import prune_by_magnitude
+from bitmask.prune import prune_24_, prune_by_magnitude
 
 MB = 2**20
+MOST_MEASURED = 4096  # rows or columns of the random weights that crossovers are measured with
 
 
 @dataclass
@@ -57,13 +65,19 @@ def same_values(left: torch.Tensor, right: torch.Tensor) -> bool:
     return all(bool((tensor.view(-1)[differing].to(wide) == 0).all()) for tensor in (left, right))
 
 
+def pruned(dense: torch.Tensor, share: float) -> torch.Tensor:
+    """The tensor with so many of its smallest elements zeroed, if it is a matrix that can be pruned."""
+    if share > 0 and dense.ndim >= 2 and dense.is_floating_point() and dense.dtype is not torch.float8_e8m0fnu:
+        return prune_by_magnitude(dense, share)
+    return dense
+
+
 def compress_one(name: str, dense: torch.Tensor, prune: float) -> Row:
     """Prune matrices if asked to, compress, and check the way back."""
     shape, dtype = "x".join(map(str, dense.shape)) or "scalar", str(dense.dtype).removeprefix("torch.")
     if dense.dtype not in DTYPES:
         return Row(name, shape, dtype, 0.0, dense.nbytes, dense.nbytes, "dense: no codec for this dtype", True)
-    if prune > 0 and dense.ndim >= 2 and dense.is_floating_point() and dense.dtype is not torch.float8_e8m0fnu:
-        dense = prune_by_magnitude(dense, prune)
+    dense = pruned(dense, prune)
     compressed = BitmaskTensor.from_dense(dense)
     round_trip = same_values(dense.contiguous(), compressed.to_dense())
     size = compressed.compressed_nbytes
@@ -106,6 +120,34 @@ def print_table(rows: list[Row]) -> None:
     )
 
 
+def show_formats(dense: torch.Tensor, plot: Path | None) -> None:
+    """Print what the tensor takes in each format and how fast each multiplies, and from which sparsity on each pays."""
+    timed = dense.dtype in LINEAR_DTYPES and dense.numel() > 0
+    comparison = compare_formats(dense, time=timed)
+    print(comparison)
+    shape = [max(1, min(size, MOST_MEASURED)) for size in comparison.shape]
+    crossovers = format_crossovers(shape, dense.dtype, time=timed)
+    print(f"\n{crossovers}")
+    if plot:
+        plot_crossovers(crossovers, plot)
+
+
+def names_in(path: str) -> list[str]:
+    """The names of a checkpoint's tensors."""
+    with safe_open(path, framework="pt") as checkpoint:
+        return sorted(checkpoint.keys())
+
+
+def tensor_of(path: str, name: str) -> torch.Tensor:
+    """The named tensor of a checkpoint; exits with the names there are where it has none of that name."""
+    names = names_in(path)
+    if name not in names:
+        sys.exit(f"{path}: --tensor: got {name}, expected one of {', '.join(names)}")
+    with safe_open(path, framework="pt") as checkpoint:
+        found: torch.Tensor = checkpoint.get_tensor(name)
+        return found
+
+
 def fraction(text: str) -> float:
     """A number from 0 to 1."""
     value = float(text)
@@ -125,15 +167,34 @@ def main() -> None:
         metavar="S",
         help="first zero this fraction of each matrix, smallest first",
     )
+    parser.add_argument(
+        "--formats",
+        action="store_true",
+        help="compare sparse formats: memory, conversion, products (takes about a minute)",
+    )
+    parser.add_argument("--tensor", metavar="NAME", help="which tensor of the checkpoint --formats is to compare")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw what --formats finds (needs matplotlib)")
     args = parser.parse_args()
+    if not args.formats and (args.tensor or args.plot):
+        parser.error("--tensor and --plot need --formats")
+    if args.checkpoint is None and (args.tensor or args.prune > 0):
+        parser.error(f"{'--tensor' if args.tensor else '--prune'} needs a checkpoint")
+    if args.plot and not have_matplotlib():
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     if args.checkpoint is None:
-        if args.prune > 0:
-            parser.error("--prune needs a checkpoint")
-        show_random((4096, 4096), torch.float16, sparsity=0.5)
+        if args.formats:
+            show_formats(prune_24_(torch.randn(4096, 4096)), args.plot)
+        else:
+            show_random((4096, 4096), torch.float16, sparsity=0.5)
         return
     try:
+        if args.formats and args.tensor is None:
+            parser.error(f"--formats of a checkpoint needs --tensor, one of {', '.join(names_in(args.checkpoint))}")
+        if args.formats:
+            show_formats(pruned(tensor_of(args.checkpoint, args.tensor), args.prune), args.plot)
+            return
         rows = list(compress_checkpoint(args.checkpoint, args.prune))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError) as error:
         sys.exit(f"{args.checkpoint}: {error}")
     print_table(rows)
     if not all(row.round_trip for row in rows):

@@ -125,7 +125,7 @@ def cpu_extension() -> Extension:
     flags = sanitizer_flags()
     return cpp_extension.CppExtension(
         "bitmask._C",
-        sources("module.cpp", "ops.cpp", "ops_block.cpp", "ops_linear.cpp", "parallel.cpp", "cpu/*.cpp"),
+        [path for path in sources("*.cpp", "cpu/*.cpp") if not path.endswith("_cuda.cpp")],
         include_dirs=[pybind11.get_include()],
         depends=headers(),
         define_macros=DEFINES,

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 import bitmask
-from bitmask import ops, ops_block, reference
+from bitmask import ops, ops_block, ops_two_four, reference
 
 EXAMPLE = torch.tensor([[1.0, 0.0, 2.0], [5.0, 3.0, 0.0], [4.0, 0.0, 5.0]])
 SHAPE = torch.Size([65, 131])
@@ -31,7 +31,7 @@ def show(title: str, parts: Parts) -> None:
     print("  Bitmask Packed Binary", [f"{octet:08b}" for octet in bitmasks.tolist()])
 
 
-def same(left: Parts, right: Parts) -> bool:
+def same(left: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...]) -> bool:
     """Whether all parts agree."""
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
@@ -64,6 +64,9 @@ def failures_of(isa: str) -> list[str]:
         "BitmaskLinear": layer_agrees(dense),
         "bsr_transpose": block_index_agrees(),
         "bsr_linear": all(blocks_multiply(dtype, rows) for dtype in DTYPES for rows in ROWS),
+        "pack_24": all(two_four_comes_back(dtype) for dtype in DTYPES),
+        "prune_24": prunes_rows_and_columns(),
+        "linear_24": all(two_four_multiplies(dtype, rows) for dtype in DTYPES for rows in ROWS),
     }
     bitmask.set_isa(None)
     return failed(checks)
@@ -172,6 +175,40 @@ def blocks_multiply(dtype: torch.dtype, rows: int) -> bool:
     found = torch.autograd.grad(y, (x, values, bias), given)
     gradients = torch.autograd.grad(expected, wide, given.double())
     return close(y, expected) and all(close(*pair) for pair in zip(found, gradients, strict=True))
+
+
+def two_four_comes_back(dtype: torch.dtype) -> bool:
+    """Whether a pruned weight is packed as the reference has it, and is the same when it is unpacked."""
+    weight = torch.randn(65, 132).to(dtype)
+    parts = ops_two_four.pack_24(weight, prune=True)
+    ops_two_four.validate_24(*parts)
+    ops_two_four.prune_24(weight)
+    return same(parts, reference.pack_24(weight)) and torch.equal(ops_two_four.unpack_24(*parts), weight)
+
+
+def prunes_rows_and_columns() -> bool:
+    """Whether each 4 x 4 elements keep what the reference keeps."""
+    weight = torch.randn(8, 20)
+    expected = weight.clone()
+    ops_two_four.prune_24(weight, transposable=True)
+    reference.prune_24_transposable(expected)
+    return torch.equal(weight, expected)
+
+
+def two_four_multiplies(dtype: torch.dtype, rows: int) -> bool:
+    """Whether a 2:4 product of so many rows of x, and its gradient, are those of float64; an infinity too."""
+    x = torch.randn(rows, 132).to(dtype).requires_grad_()
+    parts = ops_two_four.pack_24(torch.randn(65, 132).to(dtype), prune=True)
+    dense, bias, given = reference.unpack_24(*parts), torch.randn(65).to(dtype), torch.randn(rows, 65).to(dtype)
+    y = ops_two_four.linear_24(x, *parts, bias)
+    (found,) = torch.autograd.grad(y, x, given)
+    infinite = x.detach().index_fill(1, torch.tensor(7), torch.inf)
+    spread = ops_two_four.linear_24(infinite, *parts)
+    return (
+        close(y, functional.linear(x.double(), dense.double(), bias.double()))
+        and close(found, given.double() @ dense.double())
+        and torch.equal(spread.isnan(), functional.linear(infinite.double(), dense.double()).isnan())
+    )
 
 
 def has_cuda_ops() -> bool:

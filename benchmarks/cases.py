@@ -113,12 +113,16 @@ def dense_input(workload: Workload, seed: int = 0, device: torch.device | str = 
 
 def rotated_inputs(workload: Workload, nbytes: int) -> list[Tensor]:
     """Enough inputs that a call on each touches about `nbytes`, so that none is still in a cache when read again."""
-    touched = 2 * workload.dense_nbytes
-    return rolled(dense_input(workload), min(_MOST_INPUTS, -(-nbytes // touched)))
+    return rotated(dense_input(workload), nbytes)
+
+
+def rotated(first: Tensor, nbytes: int) -> list[Tensor]:
+    """The same, of the elements of `first`."""
+    return rolled(first, min(_MOST_INPUTS, -(-nbytes // (2 * first.nbytes))))
 
 
 def rolled(first: Tensor, count: int) -> list[Tensor]:
-    """`first` and count - 1 more with the same elements at other places."""
+    """`first` and count - 1 more with the same elements at other places; groups of four columns stay together."""
     bits = first.view(torch.uint8).flatten()
-    step = 1001 * first.element_size()
+    step = 1004 * first.element_size()
     return [first] + [bits.roll(i * step).view(first.dtype).view(first.shape) for i in range(1, count)]

@@ -76,18 +76,18 @@ class Report(Generic[_R]):
         path.write_text(json.dumps(document, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: Path, kinds: Mapping[str, type[_R]]) -> "Report[_R]":
-        """Read a run that `save` wrote, `kinds` being the results of each suite.
+    def load(cls, path: Path, readers: Mapping[str, Callable[[dict[str, Any]], _R]]) -> "Report[_R]":
+        """Read a run that `save` wrote, `readers` making the results of each suite of what JSON holds of them.
 
         `ValueError` where the file is something else.
         """
         document = json.loads(path.read_text())
         if not isinstance(document, dict) or document.get("format") != _FORMAT:
             raise ValueError(f"{path} is not a benchmark report of format {_FORMAT}")
-        if document["suite"] not in kinds:
+        if document["suite"] not in readers:
             raise ValueError(f"{path} is of an unknown suite, {document['suite']!r}")
-        kind = kinds[document["suite"]]
-        results = tuple(kind.from_json(stored) for stored in document["results"])
+        read = readers[document["suite"]]
+        results = tuple(read(stored) for stored in document["results"])
         return cls(document["suite"], Header.from_json(document["header"]), document["peers"], results)
 
     def markdown_header(self) -> str:
@@ -98,6 +98,17 @@ class Report(Generic[_R]):
             f"{header.huge_pages()}.\n"
             f"Software: {header.software()}, {header.system}; {header.date[:10]}."
         )
+
+
+def reader_of(*kinds: type[CpuResult]) -> Callable[[dict[str, Any]], CpuResult]:
+    """Read a result of the one kind that has the fields of what is stored."""
+
+    def read(stored: dict[str, Any]) -> CpuResult:
+        names = stored.keys()
+        (kind,) = (each for each in kinds if names == {field.name for field in fields(each)} | set(each.FIGURES))
+        return kind.from_json(stored)
+
+    return read
 
 
 def grouped(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> list[tuple[_Key, list[_Item]]]:
@@ -118,3 +129,8 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
     rule = "|" + "|".join(["-" * (widths[0] + 2)] + ["-" * (width + 1) + ":" for width in widths[1:]]) + "|"
     return "\n".join([line(columns), rule, *map(line, rows)])
+
+
+def or_dash(value: float | None, style: str) -> str:
+    """A figure as text, or a dash where there is none."""
+    return "-" if value is None else format(value, style)

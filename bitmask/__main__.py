@@ -9,6 +9,7 @@ import sys
 from safetensors import SafetensorError
 
 from bitmask.files import compress_checkpoint, decompress_checkpoint, list_checkpoint, verify_checkpoint
+from bitmask.files.config import BITMASK_24_FORMAT, BITMASK_FORMAT
 
 MB = 2**20
 
@@ -23,12 +24,21 @@ def fraction(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     """What the command line understands."""
-    top = argparse.ArgumentParser(prog="python -m bitmask", description="Checkpoints whose weights are bitmasks.")
+    top = argparse.ArgumentParser(
+        prog="python -m bitmask", description="Checkpoints whose weights are bitmasks, unstructured or 2:4."
+    )
     commands = top.add_subparsers(dest="command", required=True)
 
     compress = commands.add_parser("compress", help="compress a safetensors file or a directory of shards")
     compress.add_argument("source")
     compress.add_argument("target")
+    compress.add_argument(
+        "--format",
+        choices=(BITMASK_FORMAT, BITMASK_24_FORMAT),
+        default=BITMASK_FORMAT,
+        help=f'"{BITMASK_24_FORMAT}" compresses matrices with at most two non-zeros in every four neighbours of a row,'
+        " and leaves all else as it is (default: %(default)s)",
+    )
     compress.add_argument("--min-sparsity", type=fraction, default=0.0, help="leave denser tensors as they are")
     compress.add_argument("--keep-negative-zero", action="store_true", help="bit-exact: store -0.0 too")
     compress.add_argument(
@@ -38,6 +48,12 @@ def parser() -> argparse.ArgumentParser:
         help='name components "layer.bitmask", or "layer.weight.bitmask" as releases up to 0.8 did',
     )
     compress.add_argument("--prune", type=fraction, default=0.0, help="first zero this fraction of each weight")
+    compress.add_argument(
+        "--prune-24",
+        action="store_true",
+        help="first zero the smaller two of every four neighbours in a row, in floating-point matrices named *weight"
+        " whose columns are a multiple of four",
+    )
 
     decompress = commands.add_parser("decompress", help="back to ordinary safetensors")
     decompress.add_argument("source")
@@ -55,14 +71,15 @@ def parser() -> argparse.ArgumentParser:
 def show(source: str) -> None:
     """Print a line for each tensor and the totals."""
     tensors = list(list_checkpoint(source))
-    width = max((len(tensor.name) for tensor in tensors), default=0)
+    width = max((len(repr(tensor.name)) for tensor in tensors), default=0)
     dense = stored = 0
-    print(f"{'tensor':{width}}  {'shape':>16}  {'dtype':>8}  {'zeros':>7}  {'dense MB':>10}  {'stored MB':>10}")
+    header = f"{'shape':>16}  {'dtype':>8}  {'stored as':>17}  {'zeros':>7}  {'dense MB':>10}  {'stored MB':>10}"
+    print(f"{'tensor':{width}}  {header}")
     for tensor in tensors:
         shape = "x".join(map(str, tensor.shape)) or "scalar"
         zeros = "-" if tensor.sparsity is None else f"{tensor.sparsity:.2%}"
         sizes = f"{tensor.dense_nbytes / MB:10.4f}  {tensor.stored_nbytes / MB:10.4f}"
-        print(f"{tensor.name!r:{width}}  {shape:>16}  {tensor.dtype:>8}  {zeros:>7}  {sizes}")
+        print(f"{tensor.name!r:{width}}  {shape:>16}  {tensor.dtype:>8}  {tensor.format:>17}  {zeros:>7}  {sizes}")
         dense += tensor.dense_nbytes
         stored += tensor.stored_nbytes
     ratio = f", {stored / dense:.3f} of dense" if dense else ""
@@ -73,15 +90,19 @@ def run(arguments: argparse.Namespace) -> None:
     """Do what the command line says."""
     progress = sys.stderr.isatty()
     if arguments.command == "compress":
-        compress_checkpoint(
+        kept_dense = compress_checkpoint(
             arguments.source,
             arguments.target,
+            arguments.format,
             min_sparsity=arguments.min_sparsity,
             keep_negative_zero=arguments.keep_negative_zero,
             prune=arguments.prune,
+            prune_24=arguments.prune_24,
             key_style=arguments.key_style,
             show_progress=progress,
         )
+        for name, reason in kept_dense.items():
+            print(f"{name!r} stays dense: {printable(reason)}")
     elif arguments.command == "decompress":
         decompress_checkpoint(arguments.source, arguments.target, show_progress=progress)
     elif arguments.command == "inspect":

@@ -11,7 +11,6 @@ edges may reach past it.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,17 +26,6 @@ PARTS = ("values", "crow_indices", "col_indices", "dense_shape")
 
 # crow_indices and col_indices.
 Index = tuple[Tensor, Tensor]
-
-
-def check_block_shape(block_shape: Sequence[int]) -> tuple[int, int]:
-    """Two positive integers as a tuple; raises TypeError or ValueError."""
-    try:
-        height, width = (operator.index(size) for size in block_shape)
-    except (TypeError, ValueError):
-        raise TypeError(f"block_shape: got {block_shape!r}, expected two integers") from None
-    if height < 1 or width < 1:
-        raise ValueError(f"block_shape: got {block_shape!r}, expected sizes of at least 1")
-    return height, width
 
 
 def grid_of(shape: Sequence[int], block_shape: tuple[int, int]) -> tuple[int, int]:

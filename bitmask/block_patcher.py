@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from bitmask import block_layout, block_patterns
-from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.block_sparse import BlockSparseLinear
-from bitmask.calls import LINEAR_DTYPES
+from bitmask.calls import LINEAR_DTYPES, check_block_shape
+from bitmask.compressed_tensor import CompressedTensor
 from bitmask.models import Filter, LinearWeight, linear_weights, use_against
 
 # What becomes of a layer: the blocks that it keeps, and their shape.
@@ -108,7 +108,7 @@ def prune_blocks(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got {type(module).__name__}, expected an nn.Module")
     block_patterns.check_density(density)
-    sizes = block_layout.check_block_shape(block_shape)
+    sizes = check_block_shape(block_shape)
     if scope not in ("layer", "model"):
         raise ValueError(f"scope: got {scope!r}, expected 'layer' or 'model'")
     if filter_fn is not None and not callable(filter_fn):
@@ -183,7 +183,7 @@ def _strongest(
 # What a pattern of BlockSparseModelPatcher may say, and how it is checked.
 _OPTIONS: dict[str, Callable[[Any], object]] = {
     "density": block_patterns.check_density,
-    "block_shape": block_layout.check_block_shape,
+    "block_shape": check_block_shape,
     "pattern": block_patterns.check_pattern,
 }
 
@@ -297,7 +297,7 @@ class BlockSparseModelPatcher:
 
 def _cut_by(options: Mapping[str, Any], layer: Any, name: str) -> _Cut:
     """What options make of a layer; raises ValueError unless their pattern, if there is one, has its size."""
-    block_shape = block_layout.check_block_shape(options.get("block_shape", (32, 32)))
+    block_shape = check_block_shape(options.get("block_shape", (32, 32)))
     if "pattern" not in options:
         norms = _norms(layer, block_shape)
         count = block_patterns.count_blocks(options.get("density", 0.5), norms.numel(), name, stacklevel=4)
@@ -342,7 +342,7 @@ def _layers(model: nn.Module) -> list[_Layer]:
 def _reason_against(weight: LinearWeight) -> str:
     """Why layers with this weight cannot be replaced, wherever it is; empty if they can."""
     tensor = weight.tensor
-    if isinstance(tensor, BitmaskTensor):
+    if isinstance(tensor, CompressedTensor):
         return "its weight is compressed: decompress_ the model first"
     if len(weight.layers) > 1:
         return f"{' and '.join(weight.layers)} share one weight"

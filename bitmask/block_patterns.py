@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitmask.block_layout import check_block_shape, grid_of
+from bitmask.block_layout import grid_of
+from bitmask.calls import check_block_shape
 
 
 def check_density(density: float) -> None:

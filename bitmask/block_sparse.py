@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bitmask import block_layout, block_patterns, ops_block
-from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.block_layout import PARTS, Index
-from bitmask.calls import FormatError
+from bitmask.calls import FormatError, check_block_shape
+from bitmask.compressed_tensor import CompressedTensor
 from bitmask.dense_copy import DenseCopy
 from bitmask.ops_block import TransposedIndex
 
@@ -75,7 +75,7 @@ class BlockSparseLinear(nn.Module):
     ) -> None:
         super().__init__()
         shape = (_size("out_features", out_features), _size("in_features", in_features))
-        block_shape = block_layout.check_block_shape(block_shape)
+        block_shape = check_block_shape(block_shape)
         block_layout.check_dtype("dtype", dtype or torch.get_default_dtype())
         grid = block_layout.grid_of(shape, block_shape)
         density = _density_without(pattern, density)
@@ -172,7 +172,7 @@ class BlockSparseLinear(nn.Module):
         tensor([3., 7.])
         """
         weight = _dense_weight(linear)
-        block_shape = block_layout.check_block_shape(block_shape)
+        block_shape = check_block_shape(block_shape)
         density = _density_without(pattern, density)
         if pattern is None:
             if weight.is_meta:
@@ -485,7 +485,7 @@ def _dense_weight(linear: nn.Linear) -> Tensor:
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"linear: got {type(linear).__name__}, expected an nn.Linear")
     weight = linear.weight
-    if isinstance(weight, BitmaskTensor):
+    if isinstance(weight, CompressedTensor):
         raise TypeError(f"linear: got a {type(linear).__name__} whose weight is compressed, expected a dense one")
     if is_lazy(weight):
         raise TypeError("linear: got a lazy layer, expected one whose weight has a size")

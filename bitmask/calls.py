@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,14 @@ from bitmask import _C, native
 
 # Dtypes that have products.
 LINEAR_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: _Function) -> _Function:
+    """A function that compilers run as it is, between their graphs: what they have no tensors or operations for."""
+    return cast(_Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 class FormatError(ValueError):
@@ -81,13 +90,98 @@ def call_past_autograd(op: Any, *args: Any, invalid: type[ValueError] = ValueErr
     return call(_past_autograd, op, *args, invalid=invalid)
 
 
-def check_strided(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless the tensor is a plain dense one."""
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless it is True or False."""
+    if not isinstance(value, bool | torch.SymBool):
+        raise TypeError(f"{name}: got {value!r}, expected True or False")
+
+
+def check_block_shape(block_shape: Sequence[int]) -> tuple[int, int]:
+    """Two positive integers as a tuple; raises TypeError or ValueError."""
+    try:
+        height, width = (operator.index(size) for size in block_shape)
+    except (TypeError, ValueError):
+        raise TypeError(f"block_shape: got {block_shape!r}, expected two integers") from None
+    if height < 1 or width < 1:
+        raise ValueError(f"block_shape: got {block_shape!r}, expected sizes of at least 1")
+    return height, width
+
+
+def check_strided(name: str, tensor: object) -> None:
+    """Raise TypeError unless it is a plain dense tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
     if tensor.is_nested or tensor.layout is not torch.strided:
         kind = "nested" if tensor.is_nested else tensor.layout
         raise TypeError(f"{name}: got a {kind} tensor, expected a dense (strided) one")
     if hasattr(tensor, "__tensor_flatten__"):
         raise TypeError(f"{name}: got a {type(tensor).__name__}, which wraps other tensors, expected a plain tensor")
+
+
+def check_tensors(
+    floating: dict[str, Tensor],
+    indices: dict[str, Tensor],
+    *,
+    index_dtype: torch.dtype,
+    family: str,
+    autocasts: bool = False,
+) -> None:
+    """Raise unless these are plain tensors on one device that has kernels, of the right dtypes after autocast.
+
+    Args:
+        floating: by name, tensors of one dtype that has products; the first one is what others are compared with.
+        indices: by name, tensors of `index_dtype`.
+        family: of the kernels, which are for CPUs alone.
+        autocasts: whether the op does what `register_autocast` gives it.
+    """
+    tensors = floating | indices
+    for name, tensor in tensors.items():
+        check_strided(name, tensor)
+    first_name, first = next(iter(tensors.items()))
+    cast_to = torch.get_autocast_dtype("cpu") if autocasts and torch.is_autocast_enabled("cpu") else None
+    for name, tensor in tensors.items():
+        if name in indices and tensor.dtype != index_dtype:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {index_dtype}")
+        if name in floating and tensor.dtype not in LINEAR_DTYPES:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+        if name in floating and _after_autocast(tensor.dtype, cast_to) != _after_autocast(first.dtype, cast_to):
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {first.dtype}, the dtype of {first_name}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected {first.device}, the device of {first_name}")
+    check_on_cpu(first_name, first, family)
+
+
+def _after_autocast(dtype: torch.dtype, cast_to: torch.dtype | None) -> torch.dtype:
+    return dtype if cast_to is None or dtype == torch.float64 else cast_to
+
+
+def check_on_cpu(name: str, tensor: Tensor, family: str) -> None:
+    """Raise NotImplementedError if the tensor is where a family of ops has no kernels."""
+    if tensor.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(
+            f"{name}: got device {tensor.device}, expected cpu: bitmask has no {family} kernels for others yet"
+        )
+
+
+def refuse_frozen_gradient(needed: bool) -> None:
+    """Raise if autograd asks for the gradient of the values of a compressed weight, which products have not."""
+    if needed:
+        raise TypeError(
+            "values: got a tensor that requires a gradient, expected one that does not: the compressed weight is "
+            "frozen; train the dense one (to_dense()) and compress it afterwards"
+        )
+
+
+def register_writes(implementations: Any, op: Any, written: slice) -> None:
+    """Note for autograd, and for whoever keeps what it has proven of a tensor, which arguments the op writes to."""
+
+    def run(keyset: Any, *args: Any) -> Any:
+        torch.autograd.graph.increment_version(args[written])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    name = op._schema.name.removeprefix("bitmask::")
+    implementations.impl(name, run, "ADInplaceOrView", with_keyset=True)
 
 
 def register_autocast(implementations: Any, op: Any) -> None:

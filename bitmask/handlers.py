@@ -1,7 +1,7 @@
-"""What torch ops do on a BitmaskTensor without decompressing it.
+"""What torch ops do on a CompressedTensor without decompressing it.
 
-A handler takes the op and its arguments; if it returns NotImplemented, the op runs on a dense copy. To teach
-BitmaskTensor an op, write its handler and enter it in the table at the end.
+A handler takes the op and its arguments; if it returns NotImplemented, the op runs on a dense copy. To teach compressed
+tensors an op, write its handler and enter it in the table at the end.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from bitmask import calls, ops
-from bitmask.bitmask_tensor import HANDLERS, BitmaskTensor
+from bitmask import calls
+from bitmask.compressed_tensor import HANDLERS, CompressedTensor
 
 aten = torch.ops.aten
 
 
-def _alias(func: Any, tensor: BitmaskTensor) -> BitmaskTensor:
+def _alias(func: Any, tensor: CompressedTensor) -> CompressedTensor:
     return tensor._alias()
 
 
-def _clone(func: Any, tensor: BitmaskTensor, *, memory_format: object = None) -> BitmaskTensor:
+def _clone(func: Any, tensor: CompressedTensor, *, memory_format: object = None) -> CompressedTensor:
     return tensor._map_parts(torch.clone)
 
 
 def _to_copy(
     func: Any,
-    tensor: BitmaskTensor,
+    tensor: CompressedTensor,
     *,
     dtype: torch.dtype | None = None,
     device: Any = None,
@@ -42,36 +42,41 @@ def _to_copy(
     """Converts the parts. A value that rounds to zero stays stored, which the format allows."""
     if layout.get("layout") not in (None, torch.strided) or layout.get("pin_memory"):
         return NotImplemented
-    if dtype is not None and dtype != tensor.dtype and torch.float8_e8m0fnu in (dtype, tensor.dtype):
-        return NotImplemented  # the one dtype without a zero: elements that are not stored convert to something else
+    if dtype is not None and dtype != tensor.dtype and not tensor._converts(tensor.dtype, dtype):
+        return NotImplemented
     values, *indices = tensor._parts()
     values = values.to(dtype=dtype, device=device, non_blocking=non_blocking, copy=True)
-    bitmasks, row_offsets = (part.to(device=device, non_blocking=non_blocking, copy=True) for part in indices)
-    return BitmaskTensor(values, bitmasks, row_offsets, tensor.shape)
+    indices = [part.to(device=device, non_blocking=non_blocking, copy=True) for part in indices]
+    return tensor._wrap([values, *indices], tensor.shape)
 
 
 def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """What load_state_dict does; into a BitmaskTensor it replaces the parts."""
-    if not isinstance(target, BitmaskTensor):
-        return target.copy_(source.to_dense() if isinstance(source, BitmaskTensor) else source, non_blocking)
+    """What load_state_dict does; into a compressed tensor it replaces the parts."""
+    if not isinstance(target, CompressedTensor):
+        return target.copy_(source.to_dense() if isinstance(source, CompressedTensor) else source, non_blocking)
+    kind = type(target)
     if not isinstance(source, Tensor):
         raise TypeError(f"copy_: got {type(source).__name__}, expected a torch.Tensor")
     if is_fake(target.values) or isinstance(target.values, FunctionalTensor):
-        raise NotImplementedError("copy_: writing to a BitmaskTensor cannot be compiled; do it outside torch.compile")
+        raise NotImplementedError(
+            f"copy_: writing to a {kind.__name__} cannot be compiled; do it outside torch.compile"
+        )
     if target._held.borrowed:
         raise TypeError(
-            "copy_: rows of a BitmaskTensor cannot be written to: copy into the whole tensor, or clone the rows"
+            f"copy_: rows of a {kind.__name__} cannot be written to: copy into the whole tensor, or clone the rows"
         )
     if source.shape != target.shape:
         raise ValueError(f"copy_: got shape {tuple(source.shape)}, expected {tuple(target.shape)}")
+    if isinstance(source, CompressedTensor) and not isinstance(source, kind):
+        source = source.to_dense()
     source = source.to(dtype=target.dtype, device=target.device)
-    copied = source._map_parts(torch.clone) if isinstance(source, BitmaskTensor) else BitmaskTensor.from_dense(source)
-    target._held.replace(*copied._parts())
+    copied = source._map_parts(torch.clone) if isinstance(source, CompressedTensor) else kind.from_dense(source)
+    target._held.replace(copied._parts())
     return target
 
 
 def _slice(
-    func: Any, tensor: BitmaskTensor, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1
+    func: Any, tensor: CompressedTensor, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1
 ) -> Any:
     """Whole rows are cut out of the parts; other dimensions only where nothing is cut."""
     size = tensor.shape[dim]
@@ -85,7 +90,7 @@ def _slice(
     return tensor._rows(first * rows, last * rows, [last - first, *tensor.shape[1:]])
 
 
-def _select(func: Any, tensor: BitmaskTensor, dim: int, index: int) -> Any:
+def _select(func: Any, tensor: CompressedTensor, dim: int, index: int) -> Any:
     if dim not in (0, -tensor.ndim) or tensor.ndim < 2:
         return NotImplemented
     if not -tensor.shape[0] <= index < tensor.shape[0]:
@@ -95,7 +100,7 @@ def _select(func: Any, tensor: BitmaskTensor, dim: int, index: int) -> Any:
     return tensor._rows(index * rows, (index + 1) * rows, tensor.shape[1:])
 
 
-def _split(func: Any, tensor: BitmaskTensor, size: int | Sequence[int], dim: int = 0) -> Any:
+def _split(func: Any, tensor: CompressedTensor, size: int | Sequence[int], dim: int = 0) -> Any:
     if dim not in (0, -tensor.ndim) or tensor.ndim < 2:
         return NotImplemented
     lengths = [piece.shape[0] for piece in func(_stand_in(tensor), size, dim)]  # torch's own checks and rounding
@@ -103,7 +108,7 @@ def _split(func: Any, tensor: BitmaskTensor, size: int | Sequence[int], dim: int
     return [_slice(func, tensor, 0, end - length, end) for length, end in zip(lengths, ends, strict=True)]
 
 
-def _unbind(func: Any, tensor: BitmaskTensor, dim: int = 0) -> Any:
+def _unbind(func: Any, tensor: CompressedTensor, dim: int = 0) -> Any:
     if dim not in (0, -tensor.ndim) or tensor.ndim < 2:
         return NotImplemented
     return [_select(func, tensor, 0, index) for index in range(tensor.shape[0])]
@@ -111,25 +116,27 @@ def _unbind(func: Any, tensor: BitmaskTensor, dim: int = 0) -> Any:
 
 def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """Straight from the parts."""
-    if not isinstance(weight, BitmaskTensor) or isinstance(input, BitmaskTensor) or isinstance(bias, BitmaskTensor):
+    if not isinstance(weight, CompressedTensor) or isinstance(input, CompressedTensor):
+        return NotImplemented
+    if isinstance(bias, CompressedTensor):
         return NotImplemented
     with torch._C.DisableTorchFunctionSubclass():
         if weight.ndim != 2 or weight.dtype not in calls.LINEAR_DTYPES or calls.differentiates_forward():
             return NotImplemented
         parts, columns = weight._parts(), weight.shape[1]
-    return ops.linear(input, *parts, columns, bias)
+    return weight._linear(input, parts, columns, bias)
 
 
-def _is_pinned(func: Any, tensor: BitmaskTensor, device: Any = None) -> bool:
+def _is_pinned(func: Any, tensor: CompressedTensor, device: Any = None) -> bool:
     return all(part.is_pinned() for part in tensor._parts())
 
 
-def _stand_in(tensor: BitmaskTensor) -> Tensor:
+def _stand_in(tensor: CompressedTensor) -> Tensor:
     """A dense tensor of the same shape, dtype and device that takes one element of memory."""
     return torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-def _like(func: Any, tensor: BitmaskTensor, *args: Any, **kwargs: Any) -> Any:
+def _like(func: Any, tensor: CompressedTensor, *args: Any, **kwargs: Any) -> Any:
     """A new dense tensor that takes only shape, dtype and device from this one."""
     return func(_stand_in(tensor), *args, **kwargs)
 

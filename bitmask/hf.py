@@ -2,7 +2,7 @@
 
     import bitmask.hf
     model = AutoModelForCausalLM.from_pretrained(directory)  # linear weights stay compressed in memory
-    model.save_pretrained(directory, save_compressed=True)
+    model.save_pretrained(directory, save_compressed=True)  # or save_compressed="sparse-24-bitmask"
 
 `from_pretrained` reads the checkpoints of every release that `bitmask.files` reads. `"dequantize": true` in their
 `quantization_config`, or BITMASK_DEQUANTIZE=1 in the environment, gives dense weights. Checkpoints of other kinds,
@@ -174,7 +174,7 @@ class BitmaskQuantizer(HfQuantizer):
 
 
 def _config_of(fields: Mapping[str, Any]) -> BitmaskConfig | None:
-    """The config of a checkpoint that is loaded here: bitmasks, and no quantization with them."""
+    """The config of a checkpoint that is loaded here: bitmasks, 2:4 or not, and no quantization with them."""
     if quantization_of(fields):
         return None
     config = BitmaskConfig.from_model_config({"quantization_config": fields})

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitmask import ops
 from bitmask.bitmask_tensor import BitmaskTensor
+from bitmask.compressed_tensor import CompressedTensor
+from bitmask.semi_structured import SemiStructuredTensor
 
 
-def frozen_parameter(tensor: BitmaskTensor) -> nn.Parameter:
+def frozen_parameter(tensor: CompressedTensor) -> nn.Parameter:
     """A compressed tensor as a parameter."""
     return nn.Parameter(tensor, requires_grad=False)
 
@@ -59,7 +61,7 @@ class BitmaskLinear(nn.Linear):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: got {type(linear).__name__}, expected an nn.Linear")
-        if isinstance(linear.weight, BitmaskTensor):
+        if isinstance(linear.weight, CompressedTensor):
             raise TypeError(f"linear: got a {type(linear).__name__} whose weight is compressed, expected a dense one")
         weight = BitmaskTensor.from_dense(linear.weight, keep_negative_zero=keep_negative_zero)
         rows, columns = weight.shape
@@ -80,15 +82,19 @@ class BitmaskLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Sizes, sparsity and dtype; sparsity only while the weight is compressed."""
         weight = self.weight
-        sparsity = f", sparsity={weight.sparsity:.4f}" if isinstance(weight, BitmaskTensor) else ""
+        sparsity = f", sparsity={weight.sparsity:.4f}" if isinstance(weight, CompressedTensor) else ""
         return f"{super().extra_repr()}{sparsity}, dtype={weight.dtype}"
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Compress what came in dense: by assigning, or into the dense memory that `to_empty` leaves."""
+        """Compress what came in dense, by assigning or into the dense memory that `to_empty` leaves, or came as 2:4."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         loaded = f"{prefix}weight" in state_dict and not self.weight.is_meta
         if loaded and not isinstance(self.weight, BitmaskTensor):
-            self.weight = frozen_parameter(BitmaskTensor.from_dense(self.weight))
+            self.weight = frozen_parameter(_as_bitmask(self.weight))
+
+
+def _as_bitmask(weight: Tensor) -> BitmaskTensor:
+    return weight.to_bitmask() if isinstance(weight, SemiStructuredTensor) else BitmaskTensor.from_dense(weight)
 
 
 def _copy_the_rest(source: nn.Linear, target: nn.Linear) -> None:

@@ -12,9 +12,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from bitmask import calls, ops
+from bitmask import calls, ops, ops_two_four
 from bitmask.bitmask_tensor import BitmaskTensor
+from bitmask.compressed_tensor import CompressedTensor
 from bitmask.linear import BitmaskLinear, frozen_parameter
+from bitmask.semi_structured import SemiStructuredTensor
 
 Filter = Callable[[str, nn.Module], bool]
 
@@ -45,7 +47,8 @@ class CompressionRow:
     Attributes:
         layers: names of the linear layers that have this weight; several, if it is tied.
         sparsity: fraction of zeros (of elements not stored, if compressed); NaN where there is no kernel to count them.
-        dense_nbytes, compressed_nbytes: what it takes in either form, whichever it has now.
+        dense_nbytes, compressed_nbytes: what it takes in either form, whichever it has now; the same where it has no
+            compressed form.
         compressed: whether it is compressed now.
         reason: why it is not; empty if it is.
     """
@@ -108,23 +111,30 @@ class CompressionReport:
 
 
 def compress_(
-    model: nn.Module, filter_fn: Filter | None = None, min_sparsity: float | None = None, progress: bool = True
+    model: nn.Module,
+    filter_fn: Filter | None = None,
+    min_sparsity: float | None = None,
+    progress: bool = True,
+    format: str = "bitmask",
 ) -> nn.Module:
     """Compress the weights of a model's linear layers in place, where that makes them smaller; returns the model.
 
-    Each becomes a BitmaskTensor parameter, which is frozen. Modules, names, hooks, and `state_dict` keys stay; tied
-    weights stay tied. `compression_report` says which weights stay dense and why: those that are also used by something
-    other than the `forward` of `nn.Linear`, are computed from other parameters, or would not shrink.
+    Each becomes a BitmaskTensor or a SemiStructuredTensor parameter, which is frozen. Modules, names, hooks, and
+    `state_dict` keys stay; tied weights stay tied. `compression_report` says which weights stay dense and why: those
+    that are also used by something other than the `forward` of `nn.Linear`, are computed from other parameters, are not
+    of the format, or would not shrink. What is compressed already stays as it is, in either format.
 
     Args:
         model: of which weights may be replaced; an optimizer that holds them has to be made anew.
         filter_fn: called with the name and module of each linear layer; where it is false, the weight stays dense.
         min_sparsity: the least fraction of zeros that is worth it, 0 to 1; by default any that makes it smaller.
         progress: show a progress bar.
+        format: "bitmask", or "2:4" for weights that have at most two non-zeros in every four columns, as `prune_24_`
+            leaves them.
 
     Raises:
         TypeError: not a module, a filter that cannot be called, or a `min_sparsity` that is not a number.
-        ValueError: `min_sparsity` outside 0 to 1.
+        ValueError: `min_sparsity` outside 0 to 1, or another format.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
     >>> _ = nn.init.sparse_(model[0].weight, sparsity=0.75)
@@ -138,14 +148,15 @@ def compress_(
         raise TypeError(f"min_sparsity: got {min_sparsity!r}, expected a number from 0 to 1")
     if min_sparsity is not None and not 0 <= min_sparsity <= 1:
         raise ValueError(f"min_sparsity: got {min_sparsity}, expected 0 to 1")
+    into = _format_of(format)
     for weight in tqdm(linear_weights(model), desc="Compressing", unit="weight", disable=not progress):
-        row = _row(weight)
+        row = _row(weight, into)
         if row.reason != _NOT_YET:
             continue
         if filter_fn is not None and not all(filter_fn(name, layer) for name, layer in weight.layers.items()):
             continue
         if min_sparsity is None or row.sparsity >= min_sparsity:
-            _compress(weight)
+            _compress(weight, into)
     return model
 
 
@@ -163,15 +174,23 @@ def decompress_(model: nn.Module, progress: bool = True) -> nn.Module:
     """
     for weight in tqdm(linear_weights(model), desc="Decompressing", unit="weight", disable=not progress):
         bound = any(isinstance(layer, BitmaskLinear) for layer in weight.layers.values())
-        if isinstance(weight.tensor, BitmaskTensor) and not bound:
+        if isinstance(weight.tensor, CompressedTensor) and not bound:
             trainable = any([layer.__dict__.pop(_TRAINABLE, False) for layer in weight.layers.values()])
             _replace(weight, nn.Parameter(weight.tensor.to_dense(), requires_grad=trainable))
     return model
 
 
-def compression_report(model: nn.Module) -> CompressionReport:
-    """What `compress_` did, or would do, for each weight of the linear layers of a model."""
-    return CompressionReport([_row(weight) for weight in linear_weights(model)])
+def compression_report(model: nn.Module, format: str = "bitmask") -> CompressionReport:
+    """What `compress_` with this format did, or would do, for each weight of the linear layers of a model.
+
+    >>> model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2))
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 3.0, 4.0, 5.0]]))
+    >>> [row.reason for row in compression_report(model, "2:4").rows]
+    ['it is not 2:4: row 1, columns 0 to 3: got 3 non-zeros, expected at most 2',
+     'its 2 in_features are no multiple of 4']
+    """
+    into = _format_of(format)
+    return CompressionReport([_row(weight, into) for weight in linear_weights(model)])
 
 
 def linear_weights(model: nn.Module) -> list[LinearWeight]:
@@ -191,18 +210,6 @@ def linear_weights(model: nn.Module) -> list[LinearWeight]:
     return [weight for weight in weights.values() if not is_lazy(weight.tensor)]
 
 
-def reason_against(weight: LinearWeight) -> str:
-    """Why a dense weight cannot be compressed, whatever its size; empty if nothing speaks against it."""
-    tensor = weight.tensor
-    if reason := use_against(weight):
-        return reason
-    if not _can_be_measured(tensor):
-        kind = "" if type(tensor) is nn.Parameter else f"{type(tensor).__name__} "
-        shape = "" if tensor.ndim == 2 else f"{tensor.ndim}-dimensional "
-        return f"there is no kernel for a {shape}{kind}weight of {_name_of(tensor.dtype)} on {tensor.device.type}"
-    return ""
-
-
 def use_against(weight: LinearWeight) -> str:
     """Which use of a weight allows no other in its place; empty if only `nn.Linear.forward` uses it."""
     if weight.elsewhere:
@@ -220,22 +227,61 @@ def use_against(weight: LinearWeight) -> str:
     return ""
 
 
-def _can_be_measured(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.ndim == 2
-    return plain and tensor.dtype in calls.LINEAR_DTYPES and tensor.device.type in ops.DEVICES
+@dataclass(frozen=True)
+class _Format:
+    """A compressed form for weights.
+
+    Attributes:
+        devices: kinds of device that have kernels for it.
+        compress: makes it of a dense weight.
+        nbytes: the bytes that it takes, by the dense weight and how many non-zeros that has.
+        reason_against: why a dense weight cannot take it, whatever its size; empty if it can.
+    """
+
+    devices: frozenset[str]
+    compress: Callable[[Tensor], CompressedTensor]
+    nbytes: Callable[[Tensor, int], int]
+    reason_against: Callable[[Tensor], str]
+
+    def has_kernels_for(self, tensor: Tensor) -> bool:
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.ndim == 2
+        return plain and tensor.dtype in calls.LINEAR_DTYPES and tensor.device.type in self.devices
 
 
-def _measure(tensor: Tensor) -> tuple[float, int]:
-    """Sparsity and compressed bytes of a dense weight."""
-    nnz = int(torch.count_nonzero(tensor))
-    sparsity = 1 - nnz / tensor.numel() if tensor.numel() > 0 else 0.0
-    return sparsity, nnz * tensor.itemsize + math.prod(ops.bitmask_sizes(tensor.shape)) + 8 * len(tensor)
+def _bitmask_nbytes(tensor: Tensor, nnz: int) -> int:
+    return nnz * tensor.itemsize + math.prod(ops.bitmask_sizes(tensor.shape)) + 8 * len(tensor)
 
 
-def _compress(weight: LinearWeight) -> None:
+def _semi_structured_nbytes(tensor: Tensor, nnz: int) -> int:
+    return tensor.nbytes // 2 + math.prod(ops.bitmask_sizes(tensor.shape))
+
+
+def _reason_against_24(tensor: Tensor) -> str:
+    if tensor.shape[1] % 4 != 0:
+        return f"its {tensor.shape[1]} in_features are no multiple of 4"
+    try:
+        ops_two_four.pack_24(tensor.detach())
+    except ValueError as error:
+        return f"it is not 2:4: {str(error).removeprefix('dense: ')}"
+    return ""
+
+
+_FORMATS = {
+    "bitmask": _Format(ops.DEVICES, BitmaskTensor.from_dense, _bitmask_nbytes, lambda tensor: ""),
+    "2:4": _Format(frozenset({"cpu"}), SemiStructuredTensor.from_dense, _semi_structured_nbytes, _reason_against_24),
+}
+
+
+def _format_of(name: str) -> _Format:
+    if name not in tuple(_FORMATS):
+        raise ValueError(f"format: got {name!r}, expected one of {', '.join(map(repr, _FORMATS))}")
+    return _FORMATS[name]
+
+
+def _compress(weight: LinearWeight, into: _Format) -> None:
     for layer in weight.layers.values():
         layer.__dict__[_TRAINABLE] = weight.tensor.requires_grad
-    _replace(weight, frozen_parameter(BitmaskTensor.from_dense(weight.tensor)))
+    _replace(weight, frozen_parameter(into.compress(weight.tensor)))
 
 
 def _replace(weight: LinearWeight, parameter: nn.Parameter) -> None:
@@ -245,20 +291,36 @@ def _replace(weight: LinearWeight, parameter: nn.Parameter) -> None:
         setattr(module, slot, parameter)
 
 
-def _row(weight: LinearWeight) -> CompressionRow:
+def _row(weight: LinearWeight, into: _Format) -> CompressionRow:
     tensor = weight.tensor
-    compressed = isinstance(tensor, BitmaskTensor)
-    sparsity, nbytes = math.nan, tensor.nbytes
-    if isinstance(tensor, BitmaskTensor):
-        sparsity, nbytes = tensor.sparsity, tensor.compressed_nbytes
-    elif _can_be_measured(tensor):
-        sparsity, nbytes = _measure(tensor)
-    reason = ""
-    if not compressed:
-        reason = reason_against(weight) or (_NOT_YET if nbytes < tensor.nbytes else "it would not shrink")
+    compressed = isinstance(tensor, CompressedTensor)
+    sparsity, nbytes, reason = math.nan, tensor.nbytes, use_against(weight)
+    if isinstance(tensor, CompressedTensor):
+        sparsity, nbytes, reason = tensor.sparsity, tensor.compressed_nbytes, ""
+    elif into.has_kernels_for(tensor):
+        sparsity, nbytes, reason_of_contents = _measure(tensor, into)
+        reason = reason or reason_of_contents
+    else:
+        reason = reason or _no_kernel(tensor)
     return CompressionRow(
         tuple(weight.layers), tuple(tensor.shape), tensor.dtype, sparsity, tensor.nbytes, nbytes, compressed, reason
     )
+
+
+def _measure(tensor: Tensor, into: _Format) -> tuple[float, int, str]:
+    """Sparsity and compressed bytes of a dense weight, and why it is dense."""
+    nnz = int(torch.count_nonzero(tensor))
+    sparsity = 1 - nnz / tensor.numel() if tensor.numel() > 0 else 0.0
+    if reason := into.reason_against(tensor):
+        return sparsity, tensor.nbytes, reason
+    nbytes = into.nbytes(tensor, nnz)
+    return sparsity, nbytes, _NOT_YET if nbytes < tensor.nbytes else "it would not shrink"
+
+
+def _no_kernel(tensor: Tensor) -> str:
+    kind = "" if type(tensor) is nn.Parameter else f"{type(tensor).__name__} "
+    shape = "" if tensor.ndim == 2 else f"{tensor.ndim}-dimensional "
+    return f"there is no kernel for a {shape}{kind}weight of {_name_of(tensor.dtype)} on {tensor.device.type}"
 
 
 def _cells(row: CompressionRow) -> tuple[str, ...]:

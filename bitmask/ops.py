@@ -19,8 +19,11 @@ from bitmask.calls import (
     FormatError,
     call,
     call_past_autograd,
+    check_flag,
     check_strided,
+    refuse_frozen_gradient,
     register_autocast,
+    register_writes,
 )
 from bitmask.reference import rows_and_columns, unpack_bits
 
@@ -34,8 +37,6 @@ DEVICES = portable.devices() | ({"cpu"} if native.cuda_missing else {"cpu", "cud
 
 
 def check_dense(dense: Tensor) -> None:
-    if not isinstance(dense, Tensor):
-        raise TypeError(f"dense: got {type(dense).__name__}, expected a torch.Tensor")
     check_strided("dense", dense)
     if dense.dtype not in DTYPES:
         raise TypeError(f"dense: got dtype {dense.dtype}, expected bool, integer, float or complex of whole bytes")
@@ -47,8 +48,6 @@ def check_parts(values: Tensor, bitmasks: Tensor, row_offsets: Tensor) -> None:
     """Raise TypeError or ValueError unless the parts are plain tensors of the right dtypes on one device."""
     expected = {"values": DTYPES, "bitmasks": {torch.uint8}, "row_offsets": {torch.int64}}
     for (name, dtypes), part in zip(expected.items(), (values, bitmasks, row_offsets), strict=True):
-        if not isinstance(part, Tensor):
-            raise TypeError(f"{name}: got {type(part).__name__}, expected a torch.Tensor")
         check_strided(name, part)
         if part.dtype not in dtypes:
             wanted = next(iter(dtypes)) if len(dtypes) == 1 else "a dtype that bitmask compresses"
@@ -93,6 +92,7 @@ def compress(dense: Tensor, keep_negative_zero: bool = False) -> tuple[Tensor, T
     (tensor([1., 2., 5., 3.]), [[5], [3]], [0, 2])
     """
     check_dense(dense)
+    check_flag("keep_negative_zero", keep_negative_zero)
     parts: tuple[Tensor, Tensor, Tensor] = call(torch.ops.bitmask.compress, dense, keep_negative_zero)
     return parts
 
@@ -138,6 +138,7 @@ def compress_into(
     (tensor([1., 2., 3., 0.]), [[5], [2]], [0, 2])
     """
     check_dense(dense)
+    check_flag("keep_negative_zero", keep_negative_zero)
     check_into(dense, keep_negative_zero, values, bitmasks, row_offsets)
     nnz: Tensor = call(
         torch.ops.bitmask.compress_into, dense.detach(), keep_negative_zero, values, bitmasks, row_offsets
@@ -182,8 +183,6 @@ def check_linear(
     rows = row_offsets.numel()
     check_part_sizes(values, bitmasks, row_offsets, _check_shape([rows, in_features]))
     for name, tensor in (("x", x),) if bias is None else (("x", x), ("bias", bias)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
         check_strided(name, tensor)
         if tensor.dtype != values.dtype:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {values.dtype}, the dtype of the weight")
@@ -263,17 +262,6 @@ def _fake_compress_into(
     return dense.new_empty([], dtype=torch.int64)
 
 
-def _count_writes(keyset: Any, dense: Tensor, keep_negative_zero: bool, *buffers: Tensor) -> Tensor:
-    """compress_into, noting for autograd and for BitmaskTensor that the buffers are written to."""
-    torch.autograd.graph.increment_version(buffers)
-    op: Any = torch.ops.bitmask.compress_into.default
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        nnz: Tensor = op.redispatch(
-            keyset & torch._C._after_ADInplaceOrView_keyset, dense, keep_negative_zero, *buffers
-        )
-    return nnz
-
-
 def check_part_sizes(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> None:
     """Raise FormatError unless the parts have the sizes that the shape asks for; contents are not looked at."""
     rows, cols = rows_and_columns(shape)
@@ -332,11 +320,7 @@ def _fake_linear(
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, values, bitmasks, row_offsets, in_features, bias = inputs
-    if ctx.needs_input_grad[1]:
-        raise TypeError(
-            "values: got a tensor that requires a gradient, expected one that does not: the compressed weight is "
-            "frozen; train the dense one (to_dense()) and compress it afterwards"
-        )
+    refuse_frozen_gradient(ctx.needs_input_grad[1])
     if ctx.needs_input_grad[0]:
         ctx.save_for_backward(values, bitmasks, row_offsets)
     ctx.in_features = in_features
@@ -390,4 +374,4 @@ library.register_autograd(
 )
 _implementations: Any = library.Library("bitmask", "FRAGMENT")  # type: ignore[no-untyped-call]  # die with it
 register_autocast(_implementations, torch.ops.bitmask.linear)
-_implementations.impl("compress_into", _count_writes, "ADInplaceOrView", with_keyset=True)
+register_writes(_implementations, torch.ops.bitmask.compress_into.default, slice(2, 5))

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
 
 from bitmask.calls import (
-    LINEAR_DTYPES,
     FormatError,
     call,
     call_past_autograd,
-    check_strided,
+    check_tensors,
     refuse_transforms,
     register_autocast,
 )
@@ -154,33 +154,7 @@ def _parts_of(transposed: TransposedIndex | None) -> tuple[Any, Any, Any]:
 # What is wrong with a call, for all that can be seen without looking at the contents of an index. Fake kernels ask
 # first, the functions above only when the native op has refused: so small products stay fast.
 
-
-def _check_tensors(floating: dict[str, Any], indices: dict[str, Any], autocasts: bool = False) -> None:
-    """Raise unless these are plain tensors on one device that has kernels, of the right dtypes after autocast."""
-    tensors = floating | indices
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-        check_strided(name, tensor)
-    first_name, first = next(iter(tensors.items()))
-    cast_to = torch.get_autocast_dtype("cpu") if autocasts and torch.is_autocast_enabled("cpu") else None
-    for name, tensor in tensors.items():
-        if name in indices and tensor.dtype != torch.int64:
-            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected torch.int64")
-        if name in floating and tensor.dtype not in LINEAR_DTYPES:
-            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
-        if name in floating and _after_autocast(tensor.dtype, cast_to) != _after_autocast(first.dtype, cast_to):
-            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {first.dtype}, the dtype of {first_name}")
-        if tensor.device != first.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected {first.device}, the device of {first_name}")
-    if first.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(
-            f"{first_name}: got device {first.device}, expected cpu: bitmask has no block-sparse kernels for others yet"
-        )
-
-
-def _after_autocast(dtype: torch.dtype, cast_to: torch.dtype | None) -> torch.dtype:
-    return dtype if cast_to is None or dtype == torch.float64 else cast_to
+_check_tensors = partial(check_tensors, index_dtype=torch.int64, family="block-sparse")
 
 
 def _check_count(name: str, count: int) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitmask.bitmask_tensor import BitmaskTensor
+from bitmask.compressed_tensor import CompressedTensor
+from bitmask.ops_two_four import prune_24
 
 
 def prune_by_magnitude(tensor: Tensor, sparsity: float) -> Tensor:
@@ -21,8 +22,9 @@ def prune_by_magnitude(tensor: Tensor, sparsity: float) -> Tensor:
     tensor([[ 0., -2.],
             [ 0.,  1.]])
     """
-    if isinstance(tensor, BitmaskTensor):
-        raise TypeError("tensor: got a BitmaskTensor, expected a dense tensor: prune to_dense() and compress again")
+    if isinstance(tensor, CompressedTensor):
+        kind = type(tensor).__name__
+        raise TypeError(f"tensor: got a {kind}, expected a dense tensor: prune to_dense() and compress again")
     if not tensor.is_floating_point() or tensor.dtype is torch.float8_e8m0fnu:
         raise TypeError(f"tensor: got dtype {tensor.dtype}, expected a real floating-point dtype that has a zero")
     if not 0 <= sparsity <= 1:
@@ -43,3 +45,47 @@ def prune_by_magnitude(tensor: Tensor, sparsity: float) -> Tensor:
     octets[below] = 0
     octets[tied[: count - int(below.sum())]] = 0
     return pruned
+
+
+def prune_24_(tensor: Tensor, *, transposable: bool = False) -> Tensor:
+    """Prune in place to 2:4: of every four columns the two largest magnitudes stay; autograd takes no part.
+
+    Of equal magnitudes the first stay; NaN is larger than anything.
+
+    Args:
+        tensor: [..., cols], cols a multiple of 4, of any strides and real dtype but float8_e8m0fnu.
+        transposable: make the transposed tensor 2:4 as well: of each 4 x 4 elements the eight stay that have the
+            largest sum of magnitudes, two in every row and column (Hubara et al., 2021,
+            https://arxiv.org/abs/2102.08124); [..., rows, cols], both multiples of 4, in float32, bfloat16, float16 or
+            float64.
+
+    Returns:
+        `tensor`.
+
+    Raises:
+        TypeError, ValueError: a tensor of the wrong kind, dtype or size, or whose elements share memory.
+
+    >>> prune_24_(torch.tensor([[0.5, -2.0, 3.0, 1.0], [0.0, 0.0, 1.0, 0.0]]))
+    tensor([[ 0., -2.,  3.,  0.],
+            [ 0.,  0.,  1.,  0.]])
+    """
+    strided = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+    if not strided or (tensor.is_contiguous() and not tensor.is_neg()):
+        prune_24(tensor, transposable)
+        return tensor
+    if _elements_share_memory(tensor):
+        raise ValueError(f"tensor: got strides {list(tensor.stride())}, expected memory for each element by itself")
+    dense = tensor.detach().contiguous().resolve_neg()
+    prune_24(dense, transposable)
+    tensor.detach().copy_(dense)
+    return tensor
+
+
+def _elements_share_memory(tensor: Tensor) -> bool:
+    """Whether strides are too short for all that they step over."""
+    span = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= span:
+            return True
+        span += (size - 1) * stride
+    return False

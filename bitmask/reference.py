@@ -6,6 +6,7 @@ whatever mode the CPU is in.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -157,6 +158,103 @@ def bsr_linear_backward_values(
     down, across = padded.shape[0] // block_rows, padded.shape[1] // block_cols
     grid = padded.reshape(down, block_rows, across, block_cols).transpose(1, 2)
     return grid[block_rows_of(crow_indices), col_indices].to(x.dtype)
+
+
+# Which two columns a group of four stores, by the columns that are not zero (FORMAT.md).
+_STORED = {
+    (): (2, 3),
+    (0,): (0, 2),
+    (1,): (1, 2),
+    (2,): (2, 3),
+    (3,): (2, 3),
+}
+
+
+def _magnitude_order(dense: Tensor) -> Tensor:
+    """An int64 for each element: the lower, the larger the magnitude. Floats compare by their bits, NaN above all."""
+    if not dense.is_floating_point():
+        if dense.dtype == torch.uint64:
+            return ~(dense.view(torch.int64) ^ torch.iinfo(torch.int64).min)
+        wide = dense.to(torch.int64)
+        return torch.where(wide < 0, wide, -wide)
+    words = dense.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dense.element_size()])
+    sign = 1 << (8 * dense.element_size() - 1)
+    magnitudes = words.to(torch.int64) & (sign - 1)
+    has_negative_zero = dense.dtype in _SIGNED_WIDTHS
+    return -magnitudes if has_negative_zero else -torch.where(words == sign, sign, magnitudes)
+
+
+def largest_two(dense: Tensor, keep_negative_zero: bool = False) -> Tensor:
+    """Bool [..., cols]: the two largest of the non-zeros of each group of four; of equal ones the first."""
+    groups = dense.contiguous().reshape(*dense.shape[:-1], dense.shape[-1] // 4, 4)
+    nonzero = nonzero_mask(groups, keep_negative_zero)
+    order = torch.where(nonzero, _magnitude_order(groups), torch.iinfo(torch.int64).max)  # zeros come last
+    largest = torch.zeros_like(nonzero).scatter(-1, order.argsort(dim=-1, stable=True)[..., :2], True)
+    return (largest & nonzero).reshape(dense.shape)
+
+
+def stored_columns(metadata: Tensor, cols: int) -> Tensor:
+    """The two columns, of 0 to 3, that each group of 2:4 metadata stores: int64 [..., cols / 4, 2]."""
+    groups = unpack_bits(metadata, cols).to(torch.uint8).reshape(*metadata.shape[:-1], cols // 4, 4)
+    return torch.stack([groups.argmax(dim=-1), 3 - groups.flip(-1).argmax(dim=-1)], dim=-1)
+
+
+def pack_24(dense: Tensor, prune: bool = False, keep_negative_zero: bool = False) -> tuple[Tensor, Tensor]:
+    """Twin of `bitmask.ops_two_four.pack_24`: values [..., cols / 2], metadata [..., ceil(cols / 8)]."""
+    source = dense.detach().resolve_neg().contiguous()
+    rows, cols = rows_and_columns(source.shape)
+    nonzero = largest_two(source, keep_negative_zero) if prune else nonzero_mask(source, keep_negative_zero)
+    stored = torch.zeros(rows, cols, dtype=torch.bool)
+    for row, marks in enumerate(nonzero.reshape(rows, cols).tolist()):
+        for col in range(0, cols, 4):
+            columns = tuple(i for i in range(4) if marks[col + i])
+            if len(columns) > 2:
+                raise ValueError(f"row {row}, columns {col} to {col + 3}: {len(columns)} non-zeros")
+            for column in _STORED.get(columns, columns):
+                stored[row, col + column] = True
+    octets = source.reshape(-1).view(torch.uint8).reshape(source.numel(), source.element_size())
+    kept = octets[stored.reshape(-1).nonzero().squeeze(1)]
+    values = kept.reshape(-1).view(source.dtype).reshape(*source.shape[:-1], cols // 2)
+    return values, pack_bits(stored.reshape(source.shape))
+
+
+def unpack_24(values: Tensor, metadata: Tensor) -> Tensor:
+    """Twin of `bitmask.ops_two_four.unpack_24` for valid parts: what a bitmask with these bits decompresses to."""
+    shape = [*values.shape[:-1], 2 * values.shape[-1]]
+    return decompress(values.contiguous().reshape(-1), metadata, torch.empty(0), shape)
+
+
+def prune_24(weight: Tensor) -> None:
+    """Twin of `bitmask.ops_two_four.prune_24`, in rows only."""
+    weight.copy_(unpack_24(*pack_24(weight, prune=True)))
+
+
+def prune_24_transposable(weight: Tensor) -> None:
+    """Twin of `bitmask.ops_two_four.prune_24`, in rows and in columns: every pattern is tried on every 4 x 4."""
+    rows_of_two = [torch.tensor([bool(mask >> i & 1) for i in range(4)]) for mask in (3, 5, 6, 9, 10, 12)]
+    grids = [torch.stack(rows) for rows in itertools.product(rows_of_two, repeat=4)]
+    patterns = [grid for grid in grids if (grid.sum(dim=0) == 2).all()]
+    matrix = weight.view(*rows_and_columns(weight.shape))
+    for row, col in itertools.product(range(0, matrix.shape[0], 4), range(0, matrix.shape[1], 4)):
+        tile = matrix[row : row + 4, col : col + 4]
+        ranks = (
+            tile.isinf() + 16 * tile.isnan()
+        )  # any NaN is worth more than all infinities, and these than all numbers
+        numbers = tile.double().abs().where(ranks == 0, 0)
+        numbers *= 2.0**-8 if numbers.max() >= 2.0**1000 else 1.0  # so that no sum overflows
+        scores = [(ranks[pattern].sum().item(), numbers[pattern].sum().item()) for pattern in patterns]
+        tile[~patterns[scores.index(max(scores))]] = 0
+
+
+def linear_24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Twin of `bitmask.ops_two_four.linear_24` for valid parts: calculated in float64 and rounded once."""
+    weight = unpack_24(values, metadata).double()
+    return torch.nn.functional.linear(x.double(), weight, None if bias is None else bias.double()).to(x.dtype)
+
+
+def linear_24_backward_input(grad: Tensor, values: Tensor, metadata: Tensor) -> Tensor:
+    """Twin of the op of that name: the gradient of x [..., in_features], from that of y [..., out_features]."""
+    return (grad.double() @ unpack_24(values, metadata).double()).to(grad.dtype)
 
 
 class NaiveBitmaskTensor:

@@ -71,26 +71,31 @@ void check_entries_size(const char* name, const Sizes& sizes, int64_t blocks) {
   if (sizes.size() != 1 || sizes[0] != blocks) fail(name, ": got size ", to_text(sizes), ", expected [", blocks, "] (one per block)");
 }
 
-// Copies starts [lines + 1] and positions [blocks], and proves the copies: every line's positions ascend from 0 on, below `limit`.
+// Copies starts [lines + 1] and positions [blocks], and proves the copies: every line's positions ascend from 0 on, below `limit`. Errors
+// count entries from those that come before, in the fields of a batch.
 inline BlockIndex copy_block_index(const BlockFields& fields, const int64_t* starts, int64_t lines, const int64_t* positions,
-                                   int64_t blocks, int64_t limit) {
+                                   int64_t blocks, int64_t limit, int64_t starts_before = 0, int64_t blocks_before = 0) {
   BlockIndex index{{starts, starts + lines + 1}, {positions, positions + blocks}, std::vector<int64_t>(static_cast<size_t>(blocks)), {}};
   const int64_t* const from = index.line_starts.data();
   const int64_t* const at = index.positions.data();
-  if (from[0] != 0) fail(fields.starts, "[0]: got ", from[0], ", expected 0");
+  if (from[0] != 0) fail(fields.starts, "[", starts_before, "]: got ", from[0], ", expected 0");
   for (int64_t line = 0; line < lines; ++line) {
     if (from[line + 1] < from[line] || from[line + 1] > blocks) {
-      fail(fields.starts, "[", line + 1, "]: got ", from[line + 1], ", expected ", from[line], " to ", blocks, " (the number of blocks)");
+      fail(fields.starts, "[", starts_before + line + 1, "]: got ", from[line + 1], ", expected ", from[line], " to ", blocks,
+           " (the number of blocks)");
     }
     for (int64_t i = from[line]; i < from[line + 1]; ++i) {
-      if (at[i] < 0 || at[i] >= limit) fail(fields.positions, "[", i, "]: got ", at[i], ", expected at least 0 and less than ", limit);
+      if (at[i] < 0 || at[i] >= limit)
+        fail(fields.positions, "[", blocks_before + i, "]: got ", at[i], ", expected at least 0 and less than ", limit);
       if (i > from[line] && at[i] <= at[i - 1]) {
-        fail(fields.positions, "[", i, "]: got ", at[i], ", expected more than ", at[i - 1], ", which comes before it in line ", line);
+        fail(fields.positions, "[", blocks_before + i, "]: got ", at[i], ", expected more than ", at[i - 1],
+             ", which comes before it in line ", line);
       }
       index.lines[static_cast<size_t>(i)] = line;
     }
   }
-  if (from[lines] != blocks) fail(fields.starts, "[", lines, "]: got ", from[lines], ", expected ", blocks, " (the number of blocks)");
+  if (from[lines] != blocks)
+    fail(fields.starts, "[", starts_before + lines, "]: got ", from[lines], ", expected ", blocks, " (the number of blocks)");
   return index;
 }
 

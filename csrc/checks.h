@@ -96,6 +96,27 @@ void check_bias_size(const Sizes& sizes, int64_t rows) {
   if (sizes.size() != 1 || sizes[0] != rows) fail("bias: got size ", to_text(sizes), ", expected [", rows, "] (out_features)");
 }
 
+// Fails unless there is a last dimension, and it is of whole groups of four.
+template <typename Sizes>
+void check_groups_of_four(const char* name, const Sizes& sizes) {
+  if (sizes.size() == 0) fail(name, ": got size [], expected at least one dimension");
+  if (sizes[sizes.size() - 1] % 4 != 0) {
+    fail(name, ": got size ", to_text(sizes), ", expected a last size that is a multiple of 4, for groups of four columns");
+  }
+}
+
+// Fails with what is wrong in a row of 2:4 metadata that a kernel found faulty, given the row.
+[[noreturn]] inline void fail_metadata(const uint8_t* bits, int64_t row, int64_t cols) {
+  for (int64_t col = 0; col < cols; col += 4) {
+    const int count = __builtin_popcount(bits[col / 8] >> (col % 8) & 0xf);
+    if (count != 2) fail("metadata: row ", row, ", columns ", col, " to ", col + 3, ": got ", count, " bits set, expected 2");
+  }
+  if (cols % 8 != 0 && bits[cols / 8] >> 4 != 0) {
+    fail("metadata: row ", row, " has padding bits set past column ", cols, ", expected zeros");
+  }
+  fail("metadata: row ", row, " changed while it was read");
+}
+
 // Fails with what is wrong in a row that a kernel found faulty, given its bitmask and its offset. `end` is the next row's offset, or nnz
 // after the last row.
 [[noreturn]] inline void fail_row(const uint8_t* bits, int64_t start, int64_t end, int64_t row, const Geometry& g, int64_t nnz) {

@@ -67,6 +67,35 @@ inline Element element_of(const Tensor& tensor, bool keep_negative_zero) {
   return {dtype, static_cast<int>(aoti_torch_dtype_element_size(dtype)), keep_negative_zero ? test_all_bits() : by_value};
 }
 
+// How the magnitudes of a dtype compare that has a 2:4 layout: real ones that have a zero.
+inline Magnitude magnitude_of(const char* name, int32_t dtype) {
+  switch (static_cast<ScalarType>(dtype)) {
+    case ScalarType::Float8_e4m3fn:
+    case ScalarType::Float8_e5m2:
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+    case ScalarType::Float:
+    case ScalarType::Double:
+      return Magnitude::kSignMagnitude;
+    case ScalarType::Float8_e4m3fnuz:
+    case ScalarType::Float8_e5m2fnuz:
+      return Magnitude::kNoNegativeZero;
+    case ScalarType::Char:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::Long:
+      return Magnitude::kSigned;
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::UInt16:
+    case ScalarType::UInt32:
+    case ScalarType::UInt64:
+      return Magnitude::kUnsigned;
+    default:
+      fail(name, ": got torch scalar type ", dtype, ", expected bool, an integer or a real float dtype that has a zero");
+  }
+}
+
 // Whether all bits set is NaN for every number of this dtype: so it is where numbers have a sign and infinities or NaNs by IEEE's rules.
 inline bool all_ones_is_nan(const Element& element) {
   const ZeroTest by_value = zero_test_of(static_cast<ScalarType>(element.dtype));

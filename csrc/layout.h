@@ -41,6 +41,23 @@ struct BitmaskMatrix {
   int64_t nnz;
 };
 
+// A 2:4 [rows, cols] matrix, cols a multiple of 4: of each group of four columns exactly two are stored. Kernels do not trust the metadata:
+// each row of it is proven while it is walked. Where values lie does not depend on it.
+struct TwoFourMatrix {
+  const void* values;       // [rows, cols / 2]
+  const uint8_t* metadata;  // [rows, bitmask_bytes(cols)]: a bitmask, two bits set in every four, padding zero
+  int64_t rows;
+  int64_t cols;
+};
+
+// How the magnitudes of a dtype compare, told by the bits of its elements. NaN is larger than all others.
+enum class Magnitude {
+  kUnsigned,       // as they are
+  kSigned,         // two's complement
+  kSignMagnitude,  // all bits but the sign, the topmost one
+  kNoNegativeZero  // the same, but the sign alone is NaN: the float8 *fnuz kinds
+};
+
 // A block-sparse [rows, cols] weight, as kernels walk it: line by line, a line being the kept blocks of one block row or, transposed, of
 // one block column. Unlike a bitmask it is proven before a kernel sees it: indices are copies that nobody else writes to.
 struct BlockMatrix {

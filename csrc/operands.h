@@ -49,8 +49,9 @@ inline std::vector<int64_t> with_last_size(const Tensor& tensor, int64_t size) {
   return sizes;
 }
 
-// Throws unless x and bias fit the weight; returns the sizes of y = x W^T + bias.
-inline std::vector<int64_t> linear_sizes(const Tensor& x, const Parts& weight, const std::optional<Tensor>& bias) {
+// Throws unless x and bias fit the weight, Parts or TwoFourParts; returns the sizes of y = x W^T + bias.
+template <typename Weight>
+std::vector<int64_t> linear_sizes(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias) {
   check_dtype("x", dtype_of(x), "the dtype of values", weight.element.dtype);
   check_last_size("x", x.sizes(), weight.matrix.cols, "in_features");
   if (bias) check_dtype("bias", dtype_of(*bias), "the dtype of values", weight.element.dtype);
@@ -59,7 +60,8 @@ inline std::vector<int64_t> linear_sizes(const Tensor& x, const Parts& weight, c
 }
 
 // Throws unless grad fits the weight; returns the sizes of y = grad W.
-inline std::vector<int64_t> backward_input_sizes(const Tensor& grad, const Parts& weight) {
+template <typename Weight>
+std::vector<int64_t> backward_input_sizes(const Tensor& grad, const Weight& weight) {
   check_dtype("grad", dtype_of(grad), "the dtype of values", weight.element.dtype);
   check_last_size("grad", grad.sizes(), weight.matrix.rows, "out_features");
   return with_last_size(grad, weight.matrix.cols);
@@ -72,6 +74,45 @@ std::vector<int64_t> bitmask_sizes(const Sizes& sizes) {
   if (result.empty()) result.push_back(1);
   result.back() = bitmask_bytes(geometry(sizes).cols);
   return result;
+}
+
+// The parts of a 2:4 tensor, contiguous, checked but for what the metadata hold.
+struct TwoFourParts {
+  Tensor values, metadata;
+  Element element;
+  std::vector<int64_t> sizes;  // of the dense tensor
+  TwoFourMatrix matrix;        // of these tensors' memory
+
+  Geometry geometry() const { return {matrix.rows, matrix.cols}; }
+};
+
+// Throws unless the parts have the dtypes and sizes of a 2:4 tensor; returns the sizes of the dense one.
+inline std::vector<int64_t> two_four_sizes(const Tensor& values, const Tensor& metadata) {
+  magnitude_of("values", dtype_of(values));  // refuses dtypes that have no 2:4 layout
+  check_dtype("metadata", dtype_of(metadata), "torch.uint8", aoti_torch_dtype_uint8());
+  const auto got = values.sizes();
+  if (got.size() == 0 || got[got.size() - 1] % 2 != 0) {
+    fail("values: got size ", to_text(got), ", expected [..., cols / 2], two for each group of four columns");
+  }
+  std::vector<int64_t> sizes(got.begin(), got.end());
+  if (__builtin_mul_overflow(sizes.back(), int64_t{2}, &sizes.back())) {
+    fail("values: got size ", to_text(got), ", expected fewer than 2^63 columns");
+  }
+  const std::vector<int64_t> expected = bitmask_sizes(sizes), found(metadata.sizes().begin(), metadata.sizes().end());
+  if (found != expected) {
+    fail("metadata: got size ", to_text(found), ", expected ", to_text(expected), " ([..., ceil(cols / 8)]) for values of size ",
+         to_text(got));
+  }
+  return sizes;
+}
+
+// The parts, contiguous, checked but for what the metadata hold.
+inline TwoFourParts two_four_parts_of(const Tensor& values, const Tensor& metadata) {
+  const std::vector<int64_t> sizes = two_four_sizes(values, metadata);
+  const Geometry g = geometry(sizes);
+  TwoFourParts parts{contiguous("values", values), contiguous("metadata", metadata), element_of(values, false), sizes, {}};
+  parts.matrix = {const_bytes(parts.values), const_bytes(parts.metadata), g.rows, g.cols};
+  return parts;
 }
 
 // Throws unless compress_into can write to the three buffers, which must not overlap each other or what it reads.

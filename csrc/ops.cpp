@@ -7,10 +7,10 @@
 #include <algorithm>
 #include <cstring>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "checks.h"
+#include "compress.h"
 #include "cpu/kernels.h"
 #include "dtypes.h"
 #include "layout.h"
@@ -25,30 +25,6 @@ namespace {
 using torch::headeronly::IntHeaderOnlyArrayRef;
 
 const cpu::CodecKernels& codec_of(const Element& element) { return cpu::kernels().codec[__builtin_ctz(element.width)]; }
-
-int64_t sum(const int64_t* counts, int64_t length) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < length; ++i) total += counts[i];
-  return total;
-}
-
-// Replaces counts by their exclusive prefix sums, from `start` on; returns the total.
-int64_t exclusive_prefix_sums(int64_t* counts, int64_t length, int64_t start) {
-  for (int64_t i = 0; i < length; ++i) start += std::exchange(counts[i], start);
-  return start;
-}
-
-// Where the parts of a task lie, in elements, bitmask bytes and values.
-struct Slice {
-  Tasks::Task task;
-  int64_t element;
-  int64_t mask_byte;
-};
-
-Slice slice_of(const Tasks& tasks, int64_t index, const Geometry& g) {
-  const Tasks::Task task = tasks[index];
-  return {task, task.row * g.cols + task.col, task.row * bitmask_bytes(g.cols) + task.col / 8};
-}
 
 // A dense tensor on its way to its parts.
 struct Compression {
@@ -100,17 +76,6 @@ void pack(const Compression& c, const uint8_t* mask_data, int64_t* offset_data, 
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& dense, bool keep_negative_zero) {
-  Compression c = compression_of(dense, keep_negative_zero);
-  const Tensor bitmasks = empty(bitmask_sizes(c.source.sizes()), aoti_torch_dtype_uint8());
-  const Tensor row_offsets = empty(std::vector<int64_t>{c.g.rows}, aoti_torch_dtype_int64());
-  int64_t* const offset_data = static_cast<int64_t*>(row_offsets.mutable_data_ptr());
-  const int64_t nnz = mark(c, mutable_bytes(bitmasks), offset_data);
-  const Tensor values = empty(std::vector<int64_t>{nnz}, c.element.dtype);
-  pack(c, const_bytes(bitmasks), offset_data, mutable_bytes(values), nnz);
-  return {values, bitmasks, row_offsets};
-}
-
 Tensor compress_into(const Tensor& dense, bool keep_negative_zero, const Tensor& values, const Tensor& bitmasks,
                      const Tensor& row_offsets) {
   Compression c = compression_of(dense, keep_negative_zero);
@@ -124,77 +89,6 @@ Tensor compress_into(const Tensor& dense, bool keep_negative_zero, const Tensor&
   const Tensor count = empty(std::vector<int64_t>{}, aoti_torch_dtype_int64());
   *static_cast<int64_t*>(count.mutable_data_ptr()) = nnz;
   return count;
-}
-
-// Parts on their way to being proven, and where the values of each task begin. Whoever writes to the parts meanwhile (another thread or
-// process may hold them) gets wrong elements, never an access out of bounds: the starts are copied once and proven as copied, and the
-// kernels keep within them.
-struct Proof {
-  Parts parts;
-  Geometry g;
-  Tasks tasks;
-  std::vector<int64_t> starts;  // [tasks + 1], the last one being nnz
-
-  int64_t nnz() const { return starts.back(); }
-  const uint8_t* masks() const { return parts.matrix.bitmasks; }
-  const int64_t* offsets() const { return parts.matrix.row_offsets; }
-};
-
-// Tasks of whole rows: every row's popcount leads from its offset to the next. The lowest faulty row becomes the error, whatever the
-// threads' order.
-void prove_rows(Proof& proof) {
-  const Geometry& g = proof.g;
-  const uint8_t* const masks = proof.masks();
-  const int64_t* const offsets = proof.offsets();
-  const int64_t nnz = proof.nnz();
-  std::vector<int64_t> faults(static_cast<size_t>(proof.tasks.count()), g.rows);
-  for_each_task(proof.tasks.count(), proof.tasks.bytes(1), [&](int64_t index) {
-    const Slice s = slice_of(proof.tasks, index, g);
-    const int64_t next = s.task.row + s.task.rows;
-    proof.starts[static_cast<size_t>(index)] = offsets[s.task.row];
-    const int64_t faulty = cpu::kernels().first_faulty_row(masks + s.mask_byte, offsets + s.task.row, s.task.rows, g.cols,
-                                                           next < g.rows ? offsets[next] : nnz, nnz);
-    if (faulty < s.task.rows) faults[static_cast<size_t>(index)] = s.task.row + faulty;
-  });
-  if (g.rows > 0 && proof.starts[0] != 0) fail_row(masks, offsets, 0, g, nnz);
-  for (const int64_t row : faults) {
-    if (row < g.rows) fail_row(masks, offsets, row, g, nnz);
-  }
-  if (!std::is_sorted(proof.starts.begin(), proof.starts.end())) fail("row_offsets: changed while they were read");
-}
-
-// Tasks that are parts of a row: counted first, then each row's sum is held against the offsets.
-void prove_long_rows(Proof& proof) {
-  const Geometry& g = proof.g;
-  const uint8_t* const masks = proof.masks();
-  const int64_t* const offsets = proof.offsets();
-  const int64_t nnz = proof.nnz();
-  for_each_task(proof.tasks.count(), proof.tasks.bytes(1), [&](int64_t index) {
-    const Slice s = slice_of(proof.tasks, index, g);
-    proof.starts[static_cast<size_t>(index)] = cpu::kernels().count_bits(masks + s.mask_byte, bitmask_bytes(s.task.cols));
-  });
-  const int64_t padding = g.cols % 8;
-  int64_t offset = 0;
-  for (int64_t row = 0; row < g.rows; ++row) {
-    const int64_t count = sum(&proof.starts[static_cast<size_t>(row * proof.tasks.parts_per_row())], proof.tasks.parts_per_row());
-    const int64_t next = row + 1 < g.rows ? offsets[row + 1] : nnz;
-    const uint8_t last_byte = masks[(row + 1) * bitmask_bytes(g.cols) - 1];
-    if (offsets[row] != offset || next != offset + count || (padding != 0 && last_byte >> padding != 0)) {
-      fail_row(masks, offsets, row, g, nnz);
-    }
-    offset += count;
-  }
-  exclusive_prefix_sums(proof.starts.data(), proof.tasks.count(), 0);
-}
-
-// Proves the parts before anything is read through them: dtypes and sizes first, then every row.
-Proof prove(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, const std::vector<int64_t>& shape) {
-  const Parts parts = parts_of(values, bitmasks, row_offsets, shape);
-  const Tasks tasks(parts.geometry());
-  Proof proof{parts, parts.geometry(), tasks, std::vector<int64_t>(static_cast<size_t>(tasks.count()) + 1)};
-  proof.starts.back() = values.numel();
-  tasks.whole_rows() ? prove_rows(proof) : prove_long_rows(proof);
-  return proof;
 }
 
 Tensor decompress(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, IntHeaderOnlyArrayRef shape) {
@@ -216,14 +110,21 @@ Tensor decompress(const Tensor& values, const Tensor& bitmasks, const Tensor& ro
   return dense;
 }
 
-void validate_parts(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, IntHeaderOnlyArrayRef shape) {
-  validate(values, bitmasks, row_offsets, std::vector<int64_t>(shape.begin(), shape.end()));
+void validate(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, IntHeaderOnlyArrayRef shape) {
+  prove(values, bitmasks, row_offsets, std::vector<int64_t>(shape.begin(), shape.end()));
 }
 
 }  // namespace
 
-void validate(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, const std::vector<int64_t>& shape) {
-  prove(values, bitmasks, row_offsets, shape);
+std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& dense, bool keep_negative_zero) {
+  Compression c = compression_of(dense, keep_negative_zero);
+  const Tensor bitmasks = empty(bitmask_sizes(c.source.sizes()), aoti_torch_dtype_uint8());
+  const Tensor row_offsets = empty(std::vector<int64_t>{c.g.rows}, aoti_torch_dtype_int64());
+  int64_t* const offset_data = static_cast<int64_t*>(row_offsets.mutable_data_ptr());
+  const int64_t nnz = mark(c, mutable_bytes(bitmasks), offset_data);
+  const Tensor values = empty(std::vector<int64_t>{nnz}, c.element.dtype);
+  pack(c, const_bytes(bitmasks), offset_data, mutable_bytes(values), nnz);
+  return {values, bitmasks, row_offsets};
 }
 
 STABLE_TORCH_LIBRARY(bitmask, m) {
@@ -239,17 +140,43 @@ STABLE_TORCH_LIBRARY(bitmask, m) {
       "-> (Tensor ccol_indices, Tensor row_indices, Tensor order)");
   m.def("compress(Tensor dense, bool keep_negative_zero) -> (Tensor values, Tensor bitmasks, Tensor row_offsets)");
   m.def("compress_into(Tensor dense, bool keep_negative_zero, Tensor(a!) values, Tensor(b!) bitmasks, Tensor(c!) row_offsets) -> Tensor");
+  m.def("coo_to_crow(Tensor indices, SymInt[] shape) -> Tensor");
   m.def("decompress(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) -> Tensor");
+  m.def(
+      "from_bsr(Tensor values, Tensor crow_indices, Tensor col_indices, SymInt[] shape, bool keep_negative_zero) "
+      "-> (Tensor values, Tensor bitmasks, Tensor row_offsets)");
+  m.def(
+      "from_csr(Tensor values, Tensor crow_indices, Tensor col_indices, SymInt[] shape, bool keep_negative_zero) "
+      "-> (Tensor values, Tensor bitmasks, Tensor row_offsets)");
   m.def("linear(Tensor x, Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt in_features, Tensor? bias=None) -> Tensor");
   m.def("linear_backward_input(Tensor grad, Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt in_features) -> Tensor");
+  m.def("linear_24(Tensor x, Tensor values, Tensor metadata, Tensor? bias=None) -> Tensor");
+  m.def("linear_24_backward_input(Tensor grad, Tensor values, Tensor metadata) -> Tensor");
+  m.def("pack_24(Tensor dense, bool prune, bool keep_negative_zero) -> (Tensor values, Tensor metadata)");
+  m.def("prune_24(Tensor(a!) tensor, bool transposable) -> ()");
+  m.def(
+      "to_bsr(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape, SymInt[] block_shape) "
+      "-> (Tensor crow_indices, Tensor col_indices, Tensor values)");
+  m.def("to_coo(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) -> (Tensor indices, Tensor values)");
+  m.def(
+      "to_csc(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) "
+      "-> (Tensor ccol_indices, Tensor row_indices, Tensor values)");
+  m.def(
+      "to_csr(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) "
+      "-> (Tensor crow_indices, Tensor col_indices, Tensor values)");
+  m.def(
+      "transpose(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) "
+      "-> (Tensor values, Tensor bitmasks, Tensor row_offsets)");
+  m.def("unpack_24(Tensor values, Tensor metadata) -> Tensor");
   m.def("validate(Tensor values, Tensor bitmasks, Tensor row_offsets, SymInt[] shape) -> ()");
+  m.def("validate_24(Tensor values, Tensor metadata) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitmask, CPU, m) {
   m.impl("compress", TORCH_BOX(&compress));
   m.impl("compress_into", TORCH_BOX(&compress_into));
   m.impl("decompress", TORCH_BOX(&decompress));
-  m.impl("validate", TORCH_BOX(&validate_parts));
+  m.impl("validate", TORCH_BOX(&validate));
 }
 
 }  // namespace bitmask

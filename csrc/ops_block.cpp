@@ -143,20 +143,6 @@ void stream(const BlockWeight& weight, const uint8_t* x, int64_t m, const void* 
   });
 }
 
-// Rows [m, cols] repacked into tiles, in parallel where there is much of it.
-Tensor pack_tiles(const BlockWeight& weight, const uint8_t* x, int64_t m) {
-  const BlockKernels& kernels = weight.kernels;
-  const int64_t cols = weight.depth(), bytes = kernels.tiles_bytes(m, cols);
-  const Tensor tiles = empty_bytes(bytes);
-  uint8_t* const packed = mutable_bytes(tiles);
-  const int64_t rows = bytes < kLeastPackBytes ? m : kernels.tile_rows, count = (m + rows - 1) / rows;
-  for_each_task(count, 2 * bytes / count, [&](int64_t task) {
-    const int64_t first = task * rows;
-    kernels.pack_tiles(x + first * cols * weight.width, std::min(rows, m - first), cols, packed + kernels.tiles_bytes(first, cols));
-  });
-  return tiles;
-}
-
 // Bytes of x packed at a time, where one call of a kernel does not take more: what stays in a last cache.
 constexpr int64_t kMostPackedBytes = 4 << 20;
 
@@ -167,12 +153,15 @@ void multiply(const BlockWeight& weight, const uint8_t* x, int64_t m, uint8_t* y
   const int64_t tile_bytes = std::max<int64_t>(kernels.tiles_bytes(kernels.tile_rows, weight.depth()), 1);
   const int64_t most_rows = std::max(kernels.most_rows, kMostPackedBytes / tile_bytes * kernels.tile_rows);
   for_each_block(m, most_rows, kernels.tile_rows, [&](int64_t start, int64_t count) {
-    const Tensor tiles = pack_tiles(weight, x + start * weight.depth() * weight.width, count);
+    const int64_t cols = weight.depth();
+    const Tensor tiles = pack_tiles(kernels, count, cols, [&](int64_t first, int64_t rows, void* to) {
+      kernels.pack_tiles(x + (start + first) * cols * weight.width, rows, cols, to);
+    });
     const Split split = split_lines_and_rows(weight, count);
     for_each_task(split.count(), split.task_bytes(), [&](int64_t task) {
       const size_t range = static_cast<size_t>(task / split.row_ranges);
       const int64_t first = task % split.row_ranges * split.rows;
-      body(split.borders[range], split.borders[range + 1], const_bytes(tiles) + kernels.tiles_bytes(first, weight.depth()),
+      body(split.borders[range], split.borders[range + 1], const_bytes(tiles) + kernels.tiles_bytes(first, cols),
            std::min(split.rows, count - first), y + (start + first) * weight.across() * weight.width);
     });
   });

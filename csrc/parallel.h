@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "layout.h"
 
@@ -36,6 +37,30 @@ class Tasks {
   int64_t parts_;  // tasks in a row
   int64_t count_;
 };
+
+// Where a task lies in the elements and in the bitmasks of the matrix.
+struct Slice {
+  Tasks::Task task;
+  int64_t element;
+  int64_t mask_byte;
+};
+
+inline Slice slice_of(const Tasks& tasks, int64_t index, const Geometry& g) {
+  const Tasks::Task task = tasks[index];
+  return {task, task.row * g.cols + task.col, task.row * bitmask_bytes(g.cols) + task.col / 8};
+}
+
+inline int64_t sum(const int64_t* counts, int64_t length) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < length; ++i) total += counts[i];
+  return total;
+}
+
+// Replaces counts by their exclusive prefix sums, from `start` on; returns the total.
+inline int64_t exclusive_prefix_sums(int64_t* counts, int64_t length, int64_t start) {
+  for (int64_t i = 0; i < length; ++i) start += std::exchange(counts[i], start);
+  return start;
+}
 
 // Runs body(context, index) for every index below `count`, in contiguous ranges over torch's threads; serially in a process forked from
 // one that had loaded this library, because an OpenMP pool does not survive fork() (a fork before this library is loaded goes unnoticed).

@@ -4,14 +4,17 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import bitmask
 from benchmarks.gpu.device import reason_against
+from bitmask.compressed_tensor import CompressedTensor
 from bitmask.ops import DTYPES
 
 ALL_DTYPES = sorted(DTYPES, key=str)
@@ -63,6 +66,18 @@ def flush_denormals() -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
+allows_decompression = pytest.mark.filterwarnings("ignore::bitmask.DecompressWarning")
+
+
+@pytest.fixture
+def decompression_is_an_error(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For modules to use, where a DecompressWarning that a test neither allows nor waits for is a failure."""
+    with warnings.catch_warnings():
+        if not any("DecompressWarning" in mark.args[0] for mark in request.node.iter_markers("filterwarnings")):
+            warnings.simplefilter("error", bitmask.DecompressWarning)
+        yield
+
+
 @pytest.fixture
 def seed() -> None:
     """Makes random numbers of torch the same in every run."""
@@ -107,6 +122,11 @@ def random_numbers(*shape: int, density: float = 0.4, seed: int = 0, dtype: torc
     return torch.where(torch.rand(shape, generator=generator) < density, numbers, 0.0).to(dtype)
 
 
+def two_four_numbers(*shape: int, density: float = 0.4, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Ordinary numbers that are 2:4, many groups of which have fewer than two."""
+    return bitmask.prune_24_(random_numbers(*shape, density=density, seed=seed, dtype=dtype))
+
+
 def special_words(dtype: torch.dtype) -> list[int]:
     """Bit patterns at the edges of a dtype: zeros of both signs, subnormals, infinities, NaNs of all kinds."""
     if dtype == torch.bool:
@@ -140,6 +160,40 @@ def assert_parts_equal(got: Sequence[Tensor], expected: Sequence[Tensor]) -> Non
     """`assert_bits_equal` for values, bitmasks and row_offsets."""
     for got_part, expected_part in zip(got, expected, strict=True):
         assert_bits_equal(got_part, expected_part)
+
+
+def parts_of(tensor: CompressedTensor) -> list[Tensor]:
+    """What a compressed tensor is stored as."""
+    return [getattr(tensor, name) for name in tensor.part_names]
+
+
+def assert_is_compressed(tensor: Tensor, dense: Tensor) -> None:
+    """A compressed tensor that stands for `dense`, with parts that hold."""
+    assert isinstance(tensor, CompressedTensor)
+    assert (tensor.shape, tensor.dtype, tensor.device) == (dense.shape, dense.dtype, dense.device)
+    if isinstance(tensor, bitmask.BitmaskTensor):
+        bitmask.BitmaskTensor.from_parts(*parts_of(tensor), tensor.shape)
+    else:
+        bitmask.SemiStructuredTensor.from_parts(*parts_of(tensor))
+    assert torch.equal(tensor.to_dense(), dense)
+
+
+def assert_is_linear(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None) -> None:
+    """`y` is x @ dense.T + bias within the rounding that the op may do.
+
+    Products of 16-bit numbers are exact in the float32 of the sums, so each of the `columns` additions and a
+    conversion or two are the only roundings there, each relative to a partial sum, which the sum of magnitudes bounds;
+    the result is rounded once to its dtype. For float64 the yardstick has the same error, hence the factor of two.
+    """
+    assert (y.shape, y.dtype, y.device) == ((*x.shape[:-1], dense.shape[0]), x.dtype, x.device)
+    wide = [None if t is None else t.detach().double() for t in (x, dense, bias)]
+    exact = F.linear(*wide)
+    magnitude = F.linear(*(None if t is None else t.abs() for t in wide))
+    unit = 2.0**-53 if x.dtype == torch.float64 else 2.0**-24
+    info = torch.finfo(x.dtype)
+    bound = 2 * (x.shape[-1] + 3) * unit * magnitude + 0.51 * info.eps * exact.abs() + info.tiny * info.eps
+    error = (y.detach().double() - exact).abs()
+    assert bool((error <= bound).all()), f"off by {float((error / bound).max()):.1f} times the bound"
 
 
 def parts_are_valid(values, bitmasks, row_offsets, shape):

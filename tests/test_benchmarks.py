@@ -9,20 +9,36 @@ from pathlib import Path
 import pytest
 import torch
 
+import bitmask
 from benchmarks.block_sparse.checks import blocks_are_right, product_is_right
 from benchmarks.block_sparse.contenders import Contest
 from benchmarks.block_sparse.plot import break_even, verdict
 from benchmarks.block_sparse.result import FORWARD, GRAD_INPUT, GRAD_WEIGHT, PRODUCTS, STEP, BlockSparseResult
 from benchmarks.block_sparse.weights import BlockWeight, Operands
-from benchmarks.cases import Selection
+from benchmarks.cases import Selection, Workload, dense_input
+from benchmarks.codec.measure import WrongRoundTripError
+from benchmarks.formats.contenders import LAYOUTS, format_products, pattern_input
+from benchmarks.formats.measure import measure_conversions
+from benchmarks.formats.plot import speedups
+from benchmarks.formats.result import BLOCKS, SCATTERED, TWO_FOUR, ConversionResult, FormatProductResult
 from benchmarks.gpu.report import GpuReport
+from benchmarks.linear.contenders import Layers
 from benchmarks.linear.measure import Reference
 from benchmarks.linear.plot import crossover
 from benchmarks.linear.result import BITMASK, LinearResult
 from benchmarks.models.result import Agreement, ModelResult, Sizes
-from benchmarks.report import Report
+from benchmarks.plot import have_matplotlib
+from benchmarks.report import Report, reader_of
+from benchmarks.semi_structured.contenders import (
+    checking_codec,
+    is_pruned,
+    pruning_codec,
+    pruning_peers,
+    two_four_input,
+)
 from benchmarks.suites import find_suites
-from benchmarks.timer import Summary
+from benchmarks.timer import Budget, Summary
+from bitmask.prune import prune_24_
 
 ROOT = Path(__file__).parent.parent
 
@@ -181,6 +197,132 @@ def test_block_checks_notice_one_wrong_element():
     assert not product_is_right(x, weight.dense, y)
 
 
+WORKLOAD = Workload((64, 96), "fp16", 0.5)
+
+
+def test_two_four_inputs():
+    """Exactly two in every four, in every layer."""
+    first = two_four_input(WORKLOAD)
+    layers = Layers.like(WORKLOAD, first, 2**14)
+    assert len(layers.dense) > 1
+    for dense in layers.dense:
+        assert bool(((dense.view(-1, 4) != 0).sum(dim=1) == 2).all())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_pruning_is_checked(dtype):
+    """Ties may be broken either way; nothing else may differ."""
+    full = dense_input(Workload((64, 96), dtype, 0.0))
+    pruned = prune_24_(full.clone())
+    assert is_pruned(full, pruned)
+    tied, one, other = (torch.tensor([row], dtype=full.dtype) for row in ([1, -1, 1, 2], [1, 0, 0, 2], [0, -1, 0, 2]))
+    assert is_pruned(tied, one)
+    assert is_pruned(tied, other)
+    assert not is_pruned(tied, tied)
+    assert not is_pruned(tied, torch.tensor([[1, -1, 0, 0]], dtype=full.dtype))
+    assert not is_pruned(tied, torch.tensor([[0, 1, 0, 2]], dtype=full.dtype))
+    for place in ((5, 7), (63, 95)):
+        faulty = pruned.clone()
+        faulty[place] = 0.5 if faulty[place] == 0 else 0
+        assert not is_pruned(full, faulty)
+
+
+def test_two_four_codecs():
+    dense = dense_input(Workload((64, 96), "bf16", 0.0))
+    isa = bitmask.get_isa()
+    assert checking_codec(isa).round_trips(two_four_input(WORKLOAD))
+    assert pruning_codec(isa).round_trips(dense)
+    with pytest.raises(ValueError, match="row 0, columns 0 to 3: got 4 non-zeros"):
+        checking_codec(isa).compress(dense)
+    torch_layout = next(codec for codec in pruning_peers() if codec.name.startswith("topk"))
+    assert torch_layout.round_trips(dense)
+
+
+@pytest.mark.parametrize("pattern", [SCATTERED, BLOCKS, TWO_FOUR])
+def test_patterns(pattern):
+    dense = pattern_input(WORKLOAD, pattern)
+    assert (dense.shape, dense.dtype) == ((64, 96), torch.float16)
+    assert 0.4 < (dense == 0).float().mean() < 0.6
+    assert not (dense.view(torch.int16) == -(2**15)).any(), "a negative zero"
+    occupied = (dense.view(2, 32, 3, 32) != 0).any(dim=3).any(dim=1)
+    assert int(occupied.sum()) == (3 if pattern == BLOCKS else 6)
+
+
+@pytest.mark.parametrize("pattern", [SCATTERED, BLOCKS, TWO_FOUR])
+def test_products_of_formats(pattern):
+    """Every contender multiplies by the weight that it stands for."""
+    workload = Workload((64, 96), "fp32", 0.5)
+    layers = Layers.like(workload, pattern_input(workload, pattern), 2**14)
+    x = torch.randn(3, 96)
+    names = []
+    for product in format_products(layers, pattern, 3, 2**14):
+        assert len(product.weights) == len(layers.dense)
+        assert Reference(x, layers.dense[0]).accepts(product.multiply(x, product.weights[0]), lossy=False)
+        names.append(product.name)
+    others = {SCATTERED: {"torch COO"}, BLOCKS: {"BSR"}, TWO_FOUR: {"2:4"}}
+    assert {"F.linear", "bitmask"} | others[pattern] <= set(names)
+
+
+def test_conversions_are_proven(monkeypatch):
+    workload = Workload((64, 96), "fp32", 0.5)
+    budget = Budget(min_rounds=1, max_rounds=1, slow_rounds=1, seconds=0.0)
+    found = measure_conversions(workload, BLOCKS, 1, budget, 2**14)
+    assert [(result.conversion, result.contender) for result in found] == [
+        ("to BSR", "bitmask"),
+        ("to BSR", "torch"),
+        ("from BSR", "bitmask"),
+        ("from BSR", "torch"),
+    ]
+    assert {result.nbytes for result in found} == {3 * (32 * 32 * 4 + 8) + 3 * 8}
+    (layout,) = LAYOUTS[BLOCKS]
+    wrong = replace(layout, from_bitmask=lambda packed: (2 * packed.to_dense()).to_sparse_bsr((32, 32)))
+    monkeypatch.setitem(LAYOUTS, BLOCKS, (wrong,))
+    with pytest.raises(WrongRoundTripError, match="BSR of 64x96 fp32"):
+        measure_conversions(workload, BLOCKS, 1, budget, 2**14)
+
+
+def format_result(contender, pattern, sparsity, speedup):
+    return FormatProductResult(
+        **vars(replace(linear_result(1, speedup), contender=contender, sparsity=sparsity)), pattern=pattern
+    )
+
+
+def test_speedups_of_formats():
+    """The bitmask's are those with scattered zeros, dense contenders have none."""
+    results = [
+        format_result("bitmask", SCATTERED, 0.9, 3.0),
+        format_result("bitmask", SCATTERED, 0.5, 2.0),
+        format_result("bitmask", BLOCKS, 0.5, 9.0),
+        format_result("BSR", BLOCKS, 0.5, 4.0),
+        format_result("F.linear", SCATTERED, 0.5, 1.0),
+        format_result("dense, saturated", SCATTERED, 0.5, 1.0),
+    ]
+    assert speedups(results) == {"bitmask": [(0.5, 2.0), (0.9, 3.0)], "BSR": [(0.5, 4.0)]}
+    assert results[0].size_ratio == 0.5
+
+
+def test_results_of_several_kinds_are_read_back():
+    conversion = ConversionResult("bitmask", "fp32", 0.5, Summary.of([1.0]), 2, "to CSR", SCATTERED, (8, 16), 99, 3.0)
+    results = [conversion, format_result("bitmask", SCATTERED, 0.5, 2.0)]
+    read = reader_of(ConversionResult, FormatProductResult)
+    assert [read(json.loads(json.dumps(result.to_json()))) for result in results] == results
+    assert conversion.speedup == 3.0
+    with pytest.raises(ValueError, match="unpack"):
+        read({"contender": "bitmask"})
+
+
+@pytest.mark.skipif(not have_matplotlib(), reason="needs matplotlib")
+@pytest.mark.parametrize("suite", ["semi_structured", "formats"])
+def test_plots(tmp_path, suite):
+    stored, drawn = tmp_path / "results.json", tmp_path / "plot.png"
+    done = run("--quick", "--suite", suite, "--dtypes", "fp32", "--json", str(stored), "--plot", str(drawn))
+    assert done.returncode == 0, done.stderr
+    assert drawn.stat().st_size > 1000
+    done = run("--table", str(stored), "--sparsities", "0.5", "--rows", "1", "--plot", str(drawn))
+    assert done.returncode == 2
+    assert "a plot needs results at two" in done.stderr
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.stem)
 def test_stored_reports_have_tables(path):
     of_a_gpu = GpuReport.load(path)
@@ -188,7 +330,7 @@ def test_stored_reports_have_tables(path):
         assert "| " in of_a_gpu.markdown()
         return
     suites = find_suites()
-    report = Report.load(path, {name: suite.result for name, suite in suites.items()})
+    report = Report.load(path, {name: suite.read for name, suite in suites.items()})
     assert "| " in suites[report.suite].tables(report)
 
 
@@ -208,6 +350,8 @@ def run(*arguments):
     [
         ("linear", ["--sparsities", "0.5"], "**m = 1, fp32"),
         ("block_sparse", ["--shapes", "40x130", "--blocks", "16"], "**40x130 fp32, blocks of 16"),
+        ("semi_structured", ["--rows", "1,3"], "**40x132 fp32, "),
+        ("formats", ["--rows", "1"], "**64x96 fp32: bytes, of dense**"),
     ],
 )
 def test_quick_suites_and_their_tables(tmp_path, suite, options, title):
@@ -216,6 +360,22 @@ def test_quick_suites_and_their_tables(tmp_path, suite, options, title):
         done = run(*arguments)
         assert done.returncode == 0, done.stderr
     assert title in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("suite", "options", "message"),
+    [
+        ("semi_structured", ["--dtypes", "int8"], "no products in int8"),
+        ("semi_structured", ["--sparsities", "0.7"], "--sparsities takes 0.5 alone"),
+        ("semi_structured", ["--shapes", "8x6"], "columns are a multiple of 4, unlike those of 8x6"),
+        ("formats", ["--dtypes", "fp8"], "no products in fp8"),
+        ("formats", ["--shapes", "40x64"], "multiples of 32, unlike 40x64"),
+    ],
+)
+def test_suites_refuse_what_they_cannot_run(suite, options, message):
+    done = run("--quick", "--suite", suite, *options)
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 def test_block_sparse_refuses_other_dtypes():

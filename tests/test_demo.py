@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.plot import have_matplotlib
+
 ROOT = Path(__file__).parent.parent
 
 REPORT = r"""Generating a tensor of size=\[4096, 4096\] and precision=torch.float16 with sparsity=0.5
@@ -95,3 +97,66 @@ def test_smoke_test():
     assert done.stdout.count("Bitmask Unpacked tensor([1, 0, 1, 1, 1, 0, 1, 0, 1], dtype=torch.uint8)") == 2
     assert done.stdout.count("Bitmask Packed Binary ['01011101', '00000001']") == 2
     assert "scalar: ok" in done.stdout
+
+
+FORMATS = ["dense", "COO", "CSR", "CSC", "BSR", "2:4", "bitmask"]
+
+
+def test_formats_of_a_tensor(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.randn(64, 128), "other": torch.ones(3)}, path)
+    done = run("demo.py", path, "--formats", "--tensor", "weight", "--prune", "0.75")
+    assert done.returncode == 0, done.stderr
+    comparison, crossovers = done.stdout.split("From which share of zeros on, ")
+    assert comparison.startswith("64x128 float32, 75.0% zeros, times on ")
+    assert [line.split()[0] for line in comparison.splitlines()[3:10]] == FORMATS
+    assert "Smallest: bitmask" in comparison
+    assert "Fastest at m = 128: " in comparison
+    assert crossovers.startswith("64x128 float32\n")
+    assert [line.split()[0] for line in crossovers.splitlines()[3:9]] == FORMATS[1:]
+    assert "faster, m = 1 " in crossovers
+
+
+def test_formats_without_products(tmp_path):
+    """Bytes alone."""
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.eye(64, dtype=torch.int8)}, path)
+    done = run("demo.py", path, "--formats", "--tensor", "weight")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("64x64 int8, 98.4% zeros\n")
+    assert "m = 1" not in done.stdout
+
+
+def test_formats_name_the_tensors_there_are(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(1), "b": torch.ones(1)}, path)
+    refused = "--tensor: got c, expected one of a, b"
+    for arguments, status, message in ([], 2, "needs --tensor, one of a, b"), (["--tensor", "c"], 1, refused):
+        done = run("demo.py", path, "--formats", *arguments)
+        assert done.returncode == status
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tensor", "a"], "--tensor and --plot need --formats"),
+        (["--plot", "a.png"], "--tensor and --plot need --formats"),
+        (["--formats", "--tensor", "a"], "--tensor needs a checkpoint"),
+        (["--formats", "--prune", "0.5"], "--prune needs a checkpoint"),
+    ],
+)
+def test_options_of_formats(arguments, message):
+    done = run("demo.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@pytest.mark.skipif(not have_matplotlib(), reason="needs matplotlib")
+def test_formats_are_plotted(tmp_path):
+    path, plot = tmp_path / "model.safetensors", tmp_path / "formats.png"
+    save_file({"weight": torch.randn(64, 64).bfloat16()}, path)
+    done = run("demo.py", path, "--formats", "--tensor", "weight", "--plot", plot)
+    assert done.returncode == 0, done.stderr
+    assert plot.stat().st_size > 1000

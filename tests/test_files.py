@@ -874,7 +874,6 @@ def test_wrong_arguments(path, tensors):
         (({"a": torch.ones(1, device="meta")},), {}, ValueError),
         (({"a": SPARSE.to_sparse()},), {}, TypeError),
         (({"a": SPARSE.to(torch.complex128)},), {}, TypeError),
-        ((tensors,), {"compression_format": "sparse-24-bitmask"}, FormatError),
         ((tensors,), {"compression_format": "zip"}, FormatError),
         ((tensors,), {"key_style": "other"}, ValueError),
         ((tensors,), {"min_sparsity": 2}, ValueError),

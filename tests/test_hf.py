@@ -13,7 +13,7 @@ from conftest import run_python
 from safetensors.torch import load_file, save_file
 
 import bitmask
-from bitmask import BitmaskConfig, BitmaskTensor, FormatError, load_compressed
+from bitmask import BitmaskConfig, BitmaskTensor, FormatError, SemiStructuredTensor, load_compressed, prune_24_
 from bitmask.files import compress_checkpoint
 from bitmask.prune import prune_by_magnitude
 
@@ -56,7 +56,7 @@ def directory(model, tmp_path):
 
 
 def dense(tensor):
-    return tensor.to_dense() if isinstance(tensor, BitmaskTensor) else tensor
+    return tensor.to_dense() if isinstance(tensor, BitmaskTensor | SemiStructuredTensor) else tensor
 
 
 def assert_same_weights(left, right):
@@ -66,8 +66,8 @@ def assert_same_weights(left, right):
         assert torch.equal(dense(tensor), dense(right[name])), name
 
 
-def compressed_names(model):
-    return {name for name, parameter in model.named_parameters() if isinstance(parameter, BitmaskTensor)}
+def compressed_names(model, kind=BitmaskTensor):
+    return {name for name, parameter in model.named_parameters() if isinstance(parameter, kind)}
 
 
 def load(directory, **options):
@@ -185,6 +185,139 @@ def test_merged_experts(tmp_path):
     assert load_file(tmp_path / "again/model.safetensors").keys() == load_file(tmp_path / "model.safetensors").keys()
 
 
+# ---------------------------------------------------------------------------------------------------------------- 2:4
+
+
+FORMAT_24 = "sparse-24-bitmask"
+
+
+def two_four_model(kind=None, config=None):
+    """With every linear weight 2:4, and the embedding half zero in no pattern."""
+    model = sparse_model(kind, config, sparsity=0.5)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            prune_24_(module.weight)
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shards", ["50GB", "50KB"])
+def test_two_four_round_trip(tmp_path, tied, shards):
+    model = two_four_model(config=small_config(tie_word_embeddings=tied))
+    model.save_pretrained(tmp_path, save_compressed=FORMAT_24, max_shard_size=shards)
+    config = BitmaskConfig.from_model_config(config_of(tmp_path))
+    assert (config.format, config.sparsity_structure) == (FORMAT_24, "2:4")
+    assert config.global_sparsity == pytest.approx(0.6, abs=0.11)
+    loaded = load(tmp_path)
+    assert_same_weights(loaded, model)
+    assert len(compressed_names(loaded, SemiStructuredTensor)) == 14 + (not tied)
+    assert not compressed_names(loaded)
+    assert torch.allclose(loaded(IDS).logits, model(IDS).logits, atol=1e-5)
+    again = tmp_path / "again"
+    loaded.save_pretrained(again, save_compressed=True, max_shard_size=shards)  # in the format that it has
+    assert BitmaskConfig.from_model_config(config_of(again)) == config
+    for path in again.glob("*.safetensors"):
+        stored, before = load_file(path), load_file(tmp_path / path.name)
+        assert stored.keys() == before.keys()
+        assert all(torch.equal(stored[key], before[key]) for key in stored)
+
+
+def test_two_four_with_a_config(tmp_path):
+    model = two_four_model()
+    config = BitmaskConfig(FORMAT_24, ignore=["lm_head"])
+    model.save_pretrained(tmp_path, sparsity_config=config, save_compressed=FORMAT_24)
+    assert BitmaskConfig.from_model_config(config_of(tmp_path)).ignore == ["lm_head"]
+    assert_same_weights(load(tmp_path), model)
+    for told in ("sparse-bitmask", "dense", "zip"):
+        with pytest.raises(ValueError, match=r"save_compressed|format"):
+            model.save_pretrained(tmp_path / "b", sparsity_config=config, save_compressed=told)
+    assert not (tmp_path / "b").exists()
+
+
+def test_formats_of_models(tmp_path):
+    """A dense model is saved as bitmasks unless told otherwise, a 2:4 one in either format, and dense."""
+    model = two_four_model()
+    assert bitmask.hf.infer_config(model).format == "sparse-bitmask"
+    assert bitmask.hf.infer_config(model).sparsity_structure == "2:4"
+    model.save_pretrained(tmp_path / "fours", save_compressed=FORMAT_24)
+    loaded = load(tmp_path / "fours")
+    found = bitmask.hf.infer_config(loaded)
+    assert found.format == FORMAT_24
+    assert found.global_sparsity == bitmask.hf.infer_config(model).global_sparsity
+    loaded.save_pretrained(tmp_path / "bits", save_compressed="sparse-bitmask")
+    assert len(compressed_names(load(tmp_path / "bits"))) == 15
+    assert bitmask.hf.infer_config(load(tmp_path / "bits")).format == "sparse-bitmask"
+    loaded.save_pretrained(tmp_path / "dense")
+    assert BitmaskConfig.from_model_config(config_of(tmp_path / "dense")).sparsity_structure == "2:4"
+    loaded.save_pretrained(tmp_path / "told", save_compressed="dense")
+    for place in ("bits", "dense", "told"):
+        assert_same_weights(load(tmp_path / place), model)
+    assert not any("bitmask" in key for key in load_file(tmp_path / "told" / "model.safetensors"))
+
+
+def test_two_four_in_other_dtypes_and_dense(tmp_path, monkeypatch):
+    model = two_four_model()
+    model.save_pretrained(tmp_path, save_compressed=FORMAT_24)
+    loaded = load(tmp_path, dtype=torch.bfloat16)
+    assert len(compressed_names(loaded, SemiStructuredTensor)) == 15
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    monkeypatch.setenv("BITMASK_DEQUANTIZE", "1")
+    plain = load(tmp_path)
+    assert not compressed_names(plain, SemiStructuredTensor)
+    assert_same_weights(plain, model)
+    assert_same_weights(loaded, model.bfloat16())
+
+
+def test_two_four_generates_and_copies(tmp_path):
+    model = two_four_model()
+    model.save_pretrained(tmp_path, save_compressed=FORMAT_24)
+    loaded = load(tmp_path)
+    generated = loaded.generate(IDS, max_new_tokens=3, do_sample=False)
+    assert torch.equal(generated, model.generate(IDS, max_new_tokens=3, do_sample=False))
+    loaded(IDS, labels=IDS).loss.backward()
+    assert loaded.model.embed_tokens.weight.grad is not None
+    assert_same_weights(copy.deepcopy(loaded), model)
+    assert_same_weights(pickle.loads(pickle.dumps(loaded)), model)
+
+
+def test_two_four_experts(tmp_path):
+    """Weights that transformers merges into others are decompressed first."""
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, num_local_experts=4,
+    )  # fmt: skip
+    model = two_four_model(transformers.MixtralForCausalLM, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                prune_24_(parameter)
+    model.save_pretrained(tmp_path, save_compressed=FORMAT_24)
+    assert any("experts" in name and name.endswith("bitmask") for name in load_file(tmp_path / "model.safetensors"))
+    assert_same_weights(load(tmp_path), model)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda stored: stored[f"{NAME}.bitmask"].bitwise_not_().view(-1)[0].fill_(0x11),
+        lambda stored: stored[f"{NAME}.bitmask"].fill_(0x0F),
+        lambda stored: stored[f"{NAME}.shape"].fill_(2**31),
+        lambda stored: stored[f"{NAME}.shape"].fill_(-4),
+        lambda stored: stored.update({f"{NAME}.shape": torch.tensor([[128, 64, 1]]).T.contiguous()}),
+        lambda stored: stored.update({f"{NAME}.compressed": stored[f"{NAME}.compressed"].flatten()}),
+        lambda stored: stored.update({f"{NAME}.compressed": stored[f"{NAME}.compressed"][:-1].clone()}),
+        lambda stored: stored.update({f"{NAME}.compressed": stored[f"{NAME}.compressed"].T.contiguous()}),
+        lambda stored: stored.update({f"{NAME}.row_offsets": torch.arange(128) * 32}),
+        lambda stored: stored.pop(f"{NAME}.bitmask"),
+    ],
+)
+def test_two_four_that_contradicts_itself(tmp_path, edit):
+    two_four_model().save_pretrained(tmp_path, save_compressed=FORMAT_24)
+    change(tmp_path, edit)
+    with pytest.raises((FormatError, RuntimeError), match=f"{NAME}|conversion"):
+        load(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------------ early layouts
 
 
@@ -230,7 +363,8 @@ def test_two_four(model, tmp_path):
     config = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
     (tmp_path / "config.json").write_text(json.dumps(config_of(tmp_path) | {"quantization_config": config}))
     loaded = load(tmp_path)
-    assert compressed_names(loaded) == {f"{NAME}.weight"}
+    assert compressed_names(loaded, SemiStructuredTensor) == {f"{NAME}.weight"}
+    assert not compressed_names(loaded)
     assert torch.equal(loaded.get_parameter(f"{NAME}.weight").to_dense(), weight)
 
 

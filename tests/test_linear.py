@@ -14,6 +14,7 @@ from conftest import (
     ISAS,
     VIEWS_OF_ROWS,
     assert_bits_equal,
+    assert_is_linear,
     assert_works_after_fork,
     mutations,
     parts_are_valid,
@@ -25,7 +26,15 @@ from torch import library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import bitmask
-from bitmask import BitmaskLinear, BitmaskTensor, DecompressWarning, FormatError, ops, reference
+from bitmask import (
+    BitmaskLinear,
+    BitmaskTensor,
+    DecompressWarning,
+    FormatError,
+    SemiStructuredTensor,
+    ops,
+    reference,
+)
 
 pytestmark = pytest.mark.filterwarnings("error::bitmask.DecompressWarning")
 
@@ -37,24 +46,6 @@ SMALL = [0, 1, 7, 63, 64, 65, 130]
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request):
     return request.param
-
-
-def assert_is_linear(y, x, dense, bias=None):
-    """`y` is x @ dense.T + bias within the rounding that the op may do.
-
-    Products of 16-bit numbers are exact in the float32 of the sums, so each of the `columns` additions and a
-    conversion or two are the only roundings there, each relative to a partial sum, which the sum of magnitudes bounds;
-    the result is rounded once to its dtype. For float64 the yardstick has the same error, hence the factor of two.
-    """
-    assert (y.shape, y.dtype, y.device) == ((*x.shape[:-1], dense.shape[0]), x.dtype, x.device)
-    wide = [None if t is None else t.detach().double() for t in (x, dense, bias)]
-    exact = F.linear(*wide)
-    magnitude = F.linear(*(None if t is None else t.abs() for t in wide))
-    unit = 2.0**-53 if x.dtype == torch.float64 else 2.0**-24
-    info = torch.finfo(x.dtype)
-    bound = 2 * (x.shape[-1] + 3) * unit * magnitude + 0.51 * info.eps * exact.abs() + info.tiny * info.eps
-    error = (y.detach().double() - exact).abs()
-    assert bool((error <= bound).all()), f"off by {float((error / bound).max()):.1f} times the bound"
 
 
 def check(x, dense, bias=None):
@@ -165,6 +156,17 @@ def test_subnormals(isa, dtype, m):
 
 
 # Strides and shapes of x.
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_float16_subnormals_are_kept_when_the_cpu_flushes_them(isa, flush_denormals, m):
+    subnormal = torch.tensor([1], dtype=torch.int16).view(torch.float16)
+    dense = torch.eye(4, dtype=torch.float16)
+    dense[1:3, 2:] = 0
+    bias = subnormal.expand(4).clone()
+    x = torch.zeros(m, 4, dtype=torch.float16)
+    for weight in (BitmaskTensor.from_dense(dense), SemiStructuredTensor.from_dense(dense)):
+        assert_bits_equal(F.linear(x, weight, bias), bias.expand(m, 4).contiguous())
 
 
 @pytest.mark.parametrize("name", VIEWS_OF_ROWS)

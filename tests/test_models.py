@@ -15,7 +15,16 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import bitmask
-from bitmask import BitmaskLinear, BitmaskTensor, compress_, compression_report, decompress_
+from bitmask import (
+    BitmaskLinear,
+    BitmaskTensor,
+    SemiStructuredTensor,
+    compress_,
+    compression_report,
+    decompress_,
+    prune_24_,
+)
+from bitmask.compressed_tensor import CompressedTensor
 from bitmask.prune import prune_by_magnitude
 
 pytestmark = pytest.mark.filterwarnings("error::bitmask.DecompressWarning")
@@ -30,12 +39,20 @@ def sparsify(model, sparsity=0.6):
     return model
 
 
-def compressed_names(model):
-    return [name for name, parameter in model.named_parameters() if isinstance(parameter, BitmaskTensor)]
+def prune_layers_24(model):
+    """Prune the linear layers of the model to 2:4, in place."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            prune_24_(module.weight)
+    return model
 
 
-def reasons(model):
-    return {row.layers[0]: row.reason for row in compression_report(model).rows}
+def compressed_names(model, kind=BitmaskTensor):
+    return [name for name, parameter in model.named_parameters() if isinstance(parameter, kind)]
+
+
+def reasons(model, format="bitmask"):
+    return {row.layers[0]: row.reason for row in compression_report(model, format).rows}
 
 
 class Block(nn.Module):
@@ -280,6 +297,133 @@ def test_state_dict_of_a_compressed_model(pair):
     assert torch.equal(other[0].weight, pair[0].weight)
     other.requires_grad_(False).load_state_dict(state, assign=True)
     assert compressed_names(other) == ["0.weight", "2.weight"]
+
+
+# The 2:4 format.
+
+
+def test_a_two_four_language_model():
+    torch.manual_seed(0)
+    model = prune_layers_24(LanguageModel())
+    tokens, before, names = torch.arange(30).reshape(2, 15), copy.deepcopy(model), list(model.state_dict())
+    assert compress_(model, progress=False, format="2:4") is model
+    assert compressed_names(model, SemiStructuredTensor) == [
+        f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ["q", "k", "v", "out", "up", "down"]
+    ]
+    assert compressed_names(model) == []
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(model(tokens), before(tokens))
+    assert reasons(model, "2:4")["head"] == "it is also embedding.weight (Embedding)"
+    decompress_(model, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_compiled_two_four_model():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    tokens, model = torch.arange(10)[None], compress_(prune_layers_24(LanguageModel()), progress=False, format="2:4")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens), model(tokens))
+    torch._dynamo.reset()
+
+
+def test_what_is_not_two_four_stays_dense():
+    model = nn.Sequential(*prune_layers_24(nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 30))), nn.Linear(30, 8))
+    with torch.no_grad():
+        model[0].weight[5, 8:12] = torch.tensor([1.0, 0.0, 2.0, 3.0])
+    compress_(model, progress=False, format="2:4")
+    assert compressed_names(model, CompressedTensor) == ["1.weight"]
+    assert reasons(model, "2:4") == {
+        "0": "it is not 2:4: row 5, columns 8 to 11: got 3 non-zeros, expected at most 2",
+        "1": "",
+        "2": "its 30 in_features are no multiple of 4",
+    }
+    report = compression_report(model, "2:4")
+    assert "row 5, columns 8 to 11" in str(report)
+    sizes = [4 * 64 * 48, model[1].weight.compressed_nbytes, 4 * 30 * 8]
+    assert [row.nbytes for row in report.rows] == [row.compressed_nbytes for row in report.rows] == sizes
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda layer: layer.to("meta"), "no kernel for a weight of float32 on meta"),
+        (lambda layer: layer.requires_grad_(False).to(torch.float8_e5m2), "no kernel for a weight of float8_e5m2"),
+        (lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(8))), "1-dimensional weight"),
+    ],
+    ids=["meta", "float8", "1-D"],
+)
+def test_two_four_weights_without_kernels(change, reason):
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    change(model[0])
+    compress_(model, progress=False, format="2:4")
+    assert compressed_names(model, CompressedTensor) == []
+    assert reason in reasons(model, "2:4")["0"]
+
+
+def test_report_before_and_after_two_four(pair):
+    prune_layers_24(pair)
+    before = compression_report(pair, "2:4")
+    compress_(pair, progress=False, format="2:4")
+    for after in (compression_report(pair), compression_report(pair, "2:4")):
+        assert [row.compressed_nbytes for row in after.rows] == [row.compressed_nbytes for row in before.rows]
+        assert [row.sparsity for row in after.rows] == [0.5, 0.5]
+        assert after.nbytes == sum(pair[i].weight.compressed_nbytes for i in (0, 2))
+        assert all(row.compressed for row in after.rows)
+
+
+def test_formats_side_by_side(pair):
+    """What is compressed in one format is left alone by the other."""
+    before = copy.deepcopy(prune_layers_24(pair))
+    compress_(pair, filter_fn=lambda name, module: name == "0", progress=False, format="2:4")
+    compress_(pair, progress=False)
+    assert (compressed_names(pair, SemiStructuredTensor), compressed_names(pair)) == (["0.weight"], ["2.weight"])
+    assert [type(compress_(pair, progress=False, format="2:4")[i].weight) for i in (0, 2)] == [
+        SemiStructuredTensor,
+        BitmaskTensor,
+    ]
+    assert [row.compressed for row in compression_report(pair).rows] == [True, True]
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(pair(x), before(x))
+    assert compressed_names(decompress_(pair, progress=False), CompressedTensor) == []
+    assert torch.equal(pair[0].weight, before[0].weight)
+
+
+def test_tied_two_four_layers_share_one_weight():
+    model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
+    model["b"].weight = model["a"].weight
+    compress_(prune_layers_24(model), progress=False, format="2:4")
+    assert isinstance(model["a"].weight, SemiStructuredTensor)
+    assert model["a"].weight is model["b"].weight
+
+
+def test_minimum_sparsity_of_two_four_weights(pair):
+    prune_layers_24(pair)
+    pair[0].weight.data = prune_by_magnitude(pair[0].weight, 0.8)
+    compress_(pair, min_sparsity=0.7, progress=False, format="2:4")
+    assert compressed_names(pair, SemiStructuredTensor) == ["0.weight"]
+
+
+def test_state_dict_of_a_two_four_model(pair):
+    file = io.BytesIO()
+    prune_layers_24(pair)
+    torch.save(compress_(copy.deepcopy(pair), progress=False, format="2:4").state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    other = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32, bias=False)).requires_grad_(False)
+    other.load_state_dict(state)
+    assert torch.equal(other[0].weight, pair[0].weight)
+    other.load_state_dict(state, assign=True)
+    assert compressed_names(other, SemiStructuredTensor) == ["0.weight", "2.weight"]
+
+
+@pytest.mark.parametrize("wrong", ["24", "", None, 24, ["2:4"]])
+@pytest.mark.parametrize("use", [lambda m, f: compress_(m, progress=False, format=f), compression_report])
+def test_unknown_formats(pair, use, wrong):
+    with pytest.raises(ValueError, match=r"format: got .*, expected one of 'bitmask', '2:4'"):
+        use(pair, wrong)
+    assert compressed_names(pair, CompressedTensor) == []
 
 
 # What stays dense, and why.

@@ -48,6 +48,13 @@ x, grad = torch.ones({m}, across * 64), torch.ones({m}, lines * 64)
 """
 LARGE_BLOCKS = BLOCKS.format(lines=128, across=512, m=64)
 
+TWO_FOUR = """
+from bitmask import ops_two_four
+rows, cols = {rows}, {cols}
+parts = torch.ones(rows, cols // 2, dtype=torch.float16), torch.full((rows, cols // 8), 0x33, dtype=torch.uint8)
+x, grad = torch.ones({m}, cols, dtype=torch.float16), torch.ones({m}, rows, dtype=torch.float16)
+"""
+
 # What to prepare for each op, and the op.
 LONG_OPS = {
     "compress": (DENSE, "bitmask.compress(dense)"),
@@ -73,6 +80,18 @@ LONG_OPS = {
         BLOCKS.format(lines=16, across=16, m=50_000),
         "ops_block.bsr_linear_backward_values(grad, x, *index, (64, 64))",
     ),
+}
+LONG_OPS |= {
+    "2:4, packed": (DENSE + "[None, :]\ndense[:, 1::2] = 0", "bitmask.ops_two_four.pack_24(dense)"),
+    "2:4, unpacked": (TWO_FOUR.format(**LARGE, m=1), "ops_two_four.unpack_24(*parts)"),
+    "2:4, pruned": (DENSE, "bitmask.ops_two_four.prune_24(dense)"),
+    "2:4, pruned in rows and columns": (
+        "weight = torch.ones(1 << 13, 1 << 12)",
+        "bitmask.ops_two_four.prune_24(weight, transposable=True)",
+    ),
+    "2:4, few rows of x": (TWO_FOUR.format(**LARGE, m=4), "ops_two_four.linear_24(x, *parts)"),
+    "2:4, more rows of x": (TWO_FOUR.format(**LARGE, m=64), "ops_two_four.linear_24(x, *parts)"),
+    "2:4, gradient of x": (TWO_FOUR.format(**LARGE, m=64), "ops_two_four.linear_24_backward_input(grad, *parts)"),
 }
 INTERRUPTS = """
 import os, signal, threading, time, torch, bitmask

@@ -1,10 +1,12 @@
-"""bitmask.prune: exact counts, the smallest magnitudes first."""
+"""bitmask.prune: exact counts, the smallest magnitudes first; 2:4 in place, whatever the strides."""
 
 import pytest
 import torch
+from conftest import assert_bits_equal, random_dense, random_numbers
+from torch import nn
 
-from bitmask import BitmaskTensor
-from bitmask.prune import prune_by_magnitude
+from bitmask import BitmaskTensor, reference
+from bitmask.prune import prune_24_, prune_by_magnitude
 
 REAL_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -61,3 +63,118 @@ def test_refuses_other_dtypes(dtype):
 def test_refuses_compressed_tensors():
     with pytest.raises(TypeError, match="got a BitmaskTensor"):
         prune_by_magnitude(BitmaskTensor.from_dense(torch.ones(3)), 0.5)
+
+
+# 2:4.
+
+VIEWS = {
+    "contiguous": lambda base: base,
+    "transposed": lambda base: base.transpose(0, 2),
+    "permuted": lambda base: base.permute(1, 0, 2),
+    "every second row": lambda base: base[:, ::2],
+    "every second column": lambda base: base[..., ::2],
+    "part of the columns": lambda base: base[..., 4:12],
+    "one column of each": lambda base: base[..., :8].unflatten(-1, (2, 4))[:, :, 1],
+    "sizes of one": lambda base: base[:1, :, :8],
+    "no elements": lambda base: base[..., 4:4],
+    "vector": lambda base: base[3, 5],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("transposable", [False, True])
+def test_prune_24_in_place_whatever_the_strides(name, transposable):
+    base = random_numbers(8, 12, 16, density=1.0)
+    view, before = VIEWS[name](base), base.clone()
+    if transposable and (view.ndim < 2 or view.shape[-2] % 4 != 0):
+        with pytest.raises(ValueError, match=r"tensor: got size .*, expected \[..., rows, cols\]"):
+            prune_24_(view, transposable=True)
+        return
+    expected = VIEWS[name](before).contiguous()
+    (reference.prune_24_transposable if transposable else reference.prune_24)(expected)
+    assert prune_24_(view, transposable=transposable) is view
+    assert_bits_equal(view.contiguous(), expected)
+    VIEWS[name](before).copy_(expected)
+    assert_bits_equal(base, before)  # nothing beside the view was written to
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fnuz, torch.uint64, torch.bool], ids=str)
+def test_prune_24_of_a_view_of_any_dtype(dtype):
+    base = random_dense((16, 12), dtype, density=0.9)
+    expected = base.t().contiguous()
+    reference.prune_24(expected)
+    assert_bits_equal(prune_24_(base.t()).contiguous(), expected)
+
+
+@pytest.mark.parametrize("make", [lambda t: t, torch.t], ids=["contiguous", "transposed"])
+def test_prune_24_of_parameters(make):
+    """As torch.nn.init does it: autograd takes no part, but notices."""
+    layer = nn.Linear(16, 8)
+    y = layer(torch.ones(3, 16, requires_grad=True)).sum()
+    weight = make(layer.weight)
+    version = layer.weight._version
+    assert prune_24_(weight) is weight
+    assert layer.weight.is_leaf
+    assert layer.weight.requires_grad
+    assert layer.weight._version > version
+    assert int((weight != 0).sum()) == 64
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.parametrize("transposable", [False, True])
+def test_prune_24_of_what_is_negated_when_it_is_read(transposable):
+    base = random_numbers(8, 16, density=1.0)
+    expected = base.clone()
+    prune_24_(expected, transposable=transposable)
+    view = torch._neg_view(base)
+    assert prune_24_(view, transposable=transposable) is view
+    assert torch.equal(base, expected)
+    assert torch.equal(view, -expected)
+
+
+@pytest.mark.parametrize("value", [None, "no", 1])
+def test_prune_24_refuses_a_flag_of_another_type(value):
+    with pytest.raises(TypeError, match=f"transposable: got {value!r}, expected True or False"):
+        prune_24_(torch.ones(4, 4), transposable=value)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(1, 4).expand(3, 4),
+        torch.ones(4, 1).expand(4, 8),
+        torch.ones(20).as_strided((4, 8), (2, 1)),
+        torch.ones(20).unfold(0, 4, 2),
+    ],
+)
+def test_prune_24_refuses_elements_that_share_memory(tensor):
+    with pytest.raises(ValueError, match=r"tensor: got strides \[.*\], expected memory for each element by itself"):
+        prune_24_(tensor)
+    assert bool((tensor == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "transposable", "error", "message"),
+    [
+        ([1.0], False, TypeError, "tensor: got list, expected a torch.Tensor"),
+        (None, False, TypeError, "tensor: got NoneType, expected a torch.Tensor"),
+        (torch.eye(4).to_sparse(), False, TypeError, "tensor: got a torch.sparse_coo tensor"),
+        (BitmaskTensor.from_dense(torch.eye(4)), False, TypeError, "tensor: got a BitmaskTensor"),
+        (torch.ones(4).to(torch.complex64), False, TypeError, "tensor: got dtype torch.complex64, expected bool, an"),
+        (torch.ones(4).to(torch.float8_e8m0fnu), False, TypeError, "tensor: got dtype torch.float8_e8m0fnu"),
+        (torch.ones(8, 6), False, ValueError, r"tensor: got size \[8, 6\], expected a last size that is a multiple of"),
+        (
+            torch.ones(6, 8).t(),
+            False,
+            ValueError,
+            r"tensor: got size \[8, 6\], expected a last size that is a multiple",
+        ),
+        (torch.ones(4, 4).int(), True, TypeError, "tensor: got dtype torch.int32, expected float32"),
+        (torch.ones(8, 6).t(), True, ValueError, r"tensor: got size \[6, 8\], expected \[..., rows, cols\], both"),
+        (torch.tensor(1.0), False, ValueError, r"tensor: got size \[\], expected at least one dimension"),
+    ],
+)
+def test_prune_24_refuses_what_has_no_such_layout(tensor, transposable, error, message):
+    with pytest.raises(error, match=message):
+        prune_24_(tensor, transposable=transposable)

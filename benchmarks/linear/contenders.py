@@ -21,6 +21,7 @@ from benchmarks.linear.result import BITMASK, DENSE, SATURATED
 from benchmarks.linear.saturated import saturated_linear, saturated_status
 from benchmarks.memory import huge_page_clone
 from bitmask import BitmaskTensor
+from bitmask.format_timing import torch_linear, with_short_indices
 
 _MOST_DENSE_NBYTES = 2 * 2**30
 _FEWEST_LAYERS = 2
@@ -57,7 +58,11 @@ class Layers:
 
         Dense weights get huge pages, as large parts of a compressed one have them, too.
         """
-        first = dense_input(workload)
+        return cls.like(workload, dense_input(workload), uncached_nbytes)
+
+    @classmethod
+    def like(cls, workload: Workload, first: Tensor, uncached_nbytes: int) -> "Layers":
+        """The same, of the elements of `first`."""
         needed = -(-uncached_nbytes // max(BitmaskTensor.from_dense(first).compressed_nbytes, 1))
         count = max(_FEWEST_LAYERS, min(needed, _MOST_DENSE_NBYTES // workload.dense_nbytes))
         dense = [huge_page_clone(layer) for layer in rolled(first, count)]
@@ -98,8 +103,8 @@ def _csr_dtypes() -> tuple[str, ...]:
 
 def _csr_multiplies(dtype: torch.dtype) -> bool:
     try:
-        _csr_linear(torch.ones(1, 2, dtype=dtype), _csr(torch.ones(2, 2, dtype=dtype)))
-        _csr_linear(torch.ones(2, 2, dtype=dtype), _csr(torch.ones(2, 2, dtype=dtype)))
+        torch_linear(torch.ones(1, 2, dtype=dtype), short_csr(torch.ones(2, 2, dtype=dtype)))
+        torch_linear(torch.ones(2, 2, dtype=dtype), short_csr(torch.ones(2, 2, dtype=dtype)))
     except RuntimeError:
         return False
     return True
@@ -110,21 +115,15 @@ def _csr_status() -> str:
     return f"{torch.__version__} ({', '.join(dtypes)})" if dtypes else "skipped: this torch cannot multiply by it"
 
 
-def _csr(dense: Tensor) -> Tensor:
-    """With 32-bit indices, which are fewer bytes and what MKL takes as they are."""
-    csr = dense.to_sparse_csr()
-    indices = csr.crow_indices().int(), csr.col_indices().int()
-    return torch.sparse_csr_tensor(*indices, csr.values(), dense.shape, check_invariants=False)
-
-
-def _csr_linear(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.mv(weight, x[0])[None] if len(x) == 1 else torch.mm(weight, x.T).T
+def short_csr(dense: Tensor) -> Tensor:
+    """CSR with int32 indices, which are fewer bytes."""
+    return with_short_indices(dense.to_sparse_csr())
 
 
 def _csr_product(layers: Layers) -> Product:
-    first = _csr(layers.dense[0])
+    first = short_csr(layers.dense[0])
     nbytes = first.values().nbytes + first.col_indices().nbytes + first.crow_indices().nbytes
-    return Product(CSR, _csr_linear, [first, *(first.clone() for _ in layers.dense[1:])], nbytes, peer=True)
+    return Product(CSR, torch_linear, [first, *(first.clone() for _ in layers.dense[1:])], nbytes, peer=True)
 
 
 def _int8_product(layers: Layers) -> Product:

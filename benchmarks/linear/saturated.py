@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import DTYPES
+from benchmarks.machine import thread_count
 from benchmarks.memory import huge_page_clone
 from benchmarks.timer import Budget, Contender, interleave, torch_threads
 
@@ -81,3 +83,14 @@ def read_bandwidth(threads: int, nbytes: int, rounds: int = 9) -> float:
         read = Contender(lambda _: library.read_all(source.data_ptr(), source.numel(), threads))
         (summary,) = interleave([read], 1, budget)
     return source.nbytes / summary.min_ms / 1e6
+
+
+def read_bandwidths(threads: Sequence[int], nbytes: int, say: Callable[[str], None]) -> dict[int, float | None]:
+    """GB/s for each number of threads, None where it cannot be measured; `say` tells of them."""
+    found: dict[int, float | None] = dict.fromkeys(threads)
+    if saturated_status().startswith("skipped"):
+        return found
+    for count in found:
+        found[count] = read_bandwidth(count, nbytes)
+        say(f"{'Read bandwidth':<16}{found[count]:.1f} GB/s on {thread_count(count)}")
+    return found

@@ -10,7 +10,7 @@ def model_suite(summary: str, run: Callable[[Plan, Callable[[str], None]], list[
     """A suite of `ModelResult`s, on all threads, with memory as malloc recycles it."""
     return Suite(
         summary=summary,
-        result=ModelResult,
+        read=ModelResult.from_json,
         default_threads=lambda every: (every,),
         peers=dict,
         run=run,

@@ -33,14 +33,15 @@ class Suite(Generic[_R]):
     """A set of benchmarks, and how its results are shown.
 
     `default_threads` gets the number torch uses by default, `peers` tells the version of each peer or why it is
-    skipped, `run` gets a plan and a function that prints a line while it works, `tables` sets the results as Markdown,
-    and `plot` draws them. `fresh_memory` says whether every large result is to be mapped anew.
+    skipped, `read` makes a result of what JSON holds of it, `run` gets a plan and a function that prints a line while
+    it works, `tables` sets the results as Markdown, and `plot` draws them. `fresh_memory` says whether every large
+    result is to be mapped anew.
     """
 
     summary: str
-    result: type[_R]
     default_threads: Callable[[int], Sequence[int]]
     peers: Callable[[], Mapping[str, str]]
+    read: Callable[[dict[str, Any]], _R]
     run: Callable[[Plan, Callable[[str], None]], list[_R]]
     tables: Callable[[Report[_R]], str]
     plot: Callable[[Report[_R], Path], None] | None = None

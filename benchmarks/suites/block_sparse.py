@@ -116,7 +116,7 @@ def _details(own: Iterable[BlockSparseResult], of_torch: dict[tuple[object, ...]
 
 SUITE = Suite(
     summary="train with block-sparse weights: forward, both gradients and a whole step, by density and block",
-    result=BlockSparseResult,
+    read=BlockSparseResult.from_json,
     default_threads=lambda every: (every,),
     peers=torch_status,
     run=_run,

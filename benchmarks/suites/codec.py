@@ -115,7 +115,7 @@ def _only(cell: Sequence[CodecResult], operation: str) -> CodecResult:
 
 SUITE = Suite(
     summary="compress and decompress over shapes, dtypes, sparsities, threads and ISAs, beside peers",
-    result=CodecResult,
+    read=CodecResult.from_json,
     default_threads=lambda every: sorted({1, every}),
     peers=lambda: find_peers().status,
     run=_run,

@@ -74,7 +74,7 @@ def _tables(report: Report[CodecResult]) -> str:
 
 SUITE = Suite(
     summary="create and decompress one matrix, in under a minute",
-    result=CodecResult,
+    read=CodecResult.from_json,
     default_threads=lambda every: (every,),
     peers=lambda: find_peers().status,
     run=_run,

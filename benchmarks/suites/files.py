@@ -72,7 +72,7 @@ def _conversion(result: CheckpointResult) -> str:
 
 SUITE = Suite(
     summary="checkpoints saved, loaded cold and warm, and converted, dense against compressed",
-    result=CheckpointResult,
+    read=CheckpointResult.from_json,
     default_threads=lambda every: (every,),
     peers=_peers,
     run=_run,

@@ -11,9 +11,9 @@ from benchmarks.linear.contenders import Layers, peer_products, peer_status, pro
 from benchmarks.linear.measure import Setting, measure
 from benchmarks.linear.plot import plot
 from benchmarks.linear.result import BITMASK, DENSE, SATURATED, LinearResult
-from benchmarks.linear.saturated import read_bandwidth, saturated_status
+from benchmarks.linear.saturated import read_bandwidths
 from benchmarks.machine import thread_count, uncached_nbytes
-from benchmarks.report import Report, grouped, markdown_table
+from benchmarks.report import Report, grouped, markdown_table, or_dash
 from benchmarks.suites import Plan, Suite
 from benchmarks.timer import Budget
 
@@ -36,7 +36,7 @@ _QUICK_BUDGET = Budget(min_rounds=2, max_rounds=2, slow_rounds=2, seconds=0.0)
 
 def _run(plan: Plan, say: Callable[[str], None]) -> list[LinearResult]:
     uncached = _QUICK_UNCACHED_NBYTES if plan.quick else uncached_nbytes(plan.header.cache_nbytes)
-    bandwidths = _bandwidths(plan, say)
+    bandwidths = read_bandwidths(plan.header.threads, uncached_nbytes(plan.header.cache_nbytes), say)
     results: list[LinearResult] = []
     for workload in plan.selection.over(_QUICK if plan.quick else _DEFAULT).workloads():
         layers = Layers.of(workload, uncached)
@@ -51,17 +51,6 @@ def _run(plan: Plan, say: Callable[[str], None]) -> list[LinearResult]:
                     say(result.line())
                 results += found
     return results
-
-
-def _bandwidths(plan: Plan, say: Callable[[str], None]) -> dict[int, float | None]:
-    """GB/s for each number of threads."""
-    found: dict[int, float | None] = dict.fromkeys(plan.header.threads)
-    if saturated_status().startswith("skipped"):
-        return found
-    for threads in found:
-        found[threads] = read_bandwidth(threads, uncached_nbytes(plan.header.cache_nbytes))
-        say(f"{'Read bandwidth':<16}{found[threads]:.1f} GB/s on {thread_count(threads)}")
-    return found
 
 
 def _rows(plan: Plan, workload: Workload) -> Sequence[int]:
@@ -108,13 +97,13 @@ def _one_row_tables(report: Report[LinearResult]) -> Iterable[str]:
                 shape_name(result.shape),
                 f"{result.sparsity:.0%}",
                 f"{result.dense_ms:.3f}",
-                _or_dash(result.saturated_ms, ".3f"),
+                or_dash(result.saturated_ms, ".3f"),
                 f"{result.summary.median_ms:.3f}",
                 f"{result.gb_per_s:.1f}",
                 f"{result.speedup:.2f}",
-                _or_dash(result.saturated_speedup, ".2f"),
+                or_dash(result.saturated_speedup, ".2f"),
                 f"{result.ceiling:.2f}",
-                _or_dash(result.ceiling_share, ".0%"),
+                or_dash(result.ceiling_share, ".0%"),
             ]
             for result in group
         ]
@@ -171,13 +160,9 @@ def _peer_tables(report: Report[LinearResult]) -> Iterable[str]:
         yield f"**{shape} {dtype} beside peers, {thread_count(threads)}**\n\n{markdown_table(columns, rows)}"
 
 
-def _or_dash(value: float | None, style: str) -> str:
-    return "-" if value is None else format(value, style)
-
-
 SUITE = Suite(
     summary="multiply by sparse weights over shapes of Llama 3, rows, dtypes and sparsities, beside peers",
-    result=LinearResult,
+    read=LinearResult.from_json,
     default_threads=lambda every: (every,),
     peers=peer_status,
     run=_run,

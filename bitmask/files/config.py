@@ -24,6 +24,7 @@ _FORMATS = {
     "dense_sparsity": DENSE_FORMAT,
 }
 _STRUCTURES = ("unstructured", "2:4", "0:0")
+_STRUCTURE_OF_FORMAT = {BITMASK_24_FORMAT: "2:4"}
 
 
 @dataclass
@@ -33,7 +34,7 @@ class BitmaskConfig:
     Attributes:
         format: "sparse-bitmask", "sparse-24-bitmask" or "dense" (sparse weights that are stored dense).
         global_sparsity: fraction of zeros in all weights, 0 to 1.
-        sparsity_structure: "unstructured", "2:4" or "0:0".
+        sparsity_structure: "unstructured", "2:4" or "0:0"; by default that of the format.
         targets, ignore: names or kinds of layers that are, or are not, compressed; None where the file says nothing.
 
     >>> config = BitmaskConfig(global_sparsity=0.5)
@@ -45,14 +46,14 @@ class BitmaskConfig:
 
     format: str = BITMASK_FORMAT
     global_sparsity: float = 0.0
-    sparsity_structure: str = "unstructured"
+    sparsity_structure: str = ""
     targets: list[str] | None = None
     ignore: list[str] | None = None
 
     def __post_init__(self) -> None:
         self.format = format_of(self.format)
         self.global_sparsity = _fraction_of(self.global_sparsity)
-        structure = str(self.sparsity_structure).lower()
+        structure = str(self.sparsity_structure or _STRUCTURE_OF_FORMAT.get(self.format, "unstructured")).lower()
         if structure not in _STRUCTURES:
             raise FormatError(
                 f"sparsity_structure: got {self.sparsity_structure!r}, expected one of {', '.join(_STRUCTURES)}"
@@ -77,7 +78,7 @@ class BitmaskConfig:
         return cls(
             format=fields["format"],
             global_sparsity=0.0 if sparsity is None else sparsity,
-            sparsity_structure="unstructured" if structure is None else structure,
+            sparsity_structure="" if structure is None else structure,
             targets=fields.get("targets"),
             ignore=fields.get("ignore"),
         )
@@ -132,7 +133,8 @@ class BitmaskConfig:
             about = {"quant_method": _METHOD, "version": _WRITTEN_LAYOUT, **quantization}
             return {
                 **changed,
-                "quantization_config": {**about, _SPARSITY: self.to_dict(), _OUR_VERSION: version("bitmask")},
+                # Beside it, compressed-tensors would take an unknown field for quantization.
+                "quantization_config": {**about, _SPARSITY: {**self.to_dict(), _OUR_VERSION: version("bitmask")}},
             }
         if self.global_sparsity >= _WORTH_TELLING:
             changed[_SPARSITY] = self.to_dict()

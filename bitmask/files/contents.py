@@ -1,8 +1,9 @@
 """What safetensors files hold: their headers, sorted into plain tensors and components of compressed ones.
 
-A compressed tensor is four entries of a file: `P.compressed` (the values), `P.bitmask`, `P.shape`, `P.row_offsets`.
-P is the tensor's name (releases of compressed-tensors up to 0.8) or that name without its `.weight` (0.9 to 0.14,
-which compress nothing else). No header is trusted: all that it says is checked before anything is read.
+A compressed tensor is four entries of a file: `P.compressed` (the values), `P.bitmask`, `P.shape`, `P.row_offsets`;
+a 2:4 one is the first three, and its values have two dimensions. P is the tensor's name (releases of compressed-tensors
+up to 0.8) or that name without its `.weight` (0.9 to 0.14, which compress nothing else). No header is trusted: all that
+it says is checked before anything is read.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from bitmask.calls import FormatError
 from bitmask.reference import rows_and_columns
 
 COMPONENTS = ("compressed", "bitmask", "shape", "row_offsets")
+COMPONENTS_24 = COMPONENTS[:3]
 WEIGHT = ".weight"
 
 # Entries of a file's metadata, whose names begin alike.
@@ -220,10 +222,12 @@ def _complete(prefix: str, parts: Mapping[str, Stored | None]) -> dict[str, Stor
     there = {component: part for component, part in parts.items() if part is not None}
     any_part = next(iter(there.values()))
     two_four = "compressed" in there and len(there["compressed"].sizes) == 2
-    needed = [component for component in COMPONENTS if component != "row_offsets" or not two_four]
+    needed = COMPONENTS_24 if two_four else COMPONENTS
     missing = [f"{prefix}.{component}" for component in needed if component not in there]
     if missing:
         raise FormatError(f"{any_part.file}: got {any_part.key} without {', '.join(missing)}, expected all components")
+    if two_four and "row_offsets" in there:
+        raise there["row_offsets"].fault("is beside values of 2 dimensions, expected none there, as 2:4 has it")
     for component, dtype in (("bitmask", "U8"), ("shape", "I64"), ("row_offsets", "I64")):
         part = there.get(component)
         if part is not None and part.dtype != dtype:
@@ -248,8 +252,27 @@ def shape_of(files: OpenFiles, parts: Mapping[str, Stored]) -> list[int]:
     if list(bitmask.sizes) not in ([rows, row_bytes], ops.bitmask_sizes(shape)):
         expected = ops.bitmask_sizes(shape)
         raise bitmask.fault(f"got size {list(bitmask.sizes)}, expected {expected} for shape {shape}")
+    values = parts["compressed"]
+    if len(values.sizes) == 2:
+        check_halved(f"{values.file}: {values.key}", values.sizes, shape)
     if cols == 0 and (offsets is None or offsets.numel != rows):
         raise stored.fault(f"got {shape}, expected a row offset for each of {rows} rows")
-    if parts["compressed"].numel > rows * cols:
-        raise parts["compressed"].fault(f"got {parts['compressed'].numel} values, expected at most {rows * cols}")
+    if values.numel > rows * cols:
+        raise values.fault(f"got {values.numel} values, expected at most {rows * cols}")
     return shape
+
+
+def check_halved(name: str, value_sizes: Sequence[int], shape: Sequence[int]) -> None:
+    """Raise FormatError unless values of two dimensions are half as many as a matrix of that shape has elements."""
+    rows, width = value_sizes
+    if [rows, 2 * width] != list(shape):
+        raise FormatError(f"{name}: got size {list(value_sizes)}, expected [rows, columns / 2] for shape {list(shape)}")
+
+
+def is_two_four(value_sizes: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether the values are those of a 2:4 tensor, two for every four columns.
+
+    Where the columns are no multiple of four, compressed-tensors lets fours reach into the next row: what it writes
+    then is a bitmask without row offsets.
+    """
+    return len(value_sizes) == 2 and shape[-1] % 4 == 0

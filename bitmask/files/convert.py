@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bitmask.calls import FormatError
-from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig, quantization_of
+from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig, format_of, quantization_of
 from bitmask.files.contents import Contents, OpenFiles, read_contents
 from bitmask.files.load import read_dense
 from bitmask.files.save import FileContent, KeyStyle
 from bitmask.files.shards import CONFIG_FILE, INDEX_FILE, read_json, shard_files, write_json
-from bitmask.prune import prune_by_magnitude
+from bitmask.ops_two_four import TWO_FOUR_DTYPES
+from bitmask.prune import prune_24_, prune_by_magnitude
 
 Change = Callable[[str, Tensor], Tensor]
 
@@ -29,25 +30,34 @@ _OTHER_WEIGHTS = (".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".gguf", ".h5"
 def compress_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
+    compression_format: str | None = None,
     *,
     min_sparsity: float = 0.0,
     keep_negative_zero: bool = False,
     prune: float = 0.0,
+    prune_24: bool = False,
     key_style: KeyStyle = "module",
     config: BitmaskConfig | None = None,
     show_progress: bool = False,
-) -> None:
+) -> dict[str, str]:
     """Compress a safetensors file, or a directory of shards with its other files, into a new file or directory.
 
     Args:
-        source: a file or a directory.
+        source: a file or a directory, dense or compressed in either format.
         target: what to write; a directory must be absent or empty, a file is replaced.
+        compression_format: "sparse-bitmask" or "sparse-24-bitmask"; by default that of `config`, or the former.
         min_sparsity, keep_negative_zero, key_style: as for `save_compressed`.
         config: what config.json is to say, but for the sparsity, which is counted.
         prune: set this fraction of the smallest magnitudes of each weight of two or more dimensions to zero first.
+        prune_24: then set two of every four neighbours in a row to zero, the smallest ones, in weights that are
+            matrices with columns in fours.
         show_progress: draw progress bars.
 
+    Returns:
+        Which tensors of two or more dimensions stay dense, and why.
+
     Raises:
+        ValueError: a format that compresses nothing, or another one than that of `config`.
         FormatError: a source that contradicts itself, or is quantized: no loader expects bitmasks there.
         FileExistsError: a target that would be mixed with other files.
 
@@ -57,21 +67,37 @@ def compress_checkpoint(
     >>> folder = Path(tempfile.mkdtemp())
     >>> save_compressed({"layer.weight": torch.eye(64)}, folder / "dense", "dense")
     >>> compress_checkpoint(folder / "dense", folder / "small")
+    {}
     >>> (folder / "small").stat().st_size < (folder / "dense").stat().st_size / 8
     True
     """
     if not 0 <= prune <= 1:
         raise ValueError(f"prune: got {prune}, expected 0 to 1")
+    config = _config_for(compression_format, config)
 
     def change(name: str, tensor: Tensor) -> Tensor:
-        weight = tensor.ndim >= 2 and tensor.is_floating_point() and name.endswith("weight")
-        return prune_by_magnitude(tensor, prune) if prune > 0 and weight else tensor
+        if tensor.ndim < 2 or not tensor.is_floating_point() or not name.endswith("weight"):
+            return tensor
+        if prune > 0:
+            tensor = prune_by_magnitude(tensor, prune)
+        in_fours = tensor.ndim == 2 and tensor.shape[1] % 4 == 0 and tensor.dtype in TWO_FOUR_DTYPES
+        return prune_24_(tensor.clone()) if prune_24 and in_fours else tensor  # what is mapped is not written to
 
     def content(metadata: Mapping[str, str]) -> FileContent:
-        return FileContent(BITMASK_FORMAT, key_style, min_sparsity, keep_negative_zero, metadata)
+        return FileContent(config.format, key_style, min_sparsity, keep_negative_zero, metadata)
 
     _refuse_quantized(Path(source) / CONFIG_FILE)
-    _convert(Path(source), Path(target), content, change, config or BitmaskConfig(), show_progress)
+    return _convert(Path(source), Path(target), content, change, config, show_progress)
+
+
+def _config_for(compression_format: str | None, config: BitmaskConfig | None) -> BitmaskConfig:
+    wanted = None if compression_format is None else format_of(compression_format)
+    config = config or BitmaskConfig(wanted or BITMASK_FORMAT)
+    if DENSE_FORMAT in (wanted, config.format):
+        raise ValueError(f"compression_format: got {DENSE_FORMAT!r}, expected one that compresses")
+    if wanted not in (None, config.format):
+        raise ValueError(f"compression_format: got {wanted!r}, expected {config.format!r}, that of config")
+    return config
 
 
 def decompress_checkpoint(
@@ -113,11 +139,11 @@ def _convert(
     change: Change,
     config: BitmaskConfig,
     progress: bool,
-) -> None:
+) -> dict[str, str]:
+    """Returns what stays dense, and why."""
     shards = shard_files(source)
     if not source.is_dir():
-        _convert_shards(shards, lambda path: target, content, change, progress)
-        return
+        return _kept_dense(_convert_shards(shards, lambda path: target, content, change, progress))
     if target.resolve().is_relative_to(source.resolve()) and target.resolve() != source.resolve():
         raise FileExistsError(f"{target}: is inside of {source}, expected a directory outside")
     with _filling(target):
@@ -125,10 +151,11 @@ def _convert(
         _write_index(source, target, {path.name: shard.sizes for path, shard in written.items()})
         _copy_the_rest(source, target, shards)
         zeros, elements = (sum(counts) for counts in zip(*(shard.counts for shard in written.values()), strict=True))
-        sparsity = zeros / elements if elements and config.format == BITMASK_FORMAT else 0.0
+        sparsity = zeros / elements if elements else 0.0
         with OpenFiles("cpu") as files:
             read_contents(files, shard_files(target))  # together the shards must make sense too
         _write_config(source, target, replace(config, global_sparsity=sparsity))
+    return _kept_dense(written)
 
 
 @dataclass(frozen=True)
@@ -137,6 +164,11 @@ class _Written:
 
     sizes: dict[str, int]
     counts: tuple[int, int]
+    kept_dense: dict[str, str]
+
+
+def _kept_dense(written: Mapping[Path, _Written]) -> dict[str, str]:
+    return {name: reason for shard in written.values() for name, reason in shard.kept_dense.items()}
 
 
 def _convert_shards(
@@ -158,7 +190,7 @@ def _convert_shards(
                 if _file_of(contents, name) == path:
                     shard.add_alias(alias, name)
             shard.write(target(path))
-            written[path] = _Written(shard.sizes, shard.counts)
+            written[path] = _Written(shard.sizes, shard.counts, shard.kept_dense)
             files.close(path)
     return written
 

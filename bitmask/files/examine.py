@@ -15,16 +15,18 @@ from tqdm import tqdm
 from bitmask import ops
 from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.calls import FormatError
-from bitmask.files.contents import OpenFiles, read_contents, shape_of
+from bitmask.files.config import BITMASK_24_FORMAT, BITMASK_FORMAT, DENSE_FORMAT
+from bitmask.files.contents import OpenFiles, is_two_four, read_contents, shape_of
 from bitmask.files.load import read_dense
 from bitmask.files.shards import shard_files
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One line of a listing; `sparsity` is None where the tensor is stored dense."""
+    """One line of a listing; `sparsity` is the part that is not stored, None where the tensor is stored dense."""
 
     name: str
+    format: str
     shape: tuple[int, ...]
     dtype: str
     sparsity: float | None
@@ -50,11 +52,12 @@ def list_checkpoint(source: str | os.PathLike[str]) -> Iterator[StoredTensor]:
         for name, parts in contents.compressed.items():
             shape = shape_of(files, parts)
             values, numel = parts["compressed"], math.prod(shape)
+            kind = BITMASK_24_FORMAT if is_two_four(values.sizes, shape) else BITMASK_FORMAT
             sparsity = 1 - values.numel / numel if numel else 0.0
-            stored = sum(part.nbytes for part in parts.values())
-            yield StoredTensor(name, tuple(shape), values.dtype, sparsity, math.ceil(numel * values.itemsize), stored)
+            sizes = math.ceil(numel * values.itemsize), sum(part.nbytes for part in parts.values())
+            yield StoredTensor(name, kind, tuple(shape), values.dtype, sparsity, *sizes)
         for name, plain in contents.plain.items():
-            yield StoredTensor(name, plain.sizes, plain.dtype, None, plain.nbytes, plain.nbytes)
+            yield StoredTensor(name, DENSE_FORMAT, plain.sizes, plain.dtype, None, plain.nbytes, plain.nbytes)
 
 
 def verify_checkpoint(

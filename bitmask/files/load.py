@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,10 +14,21 @@ from tqdm import tqdm
 
 from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.calls import FormatError
+from bitmask.compressed_tensor import CompressedTensor
 from bitmask.files.config import DENSE_FORMAT, BitmaskConfig
-from bitmask.files.contents import COMPONENTS, Contents, OpenFiles, Stored, read_contents, shape_of
+from bitmask.files.contents import (
+    COMPONENTS_24,
+    Contents,
+    OpenFiles,
+    Stored,
+    check_halved,
+    is_two_four,
+    read_contents,
+    shape_of,
+)
 from bitmask.files.shards import shard_files
 from bitmask.reference import rows_and_columns
+from bitmask.semi_structured import SemiStructuredTensor
 
 
 def load_compressed(
@@ -32,7 +44,8 @@ def load_compressed(
     Args:
         path: a file, or a directory with `model.safetensors` or `model.safetensors.index.json`.
         compression_config: unused but for its format, which the files must not contradict; they say all by themselves.
-        decompress: yield dense tensors; otherwise what is stored compressed comes as a BitmaskTensor.
+        decompress: yield dense tensors; otherwise what is stored compressed comes as a BitmaskTensor or, in 2:4 form
+            and on the CPU, as a SemiStructuredTensor.
         device: where the tensors go.
         show_progress: draw a progress bar.
 
@@ -72,7 +85,7 @@ def load_rows(path: str | os.PathLike[str], name: str, start: int, stop: int, *,
     """Rows [start, stop) of one tensor of two or more dimensions, of which only their bytes and row offsets are read.
 
     So the rows before them are not proven to have as many values as the row offsets say; `load_compressed` and
-    `python -m bitmask verify` prove all.
+    `python -m bitmask verify` prove all. `decompress` is as for `load_compressed`.
 
     Raises:
         KeyError: no tensor of that name.
@@ -111,8 +124,13 @@ def _check_rows(name: str, shape: Sequence[int], start: int, stop: int) -> None:
 
 def _read_rows(
     files: OpenFiles, parts: Mapping[str, Stored], shape: Sequence[int], start: int, stop: int
-) -> BitmaskTensor:
+) -> CompressedTensor:
     """Rows of the first dimension, proven as far as their own bits and all row offsets tell."""
+    rows = torch.tensor([stop - start, *shape[1:]])
+    if is_two_four(parts["compressed"].sizes, shape):
+        stored = {component: parts[component] for component in ("compressed", "bitmask")}
+        cut = {component: files.rows(part, start, stop) for component, part in stored.items()}
+        return _assemble_of(parts, {**cut, "shape": rows})
     inner, cols = math.prod(shape[1:-1]), shape[-1]
     per_row = 1 if parts["bitmask"].sizes[0] == shape[0] else inner  # leading sizes of the bitmask, per row
     bitmasks = files.rows(parts["bitmask"], start * per_row, stop * per_row)
@@ -125,9 +143,8 @@ def _read_rows(
     if end > values.numel:
         raise values.fault(f"got {values.numel} values, expected {end} or more for rows {start} to {stop}")
     part = _flat_values(files, values, begin, end)
-    rows = torch.tensor([stop - start, *shape[1:]])
     found = {"compressed": part, "bitmask": bitmasks, "shape": rows, "row_offsets": _exclusive_sums(counts)}
-    return assemble(f"{values.file}: {values.key}", found)
+    return _assemble_of(parts, found)
 
 
 def _checked_offsets(files: OpenFiles, parts: Mapping[str, Stored], counts: Tensor, first: int, cols: int) -> int:
@@ -168,18 +185,19 @@ def _row_counts(bitmasks: Tensor, cols: int) -> Tensor:
 def _has_row_offsets(parts: Mapping[str, Stored], rows: int) -> bool:
     """Early releases wrote row offsets of another meaning for other than two dimensions, and 2:4 has none."""
     offsets = parts.get("row_offsets")
-    return offsets is not None and offsets.sizes == (rows,) and len(parts["compressed"].sizes) == 1
+    return offsets is not None and offsets.sizes == (rows,)
 
 
-def read_compressed(files: OpenFiles, parts: Mapping[str, Stored]) -> BitmaskTensor:
+def read_compressed(files: OpenFiles, parts: Mapping[str, Stored]) -> CompressedTensor:
     """One compressed tensor, proven."""
     shape_of(files, parts)  # held against the headers before anything larger is read
-    has_offsets = "row_offsets" in parts
-    wanted = [component for component in COMPONENTS if component != "row_offsets" or has_offsets]
-    try:
-        return assemble(parts["compressed"].key, {component: files.tensor(parts[component]) for component in wanted})
-    except FormatError as error:
-        raise FormatError(f"{parts['compressed'].file}: {error}") from error
+    return _assemble_of(parts, {component: files.tensor(part) for component, part in parts.items()})
+
+
+def _assemble_of(parts: Mapping[str, Stored], components: Mapping[str, Tensor]) -> CompressedTensor:
+    """`assemble`, naming the file too in what it raises."""
+    values = parts["compressed"]
+    return assemble(f"{values.file}: {values.key}", components)
 
 
 def read_dense(files: OpenFiles, contents: Contents, name: str) -> Tensor:
@@ -189,32 +207,48 @@ def read_dense(files: OpenFiles, contents: Contents, name: str) -> Tensor:
     return read_compressed(files, contents.compressed[name]).to_dense()
 
 
-def assemble(name: str, components: Mapping[str, Tensor]) -> BitmaskTensor:
-    """The tensor of its components, proven; `row_offsets` are counted anew where they are of another meaning.
+def assemble(name: str, components: Mapping[str, Tensor]) -> CompressedTensor:
+    """The tensor of its components, proven: a SemiStructuredTensor if they are of 2:4 form, else a BitmaskTensor.
 
-    Early releases wrote them so for other than two dimensions, and 2:4 has none.
+    Other devices than the CPU have kernels for a BitmaskTensor only, so what is 2:4 is one there, too.
 
     Raises:
         FormatError: components that are missing or contradict each other.
     """
-    missing = {"compressed", "bitmask", "shape"} - components.keys()
+    missing = set(COMPONENTS_24) - components.keys()
     if missing:
         raise FormatError(f"{name}: got no {', '.join(sorted(missing))}, expected all components")
-    shape, bitmasks, values = components["shape"].flatten().tolist(), components["bitmask"], components["compressed"]
-    row_offsets = components.get("row_offsets")
+    shape, values = components["shape"].flatten().tolist(), components["compressed"]
     if any(size < 0 for size in shape):
         raise FormatError(f"{name}: got shape {shape}, expected no negative size")
+    if values.ndim == 2:
+        check_halved(name, values.shape, shape)
+    try:
+        if is_two_four(values.shape, shape):
+            two_four = SemiStructuredTensor.from_parts(values.cpu(), components["bitmask"].cpu())
+            on_cpu = values.device.type == "cpu"
+            return two_four if on_cpu else cast(BitmaskTensor, two_four.to_bitmask().to(values.device))
+        return _bitmask(values, components["bitmask"], components.get("row_offsets"), shape)
+    except (TypeError, ValueError) as error:
+        raise FormatError(_named_as_stored(name, str(error))) from error
+
+
+def _named_as_stored(name: str, fault: str) -> str:
+    """What is wrong, of the component that is at fault: files call the metadata of 2:4 a bitmask."""
+    stored = fault.removeprefix("metadata: ")
+    return f"{name}: {fault}" if stored == fault else f"{name.removesuffix('.compressed')}.bitmask: {stored}"
+
+
+def _bitmask(values: Tensor, bitmasks: Tensor, row_offsets: Tensor | None, shape: Sequence[int]) -> BitmaskTensor:
+    """Row offsets are counted anew where they are of another meaning, or where there need not be any."""
     rows, cols = rows_and_columns(shape)
     if bitmasks.numel() != rows * -(-cols // 8):
-        raise FormatError(f"{name}: got a bitmask of {bitmasks.numel()} bytes, expected {rows * -(-cols // 8)}")
+        raise FormatError(f"got a bitmask of {bitmasks.numel()} bytes, expected {rows * -(-cols // 8)}")
     if row_offsets is None and values.ndim == 1:
-        raise FormatError(f"{name}: got no row_offsets, expected all components")
-    if row_offsets is None or tuple(row_offsets.shape) != (rows,) or values.ndim != 1:
+        raise FormatError("got no row_offsets, expected all components")
+    if row_offsets is None or tuple(row_offsets.shape) != (rows,):
         row_offsets = _exclusive_sums(_row_counts(bitmasks, cols))
-    try:
-        return BitmaskTensor.from_parts(values.flatten(), bitmasks, row_offsets, shape)
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{name}: {error}") from error
+    return BitmaskTensor.from_parts(values.flatten(), bitmasks, row_offsets, shape)
 
 
 def _exclusive_sums(counts: Tensor) -> Tensor:

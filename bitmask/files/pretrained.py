@@ -16,18 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from bitmask import ops
-from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.calls import FormatError
-from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig
+from bitmask.compressed_tensor import CompressedTensor
+from bitmask.files.config import BITMASK_24_FORMAT, BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig, format_of
 from bitmask.files.convert import compress_checkpoint
 from bitmask.files.replacing import moved_in
 from bitmask.files.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json, write_json
+from bitmask.semi_structured import SemiStructuredTensor
 
 _QUANTIZATION = "quantization_config"
 
 
 def with_compression(save_pretrained: Any) -> Any:
-    """The method with three more options: `sparsity_config`, `save_compressed` and `skip_compression_stats`."""
+    """The method with three more options: `sparsity_config`, `save_compressed` and `skip_compression_stats`.
+
+    `save_compressed` is True or the name of a format; True means that in which the model's weights are compressed.
+    """
     signature = inspect.signature(save_pretrained)
 
     @functools.wraps(save_pretrained)
@@ -36,7 +40,7 @@ def with_compression(save_pretrained: Any) -> Any:
         save_directory: str | os.PathLike[str],
         *args: Any,
         sparsity_config: BitmaskConfig | None = None,
-        save_compressed: bool = False,
+        save_compressed: bool | str = False,
         skip_compression_stats: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -47,7 +51,7 @@ def with_compression(save_pretrained: Any) -> Any:
         if not options["is_main_process"]:  # which writes nothing
             save_pretrained(*call.args, **call.kwargs)
             return
-        wanted = sparsity_config or (infer_config(self) if save_compressed else None)
+        wanted = _wanted(self, sparsity_config, save_compressed)
         compresses = wanted is not None and wanted.format != DENSE_FORMAT
 
         def save_dense(place: Path) -> None:
@@ -69,8 +73,21 @@ def with_compression(save_pretrained: Any) -> Any:
     return wrapped
 
 
-def infer_config(model: nn.Module, compression_format: str = BITMASK_FORMAT) -> BitmaskConfig:
+def _wanted(model: nn.Module, config: BitmaskConfig | None, save_compressed: bool | str) -> BitmaskConfig | None:
+    """How a model is to be saved; None if dense, and nobody said so."""
+    told = format_of(save_compressed) if isinstance(save_compressed, str) else None
+    if config is not None:
+        if told not in (None, config.format):
+            raise ValueError(f"save_compressed: got {told!r}, expected {config.format!r}, that of sparsity_config")
+        return config
+    return infer_config(model, told) if save_compressed else None
+
+
+def infer_config(model: nn.Module, compression_format: str | None = None) -> BitmaskConfig:
     """The config that a model's weights suggest: their sparsity, and "2:4" if more than 80% of linear weights are.
+
+    The format is by default "sparse-24-bitmask" if the model has compressed weights and all are 2:4, else
+    "sparse-bitmask".
 
     Raises:
         ValueError: weights that are not in memory.
@@ -86,18 +103,21 @@ def infer_config(model: nn.Module, compression_format: str = BITMASK_FORMAT) -> 
         zeros += _zeros(parameter)
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     two_four = sum(_is_two_four(weight) for weight in weights)
-    structure = "2:4" if weights and two_four > 0.8 * len(weights) else "unstructured"
-    return BitmaskConfig(compression_format, zeros / elements if elements else 0.0, structure)
+    structure = "2:4" if weights and two_four > 0.8 * len(weights) else ""
+    kinds: set[type] = {type(parameter) for parameter in model.parameters() if isinstance(parameter, CompressedTensor)}
+    natural = BITMASK_24_FORMAT if kinds == {SemiStructuredTensor} else BITMASK_FORMAT
+    return BitmaskConfig(compression_format or natural, zeros / elements if elements else 0.0, structure)
 
 
 def _zeros(tensor: Tensor) -> int:
-    if isinstance(tensor, BitmaskTensor):
-        return tensor.numel() - tensor.nnz
-    return tensor.numel() - int(torch.count_nonzero(_comparable(tensor)))
+    stored = tensor.values if isinstance(tensor, CompressedTensor) else tensor
+    return tensor.numel() - int(torch.count_nonzero(_comparable(stored)))
 
 
 def _is_two_four(weight: Tensor) -> bool:
     """Whether of every four neighbours in a row at least two are zero."""
+    if isinstance(weight, SemiStructuredTensor):
+        return True
     dense = _comparable(_dense(weight))
     if dense.shape[-1] % 4 != 0:
         return False
@@ -111,12 +131,12 @@ def _comparable(tensor: Tensor) -> Tensor:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    return tensor.to_dense() if isinstance(tensor, BitmaskTensor) else tensor
+    return tensor.to_dense() if isinstance(tensor, CompressedTensor) else tensor
 
 
 def _dense_state(model: nn.Module, state: dict[str, Any] | None) -> dict[str, Any] | None:
     """What to save instead of compressed parameters; None where there are none."""
-    if state is None and not any(isinstance(parameter, BitmaskTensor) for parameter in model.parameters()):
+    if state is None and not any(isinstance(parameter, CompressedTensor) for parameter in model.parameters()):
         return None
     return {name: _dense(tensor) for name, tensor in (model.state_dict() if state is None else state).items()}
 
@@ -134,7 +154,7 @@ def _write_stats(model: nn.Module, directory: Path, config: BitmaskConfig | None
 
 
 def _can_be_counted(parameter: Tensor) -> bool:
-    ordinary = type(parameter) is nn.Parameter or isinstance(parameter, BitmaskTensor)
+    ordinary = type(parameter) is nn.Parameter or isinstance(parameter, CompressedTensor)
     return ordinary and not parameter.is_meta and parameter.dtype in ops.DTYPES
 
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm import tqdm
 
-from bitmask import ops
+from bitmask import ops, ops_two_four
 from bitmask.bitmask_tensor import BitmaskTensor
-from bitmask.calls import FormatError
-from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, format_of
-from bitmask.files.contents import ALIAS, COMPONENTS, KEY_STYLE, OURS, VERSION, WEIGHT, prefixes_of
+from bitmask.compressed_tensor import CompressedTensor
+from bitmask.files.config import BITMASK_24_FORMAT, BITMASK_FORMAT, DENSE_FORMAT, format_of
+from bitmask.files.contents import ALIAS, COMPONENTS, COMPONENTS_24, KEY_STYLE, OURS, VERSION, WEIGHT, prefixes_of
 from bitmask.files.replacing import replacing
+from bitmask.semi_structured import SemiStructuredTensor
 
 KeyStyle = Literal["module", "parameter"]
 
@@ -35,8 +36,6 @@ class FileContent:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self._format = format_of(compression_format)
-        if self._format not in (BITMASK_FORMAT, DENSE_FORMAT):
-            raise FormatError(f"compression_format: got {compression_format!r}, which is read but not written yet")
         if key_style not in ("module", "parameter"):
             raise ValueError(f"key_style: got {key_style!r}, expected 'module' or 'parameter'")
         if not 0 <= min_sparsity <= 1:
@@ -46,11 +45,12 @@ class FileContent:
         self._keep_negative_zero = keep_negative_zero
         others = {key: text for key, text in (metadata or {}).items() if not key.startswith(OURS)}
         self._header = {"format": "pt", **others, VERSION: version("bitmask")}
-        if self._format == BITMASK_FORMAT:
+        if self._format != DENSE_FORMAT:
             self._header[KEY_STYLE] = key_style
         self._entries: dict[str, Tensor] = {}
         self._prefixes: set[str] = set()
         self._zeros = self._elements = 0
+        self.kept_dense: dict[str, str] = {}  # which tensors of two or more dimensions are not compressed, and why
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -66,12 +66,10 @@ class FileContent:
         """Take in a tensor, compressed if it is one to compress."""
         compressed = self._compressed(name, tensor)
         if compressed is None:
-            self._add_entry(name, tensor.to_dense() if isinstance(tensor, BitmaskTensor) else tensor)
+            self._add_entry(name, tensor.to_dense() if isinstance(tensor, CompressedTensor) else tensor)
             return
         prefix = name.removesuffix(WEIGHT) if self._style == "module" else name
-        shape = torch.tensor(list(compressed.shape), dtype=torch.int64)
-        parts = (compressed.values, compressed.bitmasks, shape, compressed.row_offsets)
-        for component, part in zip(COMPONENTS, parts, strict=True):
+        for component, part in _components_of(compressed).items():
             self._add_entry(f"{prefix}.{component}", part)
         self._prefixes.add(prefix)
 
@@ -90,32 +88,83 @@ class FileContent:
             except KeyError as error:
                 raise TypeError(f"{path}: got dtype {error}, which safetensors files cannot hold") from error
 
-    def _compressed(self, name: str, tensor: Tensor) -> BitmaskTensor | None:
+    def _compressed(self, name: str, tensor: Tensor) -> BitmaskTensor | SemiStructuredTensor | None:
         """What to store of a tensor, or None if it is to be stored dense."""
         if self._format == DENSE_FORMAT:
             return None
-        given = isinstance(tensor, BitmaskTensor)
-        compressed = self._compress(tensor)
+        compress = _as_two_four if self._format == BITMASK_24_FORMAT else _as_bitmask
+        candidate = compress(tensor, self._keep_negative_zero)
+        zeros = _zeros_of(tensor if isinstance(candidate, str) else candidate)
         self._elements += tensor.numel()
-        if compressed is None:
-            return None
-        self._zeros += tensor.numel() - compressed.nnz
-        if self._style == "module" and not name.endswith(WEIGHT):
-            return None
-        saves = compressed.compressed_nbytes < tensor.nbytes and compressed.sparsity >= self._min_sparsity
-        return compressed if given or saves else None
+        self._zeros += zeros
+        reason = candidate if isinstance(candidate, str) else self._reason_against(name, tensor, candidate, zeros)
+        if not isinstance(candidate, str) and not reason:
+            return candidate
+        if tensor.ndim >= 2:
+            self.kept_dense[name] = reason
+        return None
 
-    def _compress(self, tensor: Tensor) -> BitmaskTensor | None:
-        if isinstance(tensor, BitmaskTensor):
-            return tensor
-        if tensor.dtype not in ops.DTYPES or tensor.numel() == 0 or tensor.ndim == 0:
-            return None
-        return BitmaskTensor.from_dense(tensor, keep_negative_zero=self._keep_negative_zero)
+    def _reason_against(self, name: str, tensor: Tensor, compressed: CompressedTensor, zeros: int) -> str:
+        """Why a tensor is to be stored dense that could be stored compressed; empty if nothing speaks against it."""
+        if self._style == "module" and not name.endswith(WEIGHT):
+            return f"its name does not end in {WEIGHT}"
+        if isinstance(tensor, CompressedTensor):
+            return ""
+        if compressed.compressed_nbytes >= tensor.nbytes:
+            return "it would not shrink"
+        sparsity = zeros / tensor.numel()
+        return f"{sparsity:.2%} of it is zero" if sparsity < self._min_sparsity else ""
 
     def _add_entry(self, key: str, tensor: Tensor) -> None:
         if key in self._entries:
             raise ValueError(f"{key}: is an entry of two tensors, expected names that differ")
         self._entries[key] = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+
+
+def _as_bitmask(tensor: Tensor, keep_negative_zero: bool) -> BitmaskTensor | str:
+    """A tensor as a bitmask, or why there is none."""
+    if isinstance(tensor, BitmaskTensor | SemiStructuredTensor):
+        return tensor.to_bitmask() if isinstance(tensor, SemiStructuredTensor) else tensor
+    if tensor.dtype not in ops.DTYPES:
+        return f"there is no bitmask of {tensor.dtype}"
+    if tensor.numel() == 0 or tensor.ndim == 0:
+        return "it has no elements in rows"
+    return BitmaskTensor.from_dense(tensor, keep_negative_zero=keep_negative_zero)
+
+
+def _as_two_four(tensor: Tensor, keep_negative_zero: bool) -> SemiStructuredTensor | str:
+    """A matrix in 2:4 form, or why it has none."""
+    shape = tuple(tensor.shape)
+    if tensor.ndim != 2 or tensor.numel() == 0 or shape[1] % 4 != 0:
+        return f"its shape is {shape}, not that of a matrix whose columns are a multiple of 4"
+    if tensor.dtype not in ops_two_four.TWO_FOUR_DTYPES:
+        return f"there is no 2:4 form of {tensor.dtype}"
+    if isinstance(tensor, SemiStructuredTensor):
+        return tensor
+    given = isinstance(tensor, BitmaskTensor)  # which stores -0.0 only if it is to be kept
+    dense = (tensor.to_dense() if given else tensor).cpu()  # which alone has kernels for it
+    try:
+        return SemiStructuredTensor.from_dense(dense, keep_negative_zero=given or keep_negative_zero)
+    except ValueError as error:
+        return str(error).removeprefix("dense: ")  # the argument's name
+
+
+def _zeros_of(tensor: Tensor) -> int:
+    """How many elements are zero; none where that cannot be told."""
+    if isinstance(tensor, BitmaskTensor):
+        return tensor.numel() - tensor.nnz
+    stored = tensor.values if isinstance(tensor, SemiStructuredTensor) else tensor
+    if stored.dtype not in ops.DTYPES:
+        return 0
+    return tensor.numel() - ops.compress(stored.detach())[0].numel()
+
+
+def _components_of(tensor: BitmaskTensor | SemiStructuredTensor) -> dict[str, Tensor]:
+    shape = torch.tensor(list(tensor.shape), dtype=torch.int64)
+    if isinstance(tensor, SemiStructuredTensor):  # whose shape is a column in files
+        return dict(zip(COMPONENTS_24, (tensor.values, tensor.metadata, shape[:, None]), strict=True))
+    parts = (tensor.values, tensor.bitmasks, shape, tensor.row_offsets)
+    return dict(zip(COMPONENTS, parts, strict=True))
 
 
 def save_compressed(
@@ -135,12 +184,13 @@ def save_compressed(
 
     Args:
         tensors: dense ones are compressed if at least `min_sparsity` of them is zero and it saves bytes; a
-            BitmaskTensor is written as it is.
+            compressed one is written as it is, or in the other format where that is the file's.
         path: the file; its directory must exist.
-        compression_format: "sparse-bitmask", or "dense" for an ordinary file of dense tensors.
+        compression_format: "sparse-bitmask"; "sparse-24-bitmask", which compresses matrices that are 2:4 and leaves all
+            else dense; or "dense" for an ordinary file of dense tensors.
         key_style: "module" writes `layer.bitmask` for `layer.weight`, as the latest releases of compressed-tensors do,
             and compresses nothing but weights; "parameter" writes `layer.weight.bitmask`, as the early ones did. By
-            default "module", unless no name ends in `.weight`, or that of a BitmaskTensor does not.
+            default "module", unless no name ends in `.weight`, or that of a compressed tensor does not.
         min_sparsity: fraction of zeros, 0 to 1, below which a tensor stays dense.
         keep_negative_zero: store -0.0, which by default comes back as +0.0.
         metadata: more text for the file's header.
@@ -194,7 +244,7 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
         if tensor.is_meta:
             raise ValueError(f"{name}: got a meta tensor, expected one with data")
-        if isinstance(tensor, BitmaskTensor):
+        if isinstance(tensor, CompressedTensor):
             continue
         if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
             raise TypeError(
@@ -204,13 +254,13 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
 
 def _style_for(tensors: Mapping[str, Tensor]) -> KeyStyle:
     fits = [name.endswith(WEIGHT) for name in tensors]
-    must = [fit for fit, tensor in zip(fits, tensors.values(), strict=True) if isinstance(tensor, BitmaskTensor)]
+    must = [fit for fit, tensor in zip(fits, tensors.values(), strict=True) if isinstance(tensor, CompressedTensor)]
     return "module" if any(fits) and all(must) else "parameter"
 
 
 def _identity(tensor: Tensor) -> Any:
     """Equal for two names of one tensor."""
-    if isinstance(tensor, BitmaskTensor):
+    if isinstance(tensor, CompressedTensor):
         return id(tensor._held)
     if tensor.numel() == 0:
         return id(tensor)

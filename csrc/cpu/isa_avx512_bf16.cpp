@@ -22,6 +22,10 @@ namespace {
 #include "simd_avx512.h"
 #include "simd_avx512_bf16.h"
 #include "generic/codec.h"
+#include "generic/convert_rows.h"
+#include "generic/convert_transpose.h"
+#include "generic/convert_blocks.h"
+#include "generic/two_four_codec.h"
 #include "generic/lanes.h"
 #include "generic/linear_rows.h"
 #include "generic/linear_stream.h"
@@ -32,6 +36,9 @@ namespace {
 #include "generic/block_stream_transposed.h"
 #include "generic/block_multiply.h"
 #include "generic/block_sample.h"
+#include "generic/two_four_stream.h"
+#include "generic/two_four_multiply.h"
+#include "generic/two_four_prune.h"
 #include "generic/table.h"
 constexpr Kernels kTable = make_kernels<Float32Lanes, Bfloat16PairLanes, Float16Lanes, WidenedBfloat16Lanes>("avx512_bf16");
 }  // namespace

@@ -18,19 +18,9 @@ struct Simd {
 
   template <int W>
   static uint8_t* compress(const uint8_t* src, uint64_t mask, uint8_t* dst) {
-    for (int at = 0; at < kGroup; at += kLanes<W>, src += kLanes<W> * W) {
-      const unsigned lanes = mask >> at & ((1u << kLanes<W>)-1);
-      if constexpr (W == 1) {
-        store_low(dst, _mm_shuffle_epi8(load_low(src), load_low(kBytes.compress[lanes])));
-      } else if constexpr (W == 2) {
-        store(dst, _mm_shuffle_epi8(load_128(src), load_128(kWords.compress[lanes])));
-      } else if constexpr (W == 4) {
-        store(dst, _mm256_permutevar8x32_epi32(load(src), dword_indices(kBytes.compress[lanes])));
-      } else if constexpr (W == 8) {
-        store(dst, _mm256_permutevar8x32_epi32(load(src), dword_indices(kPairs.compress[lanes])));
-      } else {
-        store(dst, load_128(src));
-      }
+    for (int at = 0; at < kGroup; at += kLanes<W>) {
+      const unsigned lanes = lanes_at<W>(mask, at);
+      store_low<kLanes<W> * W>(dst, pack_lanes<W>(load_low<kLanes<W> * W>(src + at * W), lanes));
       dst += __builtin_popcount(lanes) * W;
     }
     return dst;
@@ -38,22 +28,69 @@ struct Simd {
 
   template <int W>
   static const uint8_t* expand(const uint8_t* src, uint64_t mask, uint8_t* dst) {
-    for (int at = 0; at < kGroup; at += kLanes<W>, dst += kLanes<W> * W) {
-      const unsigned lanes = mask >> at & ((1u << kLanes<W>)-1);
-      if constexpr (W == 1) {
-        store_low(dst, _mm_shuffle_epi8(load_low(src), load_low(kBytes.expand[lanes])));
-      } else if constexpr (W == 2) {
-        store(dst, _mm_shuffle_epi8(load_128(src), load_128(kWords.expand[lanes])));
-      } else if constexpr (W == 4) {
-        store(dst, spread_dwords(load(src), dword_indices(kBytes.expand[lanes])));
-      } else if constexpr (W == 8) {
-        store(dst, spread_dwords(load(src), dword_indices(kPairs.expand[lanes])));
-      } else {
-        store(dst, _mm_and_si128(load_128(src), _mm_set1_epi64x(-static_cast<int64_t>(lanes))));
-      }
+    for (int at = 0; at < kGroup; at += kLanes<W>) {
+      const unsigned lanes = lanes_at<W>(mask, at);
+      store_low<kLanes<W> * W>(dst + at * W, spread_lanes<W>(load_low<kLanes<W> * W>(src), lanes));
       src += __builtin_popcount(lanes) * W;
     }
     return src;
+  }
+
+  template <int W>
+  static void compress_pairs(const uint8_t* src, uint64_t mask, uint8_t* dst) {
+    for (int at = 0; at < kGroup; at += kLanes<W>) {
+      store_low<kLanes<W> * W / 2>(dst + at / 2 * W, pack_lanes<W>(load_low<kLanes<W> * W>(src + at * W), lanes_at<W>(mask, at)));
+    }
+  }
+
+  template <int W>
+  static void expand_pairs(const uint8_t* src, uint64_t mask, uint8_t* dst) {
+    for (int at = 0; at < kGroup; at += kLanes<W>) {
+      store_low<kLanes<W> * W>(dst + at * W, spread_lanes<W>(load_low<kLanes<W> * W / 2>(src + at / 2 * W), lanes_at<W>(mask, at)));
+    }
+  }
+
+  template <int W>
+  static constexpr int kFoursBytes = 32;
+
+  template <int W, int A, int B, int C, int D, class Vector>
+  static Vector permute_fours(Vector lanes) {
+    const __m256i v = reinterpret_cast<__m256i>(lanes);
+    constexpr int kOrder = A | B << 2 | C << 4 | D << 6;
+    if constexpr (W == 1) {
+      const __m256i fours = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+      const __m256i order = _mm256_set1_epi32(A | B << 8 | C << 16 | D << 24);
+      return reinterpret_cast<Vector>(_mm256_shuffle_epi8(v, _mm256_or_si256(fours, order)));
+    } else if constexpr (W == 2) {
+      return reinterpret_cast<Vector>(_mm256_shufflehi_epi16(_mm256_shufflelo_epi16(v, kOrder), kOrder));
+    } else if constexpr (W == 4) {
+      return reinterpret_cast<Vector>(_mm256_shuffle_epi32(v, kOrder));
+    } else {
+      return reinterpret_cast<Vector>(_mm256_permute4x64_epi64(v, kOrder));
+    }
+  }
+
+  template <int W, class Vector>
+  static uint64_t at_least(Vector a, Vector b) {
+    const __m256i left = reinterpret_cast<__m256i>(a), right = reinterpret_cast<__m256i>(b);
+    if constexpr (W == 1) return ~move_mask<1>(_mm256_cmpgt_epi8(right, left));
+    if constexpr (W == 2) return 0xffffu ^ move_mask<2>(_mm256_cmpgt_epi16(right, left));
+    if constexpr (W == 4) return 0xffu ^ move_mask<4>(_mm256_cmpgt_epi32(right, left));
+    if constexpr (W == 8) return 0xfu ^ move_mask<8>(_mm256_cmpgt_epi64(right, left));
+  }
+
+  // A byte of the mask at a time: its row of the table is the positions, and what marks absent ones is overwritten by the next byte's.
+  static int64_t* list(uint64_t mask, int64_t first, int64_t* dst) {
+    for (int at = 0; at < kGroup; at += 8) {
+      const unsigned lanes = lanes_at<1>(mask, at);
+      const __m128i positions = _mm256_castsi256_si128(load_low<8>(kBytes.compress[lanes]));
+      const __m256i base = _mm256_set1_epi64x(first + at);
+      uint8_t* const to = reinterpret_cast<uint8_t*>(dst);
+      store_low<32>(to, _mm256_add_epi64(_mm256_cvtepu8_epi64(positions), base));
+      store_low<32>(to + 32, _mm256_add_epi64(_mm256_cvtepu8_epi64(_mm_srli_si128(positions, 4)), base));
+      dst += __builtin_popcount(lanes);
+    }
+    return dst;
   }
 
  private:
@@ -68,13 +105,56 @@ struct Simd {
   static constexpr ShuffleTables<4, 2> kPairs{};  // four 8-byte lanes as pairs of dwords
 
   static __m256i load(const uint8_t* src) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)); }
-  static __m128i load_128(const uint8_t* src) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(src)); }
-  static __m128i load_low(const uint8_t* src) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(src)); }
-  static void store(uint8_t* dst, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), v); }
-  static void store(uint8_t* dst, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), v); }
-  static void store_low(uint8_t* dst, __m128i v) { _mm_storel_epi64(reinterpret_cast<__m128i*>(dst), v); }
 
-  static __m256i dword_indices(const uint8_t* table) { return _mm256_cvtepu8_epi32(load_low(table)); }
+  // The first kSize bytes of a vector; a load leaves the others undefined.
+  template <int kSize>
+  static __m256i load_low(const uint8_t* src) {
+    if constexpr (kSize == 32) return load(src);
+    if constexpr (kSize == 16) return _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src)));
+    if constexpr (kSize == 8) return _mm256_castsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(src)));
+    if constexpr (kSize == 4) return _mm256_castsi128_si256(_mm_cvtsi32_si128(load_as<int>(src)));
+  }
+  template <int kSize>
+  static void store_low(uint8_t* dst, __m256i v) {
+    const __m128i low = _mm256_castsi256_si128(v);
+    if constexpr (kSize == 32) _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), v);
+    if constexpr (kSize == 16) _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), low);
+    if constexpr (kSize == 8) _mm_storel_epi64(reinterpret_cast<__m128i*>(dst), low);
+    if constexpr (kSize == 4) store_as(_mm_cvtsi128_si32(low), dst);
+  }
+
+  // The mask bits of the lanes of a shuffle, those from bit `at` on.
+  template <int W>
+  static unsigned lanes_at(uint64_t mask, int at) {
+    return mask >> at & ((1u << kLanes<W>)-1);
+  }
+
+  // The marked lanes of a vector, packed.
+  template <int W>
+  static __m256i pack_lanes(__m256i v, unsigned lanes) {
+    if constexpr (W == 1) return shuffle_bytes(v, load_low<8>(kBytes.compress[lanes]));
+    if constexpr (W == 2) return shuffle_bytes(v, load_low<16>(kWords.compress[lanes]));
+    if constexpr (W == 4) return _mm256_permutevar8x32_epi32(v, dword_indices(kBytes.compress[lanes]));
+    if constexpr (W == 8) return _mm256_permutevar8x32_epi32(v, dword_indices(kPairs.compress[lanes]));
+    if constexpr (W == 16) return v;
+  }
+
+  // The first elements of a vector in the marked lanes, zero in the others.
+  template <int W>
+  static __m256i spread_lanes(__m256i v, unsigned lanes) {
+    if constexpr (W == 1) return shuffle_bytes(v, load_low<8>(kBytes.expand[lanes]));
+    if constexpr (W == 2) return shuffle_bytes(v, load_low<16>(kWords.expand[lanes]));
+    if constexpr (W == 4) return spread_dwords(v, dword_indices(kBytes.expand[lanes]));
+    if constexpr (W == 8) return spread_dwords(v, dword_indices(kPairs.expand[lanes]));
+    if constexpr (W == 16) return _mm256_and_si256(v, _mm256_set1_epi64x(-static_cast<int64_t>(lanes)));
+  }
+
+  // In the first 16 bytes.
+  static __m256i shuffle_bytes(__m256i v, __m256i indices) {
+    return _mm256_castsi128_si256(_mm_shuffle_epi8(_mm256_castsi256_si128(v), _mm256_castsi256_si128(indices)));
+  }
+
+  static __m256i dword_indices(const uint8_t* table) { return _mm256_cvtepu8_epi32(_mm256_castsi256_si128(load_low<8>(table))); }
 
   // Permutes dwords; an index of 0x80 gives zero.
   static __m256i spread_dwords(__m256i v, __m256i indices) {
@@ -93,23 +173,36 @@ struct Simd {
     if constexpr (L == 8) return _mm256_cmpeq_epi64(bits, zero);
   }
 
+  // One bit for each lane of L bytes, which are all ones or all zeros.
+  template <int L>
+  static uint32_t move_mask(__m256i lanes) {
+    if constexpr (L == 1) return static_cast<uint32_t>(_mm256_movemask_epi8(lanes));
+    if constexpr (L == 2) return move_mask_words(lanes, _mm256_setzero_si256());
+    if constexpr (L == 4) return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes)));
+    if constexpr (L == 8) return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(lanes)));
+  }
+
+  // The same for two vectors of two-byte lanes, narrowed to bytes, whose 8-byte quarters the pack leaves in the order 0 2 1 3.
+  static uint32_t move_mask_words(__m256i low, __m256i high) {
+    return move_mask<1>(_mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xd8));
+  }
+
   // One bit for each W-byte element of a vector that has a tested bit set. 16-byte elements are pairs of 8-byte lanes.
   template <int W>
   static uint32_t nonzero_lanes(__m256i v, __m256i tested) {
-    if constexpr (W == 1) return ~static_cast<uint32_t>(_mm256_movemask_epi8(zero_lanes<1>(v, tested)));
-    if constexpr (W == 4) return 0xffu ^ static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(zero_lanes<4>(v, tested))));
-    if constexpr (W == 8) return 0xfu ^ static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(zero_lanes<8>(v, tested))));
+    if constexpr (W == 1) return ~move_mask<1>(zero_lanes<1>(v, tested));
+    if constexpr (W == 4) return 0xffu ^ move_mask<4>(zero_lanes<4>(v, tested));
+    if constexpr (W == 8) return 0xfu ^ move_mask<8>(zero_lanes<8>(v, tested));
     if constexpr (W == 16) {
-      const uint32_t halves = 0xfu ^ static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(zero_lanes<8>(v, tested))));
+      const uint32_t halves = nonzero_lanes<8>(v, tested);
       const uint32_t pairs = halves | halves >> 1;
       return (pairs & 1) | (pairs >> 1 & 2);
     }
   }
 
-  // The same for 32 two-byte elements: both vectors narrowed to bytes, whose 8-byte quarters the pack leaves in the order 0 2 1 3.
+  // The same for 32 two-byte elements.
   static uint32_t nonzero_words(const uint8_t* src, __m256i tested) {
-    const __m256i bytes = _mm256_packs_epi16(zero_lanes<2>(load(src), tested), zero_lanes<2>(load(src + 32), tested));
-    return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xd8)));
+    return ~move_mask_words(zero_lanes<2>(load(src), tested), zero_lanes<2>(load(src + 32), tested));
   }
 };
 
@@ -126,6 +219,7 @@ struct Float32Operands {
   static constexpr int kStreamSums = 4;
   static constexpr int kMicroRows = 4;
   static constexpr int kMicroVectors = 3;
+  static constexpr int kSelectedFrom = 0;  // a shuffle for each product costs what is saved
 
   static Lanes load(const uint8_t* src) { return _mm256_loadu_ps(reinterpret_cast<const float*>(src)); }
   static void store(Lanes lanes, uint8_t* dst) { _mm256_storeu_ps(reinterpret_cast<float*>(dst), lanes); }

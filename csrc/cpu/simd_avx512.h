@@ -9,6 +9,15 @@ inline __m512i opaque_zero() {
   return zero;
 }
 
+// The positions of the columns of a group.
+struct Positions {
+  alignas(64) uint8_t bytes[64];
+  constexpr Positions() : bytes() {
+    for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(i);
+  }
+};
+constexpr Positions kPositions{};
+
 struct Simd {
   template <int W>
   static uint64_t nonzero(const uint8_t* src, const ZeroTest& test) {
@@ -34,6 +43,65 @@ struct Simd {
     const __m512i zero = opaque_zero();
     for (int vector = 0; vector < W; ++vector) _mm512_storeu_si512(dst + vector * 64, expand_vector<W>(zero, src, mask, vector));
     return src + __builtin_popcountll(mask) * W;
+  }
+
+  template <int W>
+  static void compress_pairs(const uint8_t* src, uint64_t mask, uint8_t* dst) {
+    const __m512i zero = opaque_zero();
+    for (int vector = 0; vector < W; ++vector) {
+      const __m512i packed = compress_lanes<W>(zero, lanes_of<W>(mask, vector), load(src + vector * 64));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + vector * 32), _mm512_castsi512_si256(packed));
+    }
+  }
+
+  template <int W>
+  static void expand_pairs(const uint8_t* src, uint64_t mask, uint8_t* dst) {
+    const __m512i zero = opaque_zero();
+    for (int vector = 0; vector < W; ++vector) {
+      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + vector * 32));
+      _mm512_storeu_si512(dst + vector * 64, expand_lanes<W>(zero, lanes_of<W>(mask, vector), _mm512_castsi256_si512(packed)));
+    }
+  }
+
+  template <int W>
+  static constexpr int kFoursBytes = 64;
+
+  template <int W, int A, int B, int C, int D, class Vector>
+  static Vector permute_fours(Vector lanes) {
+    const __m512i v = reinterpret_cast<__m512i>(lanes);
+    constexpr int kOrder = A | B << 2 | C << 4 | D << 6;
+    if constexpr (W == 1) {
+      const __m512i fours = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+      const __m512i order = _mm512_set1_epi32(A | B << 8 | C << 16 | D << 24);
+      return reinterpret_cast<Vector>(_mm512_shuffle_epi8(v, _mm512_or_si512(fours, order)));
+    } else if constexpr (W == 2) {
+      return reinterpret_cast<Vector>(_mm512_shufflehi_epi16(_mm512_shufflelo_epi16(v, kOrder), kOrder));
+    } else if constexpr (W == 4) {
+      return reinterpret_cast<Vector>(_mm512_shuffle_epi32(v, static_cast<_MM_PERM_ENUM>(kOrder)));
+    } else {
+      return reinterpret_cast<Vector>(_mm512_permutex_epi64(v, kOrder));
+    }
+  }
+
+  template <int W, class Vector>
+  static uint64_t at_least(Vector a, Vector b) {
+    const __m512i left = reinterpret_cast<__m512i>(a), right = reinterpret_cast<__m512i>(b);
+    if constexpr (W == 1) return _mm512_cmpge_epi8_mask(left, right);
+    if constexpr (W == 2) return _mm512_cmpge_epi16_mask(left, right);
+    if constexpr (W == 4) return _mm512_cmpge_epi32_mask(left, right);
+    if constexpr (W == 8) return _mm512_cmpge_epi64_mask(left, right);
+  }
+
+  // Positions are packed as bytes, then widened eight at a time: as many stores as there are vectors to fill.
+  static int64_t* list(uint64_t mask, int64_t first, int64_t* dst) {
+    alignas(64) uint8_t positions[64];
+    _mm512_store_si512(positions, _mm512_mask_compress_epi8(opaque_zero(), mask, load(kPositions.bytes)));
+    const int64_t count = __builtin_popcountll(mask);
+    for (int64_t i = 0; i < count; i += 8) {
+      const __m512i eight = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(positions + i)));
+      _mm512_storeu_si512(dst + i, _mm512_add_epi64(eight, _mm512_set1_epi64(first)));
+    }
+    return dst + count;
   }
 
   // The vector-th 64 bytes of a group. Where its elements lie is counted from the start of the group, not from the vector before: so only
@@ -100,7 +168,13 @@ struct Float32Sums {
   static constexpr int kStreamSums = 16;
   static constexpr int kMicroRows = 8;
   static constexpr int kMicroVectors = 3;
+  using Selectors = __m512i;
 
+  static Selectors load_selectors(const uint8_t* src) { return _mm512_loadu_si512(src); }
+  template <class Words>
+  static Words look_up(const uint32_t (&table)[16], Words nibbles) {
+    return reinterpret_cast<Words>(_mm512_permutexvar_epi32(reinterpret_cast<__m512i>(nibbles), _mm512_load_si512(table)));
+  }
   static Sums zero() { return _mm512_setzero_ps(); }
   static Sums add(Sums a, Sums b) { return _mm512_add_ps(a, b); }
   static Sum reduce(Sums sums) { return _mm512_reduce_add_ps(sums); }
@@ -145,6 +219,12 @@ struct Float32Operands : Float32Sums {
   static void store(Lanes lanes, uint8_t* dst) { _mm512_storeu_ps(dst, lanes); }
   static Lanes broadcast(const uint8_t* src) { return _mm512_set1_ps(load_as<float>(src)); }
   static Sums multiply_add(Lanes a, Lanes b, Sums sums) { return _mm512_fmadd_ps(a, b, sums); }
+
+  // Selected across the whole vector: on Zen 5 the load that repeats four columns is a shuffle as well.
+  static constexpr int kSelectedFrom = 16;
+  using Columns = __m512;
+  static Columns load_columns(const uint8_t* src) { return load(src); }
+  static Lanes select(Columns columns, Selectors numbers) { return _mm512_permutexvar_ps(numbers, columns); }
 };
 
 struct Float32Lanes : Float32Operands {

@@ -29,5 +29,10 @@ struct Bfloat16PairLanes : Float32Sums {
 #endif
   }
 
+  static constexpr int kSelectedFrom = 4;
+  using Columns = __m512i;
+  static Columns load_columns(const uint8_t* src) { return _mm512_set1_epi64(load_as<int64_t>(src)); }
+  static Lanes select(Columns columns, Selectors bytes) { return _mm512_shuffle_epi8(columns, bytes); }
+
   static void round(Sums sums, uint8_t* dst) { WidenedBfloat16Lanes::round(sums, dst); }
 };

@@ -17,7 +17,7 @@ struct Simd {
   static uint8_t* compress(const uint8_t* src, uint64_t mask, uint8_t* dst) {
     const uint64_t counts = field_counts<kLanes<W>>(mask);
     for (int lane = 0; lane < kGroup; lane += kLanes<W>) {
-      pack_vector<W>(src + lane * W, field_at<W>(mask, lane), dst);
+      store_low<kLanes<W> * W>(dst, pack_lanes<W>(load_low<kLanes<W> * W>(src + lane * W), field_at<W>(mask, lane)));
       dst += field_at<W>(counts, lane) * W;
     }
     return dst;
@@ -27,10 +27,92 @@ struct Simd {
   static const uint8_t* expand(const uint8_t* src, uint64_t mask, uint8_t* dst) {
     const uint64_t counts = field_counts<kLanes<W>>(mask);
     for (int lane = 0; lane < kGroup; lane += kLanes<W>) {
-      spread_vector<W>(src, field_at<W>(mask, lane), dst + lane * W);
+      store_low<kLanes<W> * W>(dst + lane * W, spread_lanes<W>(load_low<kLanes<W> * W>(src), field_at<W>(mask, lane)));
       src += field_at<W>(counts, lane) * W;
     }
     return src;
+  }
+
+  // Four elements of 8 bytes are two vectors, the two of them that are stored are one.
+  template <int W>
+  static void compress_pairs(const uint8_t* src, uint64_t mask, uint8_t* dst) {
+    if constexpr (W == 8) {
+      for (int lane = 0; lane < kGroup; lane += 4) {
+        const uint8x16x2_t four = {{vld1q_u8(src + lane * 8), vld1q_u8(src + lane * 8 + 16)}};
+        vst1q_u8(dst + lane * 4, vqtbl2q_u8(four, vld1q_u8(kFourPairs.compress[mask >> lane & 15])));
+      }
+    } else {
+      for (int lane = 0; lane < kGroup; lane += kLanes<W>) {
+        const uint8x16_t packed = pack_lanes<W>(load_low<kLanes<W> * W>(src + lane * W), field_at<W>(mask, lane));
+        store_low<kLanes<W> * W / 2>(dst + lane / 2 * W, packed);
+      }
+    }
+  }
+
+  template <int W>
+  static void expand_pairs(const uint8_t* src, uint64_t mask, uint8_t* dst) {
+    if constexpr (W == 8) {
+      for (int lane = 0; lane < kGroup; lane += 4) {
+        const uint8x16_t pair = vld1q_u8(src + lane * 4);
+        const uint8_t* const indices = kFourPairs.expand[mask >> lane & 15];
+        vst1q_u8(dst + lane * 8, vqtbl1q_u8(pair, vld1q_u8(indices)));
+        vst1q_u8(dst + lane * 8 + 16, vqtbl1q_u8(pair, vld1q_u8(indices + 16)));
+      }
+    } else {
+      for (int lane = 0; lane < kGroup; lane += kLanes<W>) {
+        const uint8x16_t packed = load_low<kLanes<W> * W / 2>(src + lane / 2 * W);
+        store_low<kLanes<W> * W>(dst + lane * W, spread_lanes<W>(packed, field_at<W>(mask, lane)));
+      }
+    }
+  }
+
+  template <int W>
+  static constexpr int kFoursBytes = W == 8 ? 32 : 16;
+
+  template <int W, int A, int B, int C, int D, class Vector>
+  static Vector permute_fours(Vector lanes) {
+    if constexpr (W == 8) {
+      return Vector{lanes[A], lanes[B], lanes[C], lanes[D]};
+    } else {
+      static constexpr FoursOrder<W> kOrder(A, B, C, D);
+      return reinterpret_cast<Vector>(vqtbl1q_u8(reinterpret_cast<uint8x16_t>(lanes), vld1q_u8(kOrder.indices)));
+    }
+  }
+
+  template <int W, class Vector>
+  static uint64_t at_least(Vector a, Vector b) {
+    if constexpr (W == 1) {
+      const uint8x16_t weights = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
+      const uint8x16_t bits = vandq_u8(vcgeq_s8(reinterpret_cast<int8x16_t>(a), reinterpret_cast<int8x16_t>(b)), weights);
+      return vaddv_u8(vget_low_u8(bits)) | uint64_t{vaddv_u8(vget_high_u8(bits))} << 8;
+    } else if constexpr (W == 2) {
+      const uint8x8_t marked = vmovn_u16(vcgeq_s16(reinterpret_cast<int16x8_t>(a), reinterpret_cast<int16x8_t>(b)));
+      return vaddv_u8(vand_u8(marked, vreinterpret_u8_u64(vdup_n_u64(0x8040201008040201))));
+    } else if constexpr (W == 8) {
+      uint64_t mask = 0;
+      for (int lane = 0; lane < 4; ++lane) mask |= uint64_t{a[lane] >= b[lane]} << lane;
+      return mask;
+    } else {
+      const uint16x4_t marked = vmovn_u32(vcgeq_s32(reinterpret_cast<int32x4_t>(a), reinterpret_cast<int32x4_t>(b)));
+      return vaddv_u16(vand_u16(marked, vreinterpret_u16_u64(vdup_n_u64(0x0008000400020001))));
+    }
+  }
+
+  // A byte of the mask at a time: its row of the table is the positions, and what marks absent ones is overwritten by the next byte's.
+  static int64_t* list(uint64_t mask, int64_t first, int64_t* dst) {
+    const uint64_t counts = field_counts<8>(mask);
+    for (int at = 0; at < kGroup; at += 8) {
+      const uint16x8_t positions = vmovl_u8(vld1_u8(kTables<1>.compress[field_at<1>(mask, at)]));
+      const uint32x4_t halves[2] = {vmovl_u16(vget_low_u16(positions)), vmovl_u16(vget_high_u16(positions))};
+      const uint64x2_t base = vdupq_n_u64(static_cast<uint64_t>(first + at));
+      uint64_t* const to = reinterpret_cast<uint64_t*>(dst);
+      for (int half = 0; half < 2; ++half) {
+        vst1q_u64(to + 4 * half, vaddw_u32(base, vget_low_u32(halves[half])));
+        vst1q_u64(to + 4 * half + 2, vaddw_u32(base, vget_high_u32(halves[half])));
+      }
+      dst += field_at<1>(counts, at);
+    }
+    return dst;
   }
 
  private:
@@ -40,6 +122,18 @@ struct Simd {
 
   template <int W>
   static constexpr ShuffleTables<kLanes<W>, W> kTables{};
+  static constexpr ShuffleTables<4, 8> kFourPairs{};
+
+  // Byte indices that bring elements of W bytes into another order, in each four of a vector.
+  template <int W>
+  struct FoursOrder {
+    uint8_t indices[16];
+
+    constexpr FoursOrder(int a, int b, int c, int d) : indices() {
+      const int order[] = {a, b, c, d};
+      for (int i = 0; i < 16; ++i) indices[i] = static_cast<uint8_t>((i / W / 4 * 4 + order[i / W % 4]) * W + i % W);
+    }
+  };
 
   // The field of `word` that starts at bit `lane`.
   template <int W>
@@ -57,34 +151,32 @@ struct Simd {
     return mask;
   }
 
-  // Stores the marked lanes of the vector at `src`, packed; what follows them in the vector is undefined.
-  template <int W>
-  static void pack_vector(const uint8_t* src, uint64_t field, uint8_t* dst) {
-    if constexpr (W == 16) {
-      vst1q_u8(dst, vld1q_u8(src));
-    } else {
-      shuffle<kLanes<W> * W>(src, kTables<W>.compress[field], dst);
-    }
+  // The first kSize bytes of a vector; those that are not loaded are undefined.
+  template <int kSize>
+  static uint8x16_t load_low(const uint8_t* src) {
+    if constexpr (kSize == 16) return vld1q_u8(src);
+    if constexpr (kSize == 8) return vcombine_u8(vld1_u8(src), vdup_n_u8(0));
+    if constexpr (kSize == 4) return vreinterpretq_u8_u32(vdupq_n_u32(load_as<uint32_t>(src)));
+  }
+  template <int kSize>
+  static void store_low(uint8_t* dst, uint8x16_t v) {
+    if constexpr (kSize == 16) vst1q_u8(dst, v);
+    if constexpr (kSize == 8) vst1_u8(dst, vget_low_u8(v));
+    if constexpr (kSize == 4) store_as(vgetq_lane_u32(vreinterpretq_u32_u8(v), 0), dst);
   }
 
-  // Stores a vector whose marked lanes are the first elements at `src`, in order, and whose other lanes are zero.
+  // The marked lanes of a vector, packed. A table's index of an absent lane is out of range, which TBL makes zero.
   template <int W>
-  static void spread_vector(const uint8_t* src, uint64_t field, uint8_t* dst) {
-    if constexpr (W == 16) {
-      vst1q_u8(dst, vandq_u8(vld1q_u8(src), vreinterpretq_u8_u64(vdupq_n_u64(0 - field))));
-    } else {
-      shuffle<kLanes<W> * W>(src, kTables<W>.expand[field], dst);
-    }
+  static uint8x16_t pack_lanes(uint8x16_t v, uint64_t field) {
+    if constexpr (W == 16) return v;
+    if constexpr (W != 16) return vqtbl1q_u8(v, load_low<kLanes<W> * W>(kTables<W>.compress[field]));
   }
 
-  // dst[i] = src[indices[i]] for kBytes = 8 or 16 bytes, zero where the index is out of range.
-  template <int kBytes>
-  static void shuffle(const uint8_t* src, const uint8_t* indices, uint8_t* dst) {
-    if constexpr (kBytes == 8) {
-      vst1_u8(dst, vtbl1_u8(vld1_u8(src), vld1_u8(indices)));
-    } else {
-      vst1q_u8(dst, vqtbl1q_u8(vld1q_u8(src), vld1q_u8(indices)));
-    }
+  // The first elements of a vector in the marked lanes, zero in the others.
+  template <int W>
+  static uint8x16_t spread_lanes(uint8x16_t v, uint64_t field) {
+    if constexpr (W == 16) return vandq_u8(v, vreinterpretq_u8_u64(vdupq_n_u64(0 - field)));
+    if constexpr (W != 16) return vqtbl1q_u8(v, load_low<kLanes<W> * W>(kTables<W>.expand[field]));
   }
 
   // One mark, all ones or all zeros, for each of the kMarks elements at `src`: marks are 16 / kMarks bytes wide and fill a vector. Full
@@ -152,6 +244,7 @@ struct Float32Operands {
   static constexpr int kStreamSums = 4;
   static constexpr int kMicroRows = 8;
   static constexpr int kMicroVectors = 2;
+  static constexpr int kSelectedFrom = 0;  // a shuffle for each product costs what is saved
 
   static Lanes load(const uint8_t* src) { return vreinterpretq_f32_u8(vld1q_u8(src)); }
   static void store(Lanes lanes, uint8_t* dst) { vst1q_u8(dst, vreinterpretq_u8_f32(lanes)); }

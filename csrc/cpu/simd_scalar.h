@@ -21,6 +21,36 @@ struct Simd {
     return src;
   }
 
+  template <int W>
+  static void compress_pairs(const uint8_t* src, uint64_t mask, uint8_t* dst) {
+    compress<W>(src, mask, dst);
+  }
+
+  template <int W>
+  static void expand_pairs(const uint8_t* src, uint64_t mask, uint8_t* dst) {
+    expand<W>(src, mask, dst);
+  }
+
+  template <int W>
+  static constexpr int kFoursBytes = 4 * W;
+
+  template <int W, int A, int B, int C, int D, class Vector>
+  static Vector permute_fours(const Vector& v) {
+    return Vector{v[A], v[B], v[C], v[D]};
+  }
+
+  template <int W, class Vector>
+  static uint64_t at_least(const Vector& a, const Vector& b) {
+    uint64_t mask = 0;
+    for (int lane = 0; lane < 4; ++lane) mask |= uint64_t{a[lane] >= b[lane]} << lane;
+    return mask;
+  }
+
+  static int64_t* list(uint64_t mask, int64_t first, int64_t* dst) {
+    for (; mask != 0; mask &= mask - 1) *dst++ = first + __builtin_ctzll(mask);
+    return dst;
+  }
+
  private:
   static uint64_t load(const uint8_t* src) {
     uint64_t word;

@@ -20,7 +20,7 @@ BUILD=build/native
 WARNINGS=(-std=c++17 -Wall -Wextra -Werror)
 SANITIZERS=(-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all)
 TESTS='tests/native/test_*.cpp'
-FUZZ_TARGETS=(decompress linear block)
+FUZZ_TARGETS=(decompress linear block two_four)
 
 fail() {
   echo "run.sh: $*" >&2
@@ -90,7 +90,8 @@ run_planted() {
   local isa error
   build_sanitized
   for isa in $("$BUILD/sanitize" --list); do
-    for error in expand stream multiply gradient block_stream block_multiply block_transposed block_sample; do
+    for error in expand stream multiply gradient block_stream block_multiply block_transposed block_sample \
+      pack_24 unpack_24 metadata_24 prune_24 transposable_24 list_columns transpose_values expand_blocks; do
       local report=$BUILD/planted.$isa.$error.txt
       if BITMASK_ISA=$isa "$BUILD/sanitize" --plant "$error" > "$report" 2>&1; then fail "$isa: the error planted in $error went unnoticed"; fi
       grep -q "reading past a buffer with $isa in $error\$" "$report" || fail "$isa: was not run; see $report"
@@ -117,7 +118,7 @@ run_extension() {
   # Large products are left to the native tests, which are faster under the sanitizers.
   local left_out="not compile and not opcheck and not larger_sizes and not many_rows"
   sanitized -m pytest -q -p no:cacheprovider -k "$left_out" tests/test_ops.py tests/test_linear.py tests/test_linear_gradient.py \
-    tests/test_block_ops.py tests/test_block_ops_refused.py
+    tests/test_block_ops.py tests/test_block_ops_refused.py tests/test_two_four_ops.py tests/test_two_four_linear.py tests/test_sparse_layouts.py
   local report=$BUILD/extension.planted.txt
   if sanitized tests/native/planted_extension.py > "$report" 2>&1; then fail "extension: the planted error went unnoticed"; fi
   grep -q 'ERROR: AddressSanitizer: heap-buffer-overflow' "$report" || fail "extension: failed otherwise than planned; see $report"

@@ -4,11 +4,13 @@
 //   test_kernels --list              prints the names of those ISAs
 //   test_kernels --dispatch          tests the choice of the table only, with BITMASK_ISA as it is
 //   test_kernels --plant ERROR       has the kernels in use read past a buffer, which AddressSanitizer must report: expand, stream,
-//   multiply, gradient, block_stream, block_multiply, block_transposed, block_sample
+//   multiply, gradient, block_stream, block_multiply, block_transposed, block_sample, pack_24, unpack_24, metadata_24, prune_24,
+//   transposable_24, list_columns, transpose_values, expand_blocks
 //
-// The codec is tested here, linear in test_linear.cpp and test_linear_gradient.cpp, block-sparse products in test_block.cpp. Buffers are
-// exactly as large as the kernels were promised. AddressSanitizer watches their ends; builds without it put canary bytes around them
-// instead. Prints each failed check and "N passed, M failed".
+// The codec is tested here, products in test_linear.cpp, test_linear_gradient.cpp, test_block.cpp and test_two_four_linear.cpp, packing and
+// pruning of 2:4 in test_two_four_codec.cpp and test_two_four_prune.cpp, conversions in test_convert.cpp. Buffers are exactly as large as
+// the kernels were promised. AddressSanitizer watches their ends; builds without it put canary bytes around them instead. Prints each
+// failed check and "N passed, M failed".
 #include <cinttypes>
 #include <cstdint>
 #include <cstdio>
@@ -425,6 +427,37 @@ void read_past_a_block(const cpu::BlockKernels& block, const char* error) {
   }
 }
 
+// Has the kernels for 2:4 read a byte past the elements, values or metadata of 64 columns.
+void read_past_a_group(const Kernels& kernels, const char* error) {
+  const cpu::TwoFourCodecKernels& codec = kernels.two_four_codec[0];
+  ZeroTest all_bits;
+  std::memset(all_bits.bytes, 0xff, sizeof(all_bits.bytes));
+  Buffer elements(Bytes(63, 0)), few_values(31), few_bits(Bytes(7, 0x33)), floats(4 * 64 * 4 - 1);
+  Buffer values(32), metadata(Bytes(8, 0x33)), dense(64);
+  if (std::strcmp(error, "pack_24") == 0) codec.pack(elements.data(), 1, 64, all_bits, values.data(), metadata.data());
+  if (std::strcmp(error, "unpack_24") == 0) codec.unpack(few_values.data(), metadata.data(), 1, 64, dense.data());
+  if (std::strcmp(error, "metadata_24") == 0) kernels.first_faulty_metadata(few_bits.data(), 1, 64);
+  if (std::strcmp(error, "prune_24") == 0) codec.prune(elements.data(), 1, 64, all_bits, Magnitude::kUnsigned);
+  if (std::strcmp(error, "transposable_24") == 0) kernels.two_four_linear[cpu::kFloat32].prune_transposable(floats.data(), 4, 64);
+}
+
+// Has conversions read a byte past a bitmask, or past the values.
+void read_past_a_list(const cpu::ConvertKernels& convert, const char* error) {
+  Buffer values(63), bits(Bytes(7, 0xff)), whole_bits(Bytes(8, 0xff)), columns(64 * 8), elements(64);
+  int64_t first[64] = {}, next[64];
+  for (int64_t i = 0; i < 64; ++i) next[i] = i;
+  const cpu::BlockLine line{first, 1, 1, 64, 64};
+  if (std::strcmp(error, "list_columns") == 0) {
+    convert.list_columns(bits.data(), 1, 64, 0, 0, reinterpret_cast<int64_t*>(columns.data()), 64, nullptr);
+  }
+  if (std::strcmp(error, "transpose_values") == 0) {
+    convert.values[0].transpose_values(values.data(), whole_bits.data(), 1, 64, 8, first, next, elements.data());
+  }
+  if (std::strcmp(error, "expand_blocks") == 0) {
+    convert.values[0].expand_blocks(values.data(), 64, whole_bits.data(), line, elements.data());
+  }
+}
+
 // Has the kernels in use read a byte past the values: a build under AddressSanitizer must not survive this.
 void read_past_a_buffer(const char* error) {
   const Kernels& kernels = cpu::kernels();
@@ -444,6 +477,8 @@ void read_past_a_buffer(const char* error) {
     linear.multiply_transposed(lying, 0, 64, gradient_panel.data(), 1, dense.data(), readers.data(), gradient_scratch.data());
   }
   read_past_a_block(kernels.block[cpu::kFloat32], error);
+  read_past_a_group(kernels, error);
+  read_past_a_list(kernels.convert, error);
 }
 
 }  // namespace
@@ -466,6 +501,10 @@ int main(int argc, char** argv) {
     test_linear(brief);
     test_linear_gradient(brief);
     test_block(brief);
+    test_two_four_codec(brief);
+    test_two_four_prune(brief);
+    test_two_four_linear(brief);
+    test_convert(brief);
   }
   std::printf("%" PRId64 " passed, %" PRId64 " failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

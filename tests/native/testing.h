@@ -127,4 +127,16 @@ void test_linear_gradient(bool brief);
 // The same for the block-sparse kernels (test_block.cpp).
 void test_block(bool brief);
 
+// The same for packing, unpacking and pruning of 2:4 (test_two_four_codec.cpp).
+void test_two_four_codec(bool brief);
+
+// The same for pruning to 2:4 in rows and columns (test_two_four_prune.cpp).
+void test_two_four_prune(bool brief);
+
+// The same for the 2:4 products (test_two_four_linear.cpp).
+void test_two_four_linear(bool brief);
+
+// The same for conversions to and from index lists (test_convert.cpp).
+void test_convert(bool brief);
+
 }  // namespace bitmask::testing

@@ -68,9 +68,9 @@ int64_t block_tiles_bytes(int64_t m, int64_t cols) {
 template <class L>
 constexpr bool kLanesInPlace = L::Element::kWidth * L::kDepth == kLaneBytes<L>;
 
-// One vector of rows, `rows` <= kLanes of them there, as [lanes of a row][kLanes], `step` bytes from lane to lane.
+// One vector of rows, `rows` <= kLanes of them there and `x_step` bytes apart, as [lanes of a row][kLanes], `step` bytes from lane to lane.
 template <class L>
-void pack_vector_of_rows(const uint8_t* x, int64_t rows, int64_t cols, uint8_t* dst, int64_t step) {
+void pack_vector_of_rows(const uint8_t* x, int64_t x_step, int64_t rows, int64_t cols, uint8_t* dst, int64_t step) {
   constexpr int64_t kWidth = L::Element::kWidth;
   alignas(64) uint8_t group[L::kLanes][kGroupBytes<L>];
   alignas(64) uint8_t lanes[L::kLanes * kVectorBytes<L>];
@@ -78,14 +78,15 @@ void pack_vector_of_rows(const uint8_t* x, int64_t rows, int64_t cols, uint8_t* 
   for (int64_t col = 0; col < cols; col += kGroup) {
     const int64_t columns = cols - col < kGroup ? cols - col : kGroup;
     const bool direct = kLanesInPlace<L> && rows == L::kLanes && columns == kGroup;
-    for (int64_t i = 0; i < rows && !direct; ++i) widen_row<L>(x + (i * cols + col) * kWidth, columns, group[i]);
+    for (int64_t i = 0; i < rows && !direct; ++i) widen_row<L>(x + i * x_step + col * kWidth, columns, group[i]);
     const uint8_t* const src = direct ? x + col * kWidth : group[0];
-    const int64_t stride = direct ? cols * kWidth : kGroupBytes<L>;
+    const int64_t stride = direct ? x_step : kGroupBytes<L>;
     for (int64_t lane = 0; lane < lanes_of<L>(columns); lane += L::kLanes) {
-      L::transpose(src + lane * kLaneBytes<L>, stride, lanes);
-      for (int64_t i = 0; i < L::kLanes && lane + i < lanes_of<L>(columns); ++i, dst += step) {
-        copy_bytes(dst, lanes + i * kVectorBytes<L>, kVectorBytes<L>);
-      }
+      const int64_t count = at_most(lanes_of<L>(columns) - lane, L::kLanes);
+      const bool in_place = count == L::kLanes && step == kVectorBytes<L>;
+      L::transpose(src + lane * kLaneBytes<L>, stride, in_place ? dst : lanes);
+      for (int64_t i = 0; i < count && !in_place; ++i) copy_bytes(dst + i * step, lanes + i * kVectorBytes<L>, kVectorBytes<L>);
+      dst += count * step;
     }
   }
 }
@@ -93,11 +94,12 @@ void pack_vector_of_rows(const uint8_t* x, int64_t rows, int64_t cols, uint8_t* 
 template <class L>
 void block_pack_tiles(const void* x, int64_t m, int64_t cols, void* tiles) {
   if (cols == 0) return;  // tiles may be a null pointer
+  const int64_t row_bytes = cols * L::Element::kWidth;
   for (int64_t row = 0; row < m; row += L::kLanes) {
     const int64_t first = row / kBlockTileRows<L> * kBlockTileRows<L>;
     uint8_t* const tile = static_cast<uint8_t*>(tiles) + block_tiles_bytes<L>(first, cols);
-    pack_vector_of_rows<L>(static_cast<const uint8_t*>(x) + row * cols * L::Element::kWidth, m - row < L::kLanes ? m - row : L::kLanes,
-                           cols, tile + (row - first) * kLaneBytes<L>, tile_vectors<L>(first, m) * kVectorBytes<L>);
+    pack_vector_of_rows<L>(static_cast<const uint8_t*>(x) + row * row_bytes, row_bytes, at_most(m - row, L::kLanes), cols,
+                           tile + (row - first) * kLaneBytes<L>, tile_vectors<L>(first, m) * kVectorBytes<L>);
   }
 }
 

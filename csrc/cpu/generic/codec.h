@@ -120,26 +120,31 @@ inline const uint8_t* expand_bounded(const uint8_t* src, const uint8_t* end, uin
   return src + (taken < left ? taken : left);
 }
 
+// The same for a row of `cols` columns.
+template <int W>
+inline const uint8_t* expand_row(const uint8_t* src, const uint8_t* end, const uint8_t* bits, int64_t cols, uint8_t* dst) {
+  for (int64_t group = 0; group < cols / kGroup; ++group) {
+    prefetch_group<W>(src);
+    src = expand_bounded<W>(src, end, load_mask(bits, kGroup), dst);
+    dst += kGroup * W;
+    bits += 8;
+  }
+  const int64_t tail = cols % kGroup;
+  if (tail != 0) {
+    uint8_t edge[kGroup * W];
+    src = expand_bounded<W>(src, end, load_mask(bits, tail), edge);
+    copy_bytes(dst, edge, tail * W);
+  }
+  return src;
+}
+
 template <int W>
 void expand_values(const void* values, int64_t nnz, const uint8_t* bitmasks, int64_t rows, int64_t cols, void* dense) {
   const uint8_t* src = static_cast<const uint8_t*>(values);
   const uint8_t* const end = src + nnz * W;
   uint8_t* dst = static_cast<uint8_t*>(dense);
-  const int64_t tail = cols % kGroup;
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t group = 0; group < cols / kGroup; ++group) {
-      prefetch_group<W>(src);
-      src = expand_bounded<W>(src, end, load_mask(bitmasks, kGroup), dst);
-      dst += kGroup * W;
-      bitmasks += 8;
-    }
-    if (tail != 0) {
-      uint8_t edge[kGroup * W];
-      src = expand_bounded<W>(src, end, load_mask(bitmasks, tail), edge);
-      copy_bytes(dst, edge, tail * W);
-      dst += tail * W;
-      bitmasks += bitmask_bytes(tail);
-    }
+  for (int64_t row = 0; row < rows; ++row, bitmasks += bitmask_bytes(cols), dst += cols * W) {
+    src = expand_row<W>(src, end, bitmasks, cols, dst);
   }
 }
 

@@ -53,13 +53,14 @@ struct Float16Element {
   using Sum = float;
   static constexpr int kWidth = 2;
 
-  // Exponent and mantissa are moved into the places of an fp32 and scaled by the difference of the biases, 2^112, which also normalises
-  // subnormals; an infinity or NaN then lies at 2^16 and above and is given the exponent of ones.
+  // Exponent and mantissa are moved into the places of an fp32, whose bias is larger by 112; an infinity or NaN is given the exponent of
+  // ones. Subnormals go by way of an integer: as subnormals of fp32 they would be zeros in the processor's mode that flushes those.
   static Sum widen(const uint8_t* src) {
-    const uint32_t bits = load_as<uint16_t>(src);
-    uint32_t magnitude = bits_as<uint32_t>(bits_as<float>((bits & 0x7fff) << 13) * 0x1p112f);
-    if (magnitude >= 0x47800000) magnitude |= 0x7f800000;
-    return bits_as<float>(magnitude | (bits & 0x8000) << 16);
+    const uint32_t bits = load_as<uint16_t>(src), magnitude = bits & 0x7fff;
+    uint32_t wide = (magnitude << 13) + (112u << 23);
+    if (magnitude < 0x400) wide = bits_as<uint32_t>(static_cast<float>(magnitude) * 0x1p-24f);
+    if (magnitude >= 0x7c00) wide |= 0x7f800000;
+    return bits_as<float>(wide | (bits & 0x8000) << 16);
   }
 
   static void narrow(Sum sum, uint8_t* dst) {

@@ -27,6 +27,10 @@ struct DenseGroup {
 //   L::zero, add, reduce, load_sums, store_sums
 //   L::round(sums, dst)            kLanes elements, rounded to nearest, ties to even
 //   L::transpose(src, stride, dst) kLanes x kLanes lanes; rows of src are `stride` bytes apart
+//   L::kSelectedFrom    how many columns a lane can be selected from by one shuffle, 0 if none (two_four_multiply.h):
+//   L::load_columns(src)           so many columns, each lane being given them all
+//   L::load_selectors, select(columns, selectors)
+//   L::look_up(table, nibbles)     32 bits for the lowest four of each lane
 template <class ElementType>
 struct PortableLanes {
   using Element = ElementType;
@@ -38,6 +42,7 @@ struct PortableLanes {
   static constexpr int kStreamSums = 4;
   static constexpr int kMicroRows = 4;
   static constexpr int kMicroVectors = 2;
+  static constexpr int kSelectedFrom = 0;
   static constexpr int kVectors = kGroup / kLanes;
   typedef Sum Sums __attribute__((vector_size(16)));
   using Lanes = Sums;

@@ -107,9 +107,25 @@ void expand_strip(const BitmaskMatrix& w, Tile<L>& tile, int64_t strip, int64_t 
   }
 }
 
-// sums [MR, kStrips * kLanes] += panel [lanes, MR] x two strips [lanes, kLanes].
-template <class L, int MR>
-void product(const uint8_t* panel, const uint8_t* strip0, const uint8_t* strip1, int64_t lanes, uint8_t* sums) {
+// ---- Products
+
+// How a strip of expanded rows is multiplied: step by step, a step being one lane. two_four_multiply.h has another way to fill and to
+// multiply strips: what the template parameter Strip stands for.
+template <class L>
+struct ExpandedStrip {
+  using Row = typename L::Lanes;
+
+  static typename L::Lanes load(const uint8_t* strip, int64_t step) { return L::load(strip + step * kVectorBytes<L>); }
+  // What is multiplied of the row-th row of x.
+  static Row row_of(const uint8_t* panel, int64_t step, int row) {
+    return L::broadcast(panel + (step * L::kPanelRows + row) * kLaneBytes<L>);
+  }
+  static typename L::Sums multiply_add(typename L::Lanes w, Row x, typename L::Sums sums) { return L::multiply_add(w, x, sums); }
+};
+
+// sums [MR, kStrips * kLanes] += panel [steps, MR] x two strips [steps, kLanes].
+template <class L, class Strip, int MR>
+void product(const uint8_t* panel, const uint8_t* strip0, const uint8_t* strip1, int64_t steps, uint8_t* sums) {
   constexpr int64_t kStride = kTileRows * kLaneBytes<L>;
   typename L::Sums acc[MR][kStrips];  // in registers: every loop over it is unrolled
 #pragma GCC unroll 16
@@ -117,14 +133,14 @@ void product(const uint8_t* panel, const uint8_t* strip0, const uint8_t* strip1,
     acc[i][0] = L::load_sums(sums + i * kStride);
     acc[i][1] = L::load_sums(sums + i * kStride + kVectorBytes<L>);
   }
-  for (int64_t lane = 0; lane < lanes; ++lane) {
-    const typename L::Lanes w0 = L::load(strip0 + lane * kVectorBytes<L>);
-    const typename L::Lanes w1 = L::load(strip1 + lane * kVectorBytes<L>);
+  for (int64_t step = 0; step < steps; ++step) {
+    const auto w0 = Strip::load(strip0, step);
+    const auto w1 = Strip::load(strip1, step);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
-      const typename L::Lanes x = L::broadcast(panel + (lane * L::kPanelRows + i) * kLaneBytes<L>);
-      acc[i][0] = L::multiply_add(w0, x, acc[i][0]);
-      acc[i][1] = L::multiply_add(w1, x, acc[i][1]);
+      const typename Strip::Row x = Strip::row_of(panel, step, i);
+      acc[i][0] = Strip::multiply_add(w0, x, acc[i][0]);
+      acc[i][1] = Strip::multiply_add(w1, x, acc[i][1]);
     }
   }
 #pragma GCC unroll 16
@@ -135,12 +151,39 @@ void product(const uint8_t* panel, const uint8_t* strip0, const uint8_t* strip1,
 }
 
 // The product of one panel, `rows` rows of which are there, with the strips of a tile.
-template <class L>
-void multiply_panel(const uint8_t* panel, int64_t rows, const Scratch<L>& scratch, int64_t strips, int64_t lanes, uint8_t* sums) {
+template <class L, class Strip = ExpandedStrip<L>>
+void multiply_panel(const uint8_t* panel, int64_t rows, const Scratch<L>& scratch, int64_t strips, int64_t steps, uint8_t* sums) {
   constexpr int kThird = L::kPanelRows / 3;
-  const auto run = rows <= kThird ? product<L, kThird> : rows <= 2 * kThird ? product<L, 2 * kThird> : product<L, 3 * kThird>;
+  const auto run = rows <= kThird       ? product<L, Strip, kThird>
+                   : rows <= 2 * kThird ? product<L, Strip, 2 * kThird>
+                                        : product<L, Strip, 3 * kThird>;
   for (int64_t strip = 0; strip < strips; strip += kStrips) {
-    run(panel, scratch.tile[strip], scratch.tile[strip + 1], lanes, sums + strip * L::kLanes * kLaneBytes<L>);
+    run(panel, scratch.tile[strip], scratch.tile[strip + 1], steps, sums + strip * L::kLanes * kLaneBytes<L>);
+  }
+}
+
+// Sums begin with the bias of `rows` rows of W, if there is one.
+template <class L>
+void start_sums(const uint8_t* bias, int64_t rows, int64_t m, Scratch<L>& scratch) {
+  __builtin_memset(scratch.bias, 0, sizeof(scratch.bias));
+  for (int64_t i = 0; bias != nullptr && i < rows; ++i) scratch.bias[i] = L::Element::widen(bias + i * L::Element::kWidth);
+  const int64_t padded = (m + L::kPanelRows - 1) / L::kPanelRows * L::kPanelRows;
+  for (int64_t i = 0; i < padded; ++i) copy_bytes(scratch.sums + i * kTileRows, scratch.bias, static_cast<int64_t>(sizeof(scratch.bias)));
+}
+
+// Adds the products of all panels with a tile, block by block of columns: fill(strip, group, groups) fills a strip with some groups of
+// them, and returns how many steps these are.
+template <class L, class Strip, class Fill>
+void add_products(int64_t cols, int64_t strips, const void* panels, int64_t m, Scratch<L>& scratch, const Fill& fill) {
+  constexpr int64_t kGroups = kBlockLanes * L::kDepth / kGroup;  // of a block
+  for (int64_t group = 0; group < groups_of(cols); group += kGroups) {
+    const int64_t groups = groups_of(cols) - group < kGroups ? groups_of(cols) - group : kGroups;
+    int64_t steps = 0;
+    for (int64_t strip = 0; strip < strips; ++strip) steps = fill(strip, group, groups);
+    for (int64_t i = 0; i < m; i += L::kPanelRows) {
+      const uint8_t* const panel = static_cast<const uint8_t*>(panels) + (i * groups_of(cols) + group * L::kPanelRows) * kGroupBytes<L>;
+      multiply_panel<L, Strip>(panel, m - i, scratch, strips, steps, reinterpret_cast<uint8_t*>(scratch.sums + i * kTileRows));
+    }
   }
 }
 
@@ -155,28 +198,20 @@ template <class L>
 int64_t multiply(const BitmaskMatrix& w, int64_t begin, int64_t end, const void* panels, int64_t m, const void* bias, void* y,
                  void* scratch_memory) {
   using Element = typename L::Element;
-  constexpr int64_t kGroups = kBlockLanes * L::kDepth / kGroup;  // of a block
   Scratch<L>& scratch = *static_cast<Scratch<L>*>(scratch_memory);
   Tile<L> tile;
   const int64_t faulty = open_tile(w, begin, end, tile);
   if (faulty < end) return faulty;
-  __builtin_memset(scratch.bias, 0, sizeof(scratch.bias));
-  for (int64_t i = 0; bias != nullptr && i < tile.rows; ++i) {
-    scratch.bias[i] = Element::widen(static_cast<const uint8_t*>(bias) + (begin + i) * Element::kWidth);
-  }
-  const int64_t padded = (m + L::kPanelRows - 1) / L::kPanelRows * L::kPanelRows;
-  for (int64_t i = 0; i < padded; ++i) copy_bytes(scratch.sums + i * kTileRows, scratch.bias, static_cast<int64_t>(sizeof(scratch.bias)));
-  for (int64_t group = 0; group < groups_of(w.cols); group += kGroups) {
-    const int64_t groups = groups_of(w.cols) - group < kGroups ? groups_of(w.cols) - group : kGroups;
-    const int64_t lanes = groups * kGroup / L::kDepth;
-    for (int64_t strip = 0; strip < tile.strips; ++strip) expand_strip<L>(w, tile, strip, group, groups, scratch);
-    for (int64_t i = 0; i < m; i += L::kPanelRows) {
-      const uint8_t* const panel = static_cast<const uint8_t*>(panels) + (i * groups_of(w.cols) + group * L::kPanelRows) * kGroupBytes<L>;
-      multiply_panel<L>(panel, m - i, scratch, tile.strips, lanes, reinterpret_cast<uint8_t*>(scratch.sums + i * kTileRows));
-    }
-  }
+  start_sums<L>(bias == nullptr ? nullptr : static_cast<const uint8_t*>(bias) + begin * Element::kWidth, tile.rows, m, scratch);
+  add_products<L, ExpandedStrip<L>>(w.cols, tile.strips, panels, m, scratch, [&](int64_t strip, int64_t group, int64_t groups) {
+    expand_strip<L>(w, tile, strip, group, groups, scratch);
+    return groups * kGroup / L::kDepth;
+  });
   for (int64_t i = 0; i < tile.rows; ++i) {
-    if (tile.readers[i].taken_since(tile.first[i]) != tile.counts[i] || !padding_is_zero(w, begin + i)) return begin + i;
+    if (tile.readers[i].taken_since(tile.first[i]) != tile.counts[i] ||
+        !padding_is_zero(w.bitmasks + (begin + i) * bitmask_bytes(w.cols), w.cols)) {
+      return begin + i;
+    }
   }
   round_sums<L>(scratch, m, tile.rows, static_cast<uint8_t*>(y) + begin * Element::kWidth, w.rows * Element::kWidth);
   return end;

@@ -58,9 +58,10 @@ inline bool find_row(const BitmaskMatrix& w, int64_t row, int64_t* start, int64_
   return true;
 }
 
-inline bool padding_is_zero(const BitmaskMatrix& w, int64_t row) {
-  const int used = w.cols % 8;
-  return used == 0 || w.bitmasks[(row + 1) * bitmask_bytes(w.cols) - 1] >> used == 0;
+// Of one row of bits.
+inline bool padding_is_zero(const uint8_t* bits, int64_t cols) {
+  const int used = cols % 8;
+  return used == 0 || bits[cols / 8] >> used == 0;
 }
 
 // Reads the packed values of a row, group by group.
@@ -133,20 +134,22 @@ void pack_rows(const void* x, int64_t rows, int64_t cols, void* lanes) {
   }
 }
 
-// The panel is [lanes of a row][kPanelRows].
-template <class L>
+// The panel is [units][kPanelRows][kUnit lanes], a unit being lanes of a row that belong together.
+template <class L, int kUnit = 1>
 void pack_panel(const void* x, int64_t rows, int64_t cols, void* panel) {
-  constexpr int64_t kStep = L::kPanelRows * kLaneBytes<L>;
-  constexpr int64_t kLanesOfGroup = kGroup / L::kDepth;
+  constexpr int64_t kUnitBytes = kUnit * kLaneBytes<L>;
+  constexpr int64_t kUnitsOfGroup = kGroupBytes<L> / kUnitBytes;
   if (cols == 0) return;  // the panel may be a null pointer
   for (int64_t row = 0; row < L::kPanelRows; ++row) {
     const uint8_t* const src = static_cast<const uint8_t*>(x) + row * cols * L::Element::kWidth;
-    uint8_t* dst = static_cast<uint8_t*>(panel) + row * kLaneBytes<L>;
+    uint8_t* dst = static_cast<uint8_t*>(panel) + row * kUnitBytes;
     for (int64_t col = 0; col < cols; col += kGroup) {
       alignas(64) uint8_t group[kGroupBytes<L>] = {};
       const int64_t columns = cols - col < kGroup ? cols - col : kGroup;
       if (row < rows) widen_row<L>(src + col * L::Element::kWidth, columns, group);
-      for (int64_t lane = 0; lane < kLanesOfGroup; ++lane, dst += kStep) copy_bytes(dst, group + lane * kLaneBytes<L>, kLaneBytes<L>);
+      for (int64_t unit = 0; unit < kUnitsOfGroup; ++unit, dst += L::kPanelRows * kUnitBytes) {
+        copy_bytes(dst, group + unit * kUnitBytes, kUnitBytes);
+      }
     }
   }
 }

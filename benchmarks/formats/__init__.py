@@ -1,0 +1,1 @@
+"""Sparse formats beside each other: conversions, products, their results and plot."""

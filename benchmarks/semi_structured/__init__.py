@@ -1,0 +1,1 @@
+"""2:4 semi-structured weights: contenders, what proves them, and their plot."""

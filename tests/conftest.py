@@ -1,16 +1,18 @@
 """Fixtures and builders shared by the tests; tensors are made from bytes, so that any bit pattern can occur."""
 
+import io
 import math
 import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import bitmask
 from benchmarks.gpu.device import reason_against
@@ -300,3 +302,15 @@ def assert_works_after_fork(setup: str, use_before: bool) -> None:
     """Runs `setup`, which defines `works()`, in a process of its own, then `works()` in a child of it and in itself."""
     done = run_python(FORK.format(setup=setup, use_before=use_before), timeout=60)
     assert done.stdout.splitlines() == ["child 0", "parent True"]
+
+
+def assert_exports(model: nn.Module, op: Any, x: Tensor, strict: bool) -> None:
+    """torch.export makes one call of `op` of a model, for any number of rows of x, that works when it is loaded."""
+    rows = torch.export.Dim("rows")
+    exported = torch.export.export(model, (torch.ones(3, x.shape[-1]),), dynamic_shapes=({0: rows},), strict=strict)
+    assert [node.target for node in exported.graph.nodes].count(op) == 1
+    assert not exported.constants
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(x), model(x))

@@ -14,6 +14,7 @@ from conftest import (
     ISAS,
     VIEWS_OF_ROWS,
     assert_bits_equal,
+    assert_exports,
     assert_is_linear,
     assert_works_after_fork,
     mutations,
@@ -441,15 +442,7 @@ class OpModule(nn.Module):
 @pytest.mark.parametrize("kind", ["op", "layer", "sequence"])
 def test_export(layer, strict, kind):
     model = {"op": OpModule(random_numbers(6, 20)), "layer": layer, "sequence": nn.Sequential(layer, nn.ReLU())}[kind]
-    rows = torch.export.Dim("rows")
-    exported = torch.export.export(model, (torch.ones(3, 20),), dynamic_shapes=({0: rows},), strict=strict)
-    assert [node.target for node in exported.graph.nodes].count(torch.ops.bitmask.linear.default) == 1
-    assert not exported.constants
-    file = io.BytesIO()
-    torch.export.save(exported, file)
-    file.seek(0)
-    x = random_numbers(8, 20, density=1.0)
-    assert torch.equal(torch.export.load(file).module()(x), model(x))
+    assert_exports(model, torch.ops.bitmask.linear.default, random_numbers(8, 20, density=1.0), strict)
 
 
 @pytest.mark.parametrize("region", [torch.bfloat16, torch.float16])

@@ -1,7 +1,6 @@
 """SemiStructuredTensor: what is its own, beside what test_compressed_tensor.py says of all compressed tensors."""
 
 import contextlib
-import io
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from conftest import (
     allows_decompression,
     assert_bits_equal,
+    assert_exports,
     assert_is_compressed,
     assert_parts_equal,
     parts_of,
@@ -449,15 +449,7 @@ def test_compiled_gradients(layer, dense):
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(layer, strict):
-    rows = torch.export.Dim("rows")
-    exported = torch.export.export(layer, (torch.ones(3, 20),), dynamic_shapes=({0: rows},), strict=strict)
-    assert [node.target for node in exported.graph.nodes].count(torch.ops.bitmask.linear_24.default) == 1
-    assert not exported.constants
-    file = io.BytesIO()
-    torch.export.save(exported, file)
-    file.seek(0)
-    x = random_numbers(8, 20, density=1.0)
-    assert torch.equal(torch.export.load(file).module()(x), layer(x))
+    assert_exports(layer, torch.ops.bitmask.linear_24.default, random_numbers(8, 20, density=1.0), strict)
 
 
 @pytest.mark.parametrize("region", [torch.bfloat16, torch.float16])

@@ -187,7 +187,7 @@ void check_transposed(const BlockIndex& index, int64_t lines, const std::optiona
 
 Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow_indices, const Tensor& col_indices, int64_t out_features,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& ccol_indices, const std::optional<Tensor>& row_indices,
-                  const std::optional<Tensor>& order) {
+                  const std::optional<Tensor>& order, bool /* allow_tf32: CPUs have none */) {
   const int32_t dtype = dtype_of(values);
   const BlockKernels& kernels = kernels_for("values", dtype);
   const int64_t in_features = last_size("x", x, kOfValues, dtype);
@@ -217,7 +217,7 @@ Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow_indi
 }
 
 Tensor bsr_linear_backward_input(const Tensor& grad, const Tensor& values, const Tensor& ccol_indices, const Tensor& row_indices,
-                                 const Tensor& order, int64_t in_features) {
+                                 const Tensor& order, int64_t in_features, bool /* allow_tf32 */) {
   const int32_t dtype = dtype_of(values);
   const BlockKernels& kernels = kernels_for("values", dtype);
   const int64_t out_features = last_size("grad", grad, kOfValues, dtype);
@@ -277,7 +277,7 @@ void sample(const BlockWeight& weight, const uint8_t* g, const uint8_t* x, int64
 }
 
 Tensor bsr_linear_backward_values(const Tensor& grad, const Tensor& x, const Tensor& crow_indices, const Tensor& col_indices,
-                                  IntHeaderOnlyArrayRef block_shape) {
+                                  IntHeaderOnlyArrayRef block_shape, bool /* allow_tf32 */) {
   const int32_t dtype = dtype_of(grad);
   const BlockKernels& kernels = kernels_for("grad", dtype);
   const int64_t out_features = last_size("grad", grad, "the dtype of grad", dtype);

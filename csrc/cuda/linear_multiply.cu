@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "elements.cuh"
 #include "linear_multiply.h"
 
 namespace bitmask::cuda {
@@ -286,23 +287,6 @@ struct WCopier {
 };
 
 // ---------------------------------------------------------------------------------------------------------------- the product
-
-template <LinearDtype kDtype>
-struct Element;
-
-template <>
-struct Element<kBfloat16> {
-  __device__ static float widen(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
-  __device__ static uint16_t narrow(float value) { return ptx::float_to_bfloat16(value); }
-  __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { ptx::mma_bfloat16(d, a, b); }
-};
-
-template <>
-struct Element<kFloat16> {
-  __device__ static float widen(uint16_t bits) { return ptx::half_to_float(bits); }
-  __device__ static uint16_t narrow(float value) { return ptx::float_to_half(value); }
-  __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { ptx::mma_float16(d, a, b); }
-};
 
 // What it costs on sm_90a, counted in the SASS for half of W zero: cycles of a multiprocessor for 32 elements of W, where an H100 delivers
 // their bytes in 2.7 and an H200 in 1.9 cycles (a dense W: 4.8 and 3.3). Not timed.

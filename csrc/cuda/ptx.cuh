@@ -38,6 +38,14 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* sha
                : "memory");
 }
 
+// The same with each matrix transposed: lane l gets the elements l / 4 of the rows 2 (l % 4) and 2 (l % 4) + 1.
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(shared_row))
+               : "memory");
+}
+
 // mma.m16n8k16, row.col: d += a b with fp32 sums. With g = lane / 4 and t = lane % 4, a holds the pairs of columns (2t, 2t + 1) of rows g
 // and g + 8, then (2t + 8, 2t + 9) of rows g and g + 8; b the pairs of rows (2t, 2t + 1), then (2t + 8, 2t + 9), of column g; d the columns
 // (2t, 2t + 1) of row g, then of row g + 8.
@@ -51,6 +59,21 @@ __device__ __forceinline__ void mma_float16(float (&d)[4], const uint32_t (&a)[4
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// mma.m16n8k8, row.col, tf32: d += a b with fp32 sums, of operands that round_to_tfloat32 has made. With g = lane / 4 and t = lane % 4, a
+// holds column t of rows g and g + 8, then column t + 4 of rows g and g + 8; b the rows t, then t + 4, of column g; d as above.
+__device__ __forceinline__ void mma_tfloat32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The bits of a float32 rounded to the 10 bits of mantissa that tf32 has: to nearest, ties away from zero.
+__device__ __forceinline__ uint32_t round_to_tfloat32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
 }
 
 // ld.acquire and st.release at the scope of the GPU.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tests csrc/ops_cuda.cpp without a GPU: builds it and the kernels for the CPU, over the twin of the CUDA runtime in tests/cuda/twin, lets it
-# take the place of the CPU implementations, and runs cases.py and some tests of the ops against it.
+# Tests csrc/ops*_cuda.cpp without a GPU: builds them and the kernels for the CPU, over the twin of the CUDA runtime in tests/cuda/twin, lets
+# them take the place of the CPU implementations, and runs cases.py and some tests of the ops against it.
 #
 #   tests/cuda/ops/run.sh [ARGUMENTS OF PYTEST]
 #
@@ -21,7 +21,9 @@ mkdir -p "$BUILD"
 find csrc/cuda tests/cuda/twin -maxdepth 1 \( -name '*.cu' -o -name '*.cpp' \) -print0 |
   xargs -0 -P "$(nproc)" -I{} sh -c 'source=$1 objects=$2; shift 2; "$@" -x c++ -c "$source" -o "$objects/$(basename "$source").o"' \
     sh {} "$BUILD" "$CXX" "${flags[@]}"
-"$CXX" "${flags[@]}" "${ops[@]}" -c csrc/ops_cuda.cpp -o "$BUILD/ops_cuda.o"
+for source in csrc/ops*_cuda.cpp; do
+  "$CXX" "${flags[@]}" "${ops[@]}" -c "$source" -o "$BUILD/$(basename "$source" .cpp).o"
+done
 "$CXX" -shared "$BUILD"/*.o -L"$torch/lib" -ltorch -ltorch_cpu -o "$BUILD/libops.so" -Wl,-z,defs -lpthread
 
 run() { python -m pytest -q -p tests.cuda.ops.plugin "$@"; }

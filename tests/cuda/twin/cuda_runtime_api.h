@@ -5,6 +5,9 @@
 
 #include "vector_types.h"
 
+#define __host__
+#define __device__
+
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,

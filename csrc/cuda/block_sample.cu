@@ -1,0 +1,10 @@
+#include <cuda_runtime.h>
+
+#include "kernels.h"
+
+namespace bitmask::cuda {
+
+cudaError_t block_sample(const BlockSampleParams&, const Device&, void*, cudaStream_t) { return cudaErrorNotSupported; }
+int64_t block_sample_workspace_bytes(const BlockSampleParams&, const Device&) { return 0; }
+
+}  // namespace bitmask::cuda

@@ -38,7 +38,7 @@ cuda::LinearDtype linear_dtype(int32_t dtype) {
   return by_linear_dtype(dtype, cuda::kFloat32, cuda::kBfloat16, cuda::kFloat16, cuda::kFloat64);
 }
 
-int64_t* entries(const Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); }
+int64_t* mutable_entries(const Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); }
 
 // What kernels find wrong in an index.
 class IndexProof {
@@ -50,10 +50,10 @@ class IndexProof {
     const std::vector<int64_t> blocks{parts.blocks()};
     const cuda::BlockIndex index = index_of(parts);
     const Tensor lines = on_.empty(blocks, aoti_torch_dtype_int64());
-    on_.check(cuda::prove_block_index(index, entries(lines), fault(), on_.stream()));
+    on_.check(cuda::prove_block_index(index, mutable_entries(lines), fault(), on_.stream()));
     if (parts.order) {
       const Tensor workspace = on_.empty(blocks, aoti_torch_dtype_int64());
-      on_.check(cuda::prove_block_order(index, entries(lines), fault(), workspace.mutable_data_ptr(), on_.stream()));
+      on_.check(cuda::prove_block_order(index, mutable_entries(lines), fault(), workspace.mutable_data_ptr(), on_.stream()));
     }
     return lines;
   }
@@ -181,7 +181,7 @@ Tensor bsr_linear_backward_values(const Tensor& grad, const Tensor& x, const Ten
     const Tensor g = contiguous("grad", grad), rows = contiguous("x", x);
     cuda::BlockSampleParams params{};
     params.index = index_of(operands.index);
-    params.lines = entries(lines);
+    params.lines = mutable_entries(lines);
     params.values = values.mutable_data_ptr();
     params.rows = sizes.rows;
     params.cols = sizes.cols;
@@ -206,12 +206,10 @@ std::vector<int64_t> copy_to_cpu(const Launch& on, const Tensor& from) {
   return copy;
 }
 
-// Copies to fresh memory of the GPU. From memory that is not pinned, the copy has left it when this returns.
-Tensor copy_to_gpu(const Launch& on, const std::vector<int64_t>& from) {
-  const Tensor copy = on.empty(std::vector<int64_t>{static_cast<int64_t>(from.size())}, aoti_torch_dtype_int64());
-  if (from.empty()) return copy;
-  on.check(cudaMemcpyAsync(copy.mutable_data_ptr(), from.data(), from.size() * sizeof(int64_t), cudaMemcpyHostToDevice, on.stream()));
-  return copy;
+// From memory that is not pinned, the copy has left it when this returns.
+void copy_to_gpu(const Launch& on, const std::vector<int64_t>& from, const Tensor& to) {
+  if (from.empty()) return;
+  on.check(cudaMemcpyAsync(to.mutable_data_ptr(), from.data(), from.size() * sizeof(int64_t), cudaMemcpyHostToDevice, on.stream()));
 }
 
 // On the CPU: its copy of the index is the one that is proven, and faults are named.
@@ -222,8 +220,13 @@ std::tuple<Tensor, Tensor, Tensor> bsr_transpose(const Tensor& crow_indices, con
     const BlockParts parts = parts_to_transpose(crow_indices, col_indices, cols_of_blocks);
     const std::vector<int64_t> starts = copy_to_cpu(on, parts.starts), positions = copy_to_cpu(on, parts.positions);
     const BlockIndex index = copy_block_index(parts.fields, starts.data(), parts.lines, positions.data(), parts.blocks(), parts.limit);
+    const auto entries = [&](int64_t count) { return on.empty(std::vector<int64_t>{count}, aoti_torch_dtype_int64()); };
+    const Tensor ccol_indices = entries(cols_of_blocks + 1), row_indices = entries(parts.blocks()), order = entries(parts.blocks());
     const BlockIndex transposed = transpose(index, cols_of_blocks);
-    return {copy_to_gpu(on, transposed.line_starts), copy_to_gpu(on, transposed.positions), copy_to_gpu(on, transposed.order)};
+    copy_to_gpu(on, transposed.line_starts, ccol_indices);
+    copy_to_gpu(on, transposed.positions, row_indices);
+    copy_to_gpu(on, transposed.order, order);
+    return {ccol_indices, row_indices, order};
   });
 }
 

@@ -139,8 +139,8 @@ __device__ __forceinline__ void load_octets(const uint8_t* dense, const Tile<W>&
 }
 
 // The lowest faulty row stays. Most of many find a lower one there already.
-__device__ __forceinline__ void report(Fault* fault, const Bytes& bytes, int64_t byte) {
-  const Fault row = static_cast<Fault>(bytes.row_of(byte));
+__device__ __forceinline__ void report(Fault* fault, int64_t faulty_row) {
+  const Fault row = static_cast<Fault>(faulty_row);
   if (ptx::load_relaxed(reinterpret_cast<const uint64_t*>(fault)) > row) atomicMin(fault, row);
 }
 
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) pack(const PackParams p) {
     if (p.prune) {
       mask = largest_two(octets[i], mask, p.magnitude);
     } else if (is_crowded(mask)) {
-      report(p.fault, p.bytes, byte);
+      report(p.fault, p.bytes.row_of(byte));
     }
     const uint32_t stored = complete(mask, place.whole);
     p.metadata[byte] = static_cast<uint8_t>(stored);
@@ -210,10 +210,12 @@ __global__ void __launch_bounds__(kThreads) prune(const PackParams p) {
 
 // ---------------------------------------------------------------------------------------------------------------- unpack
 
+// A part of a weight: pointers to its first row.
 struct UnpackParams {
   const uint8_t* values;
   const uint8_t* metadata;
   Bytes bytes;
+  int64_t first_row;  // in the weight
   uint8_t* dense;
   Fault* fault;
 };
@@ -237,7 +239,7 @@ __global__ void __launch_bounds__(kThreads) unpack(const UnpackParams p) {
     if (tile.byte(i) >= tile.count) continue;
     const int64_t byte = tile.begin + tile.byte(i);
     const Place place = place_of<kTogether>(p.bytes, byte);
-    if (!is_sound(masks[i], place.whole)) report(p.fault, p.bytes, byte);
+    if (!is_sound(masks[i], place.whole)) report(p.fault, p.first_row + p.bytes.row_of(byte));
     Octet<W> octet{};
 #pragma unroll
     for (int e = 0; e < 8; e += 4) {
@@ -260,7 +262,7 @@ __global__ void __launch_bounds__(kThreads) prove(const UnpackParams p) {
   for (int i = 0; i < kBytes<1>; ++i) {
     if (tile.byte(i) >= tile.count) continue;
     const int64_t byte = tile.begin + tile.byte(i);
-    if (!is_sound(p.metadata[byte], gapless || place_of<1>(p.bytes, byte).whole)) report(p.fault, p.bytes, byte);
+    if (!is_sound(p.metadata[byte], gapless || place_of<1>(p.bytes, byte).whole)) report(p.fault, p.first_row + p.bytes.row_of(byte));
   }
 }
 
@@ -300,10 +302,19 @@ cudaError_t pack_24(const void* dense, const Geometry& g, int width, const ZeroT
   return for_width<8>(width, [&](auto bytes) { return launch_aligned<bytes>(pack<bytes, 8>, pack<bytes, 4>, pack<bytes, 1>, p, stream); });
 }
 
-cudaError_t unpack_24(const TwoFourMatrix& w, int width, void* dense, Fault* fault, cudaStream_t stream) {
-  const cudaError_t set = set_sound(fault, stream);
-  if (set != cudaSuccess || w.rows == 0 || w.cols == 0) return set;
-  const UnpackParams p{static_cast<const uint8_t*>(w.values), w.metadata, bytes_of({w.rows, w.cols}), static_cast<uint8_t*>(dense), fault};
+cudaError_t unpack_24(const TwoFourMatrix& w, int64_t begin, int64_t end, int width, void* dense, bool first, Fault* fault,
+                      cudaStream_t stream) {
+  if (first) {
+    const cudaError_t set = set_sound(fault, stream);
+    if (set != cudaSuccess) return set;
+  }
+  if (begin == end || w.cols == 0) return cudaSuccess;
+  const UnpackParams p{dense == nullptr ? nullptr : static_cast<const uint8_t*>(w.values) + begin * (w.cols / 2) * width,
+                       w.metadata + begin * bitmask_bytes(w.cols),
+                       bytes_of({end - begin, w.cols}),
+                       begin,
+                       static_cast<uint8_t*>(dense),
+                       fault};
   if (dense == nullptr) return launch_tiles<1>(prove, p, stream);
   return for_width<8>(width,
                       [&](auto bytes) { return launch_aligned<bytes>(unpack<bytes, 8>, unpack<bytes, 4>, unpack<bytes, 1>, p, stream); });

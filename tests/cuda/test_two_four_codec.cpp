@@ -58,18 +58,32 @@ void check_prune(const Kind& kind, const Matrix& matrix, int skew) {
   check(dense.canaries_intact(), "prune_24 wrote past a buffer");
 }
 
-void check_unpack(const Kind& kind, const Matrix& matrix, int skew, bool prove_only = false) {
-  Skewed values(matrix.values, kind, skew), dense(prove_only ? Bytes() : Bytes(matrix.dense.size()), kind, 3 * skew);
+// Unpacks the rows between one of `cuts` and the next, each part by itself, or proves them only.
+void check_unpack(const Kind& kind, const Matrix& matrix, const std::vector<int64_t>& cuts, int skew, bool prove_only = false) {
+  Skewed values(matrix.values, kind, skew);
   Buffer metadata(matrix.metadata, skew);
   FaultBuffer fault;
   const TwoFourMatrix w{prove_only ? nullptr : values.data(), metadata.data(), matrix.rows, matrix.cols};
-  const cudaError_t error = cuda::unpack_24(w, kind.width(), dense.data(), fault.word(), nullptr);
-  check(error == cudaSuccess, "unpack_24: %s", cudaGetErrorName(error));
+  Bytes unpacked;
+  for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+    const int64_t bytes = prove_only ? 0 : (cuts[i + 1] - cuts[i]) * matrix.cols * kind.width();
+    Skewed dense(Bytes(static_cast<size_t>(bytes)), kind, 3 * skew);
+    const cudaError_t error = cuda::unpack_24(w, cuts[i], cuts[i + 1], kind.width(), dense.data(), i == 0, fault.word(), nullptr);
+    check(error == cudaSuccess, "unpack_24: %s", cudaGetErrorName(error));
+    check(dense.canaries_intact() && fault.canaries_intact(), "unpack_24 wrote past a buffer");
+    const Bytes part = dense.bytes();
+    unpacked.insert(unpacked.end(), part.begin(), part.end());
+  }
   const Fault expected = as_fault(first_faulty_reference(matrix.metadata, matrix.rows, matrix.cols), matrix.rows);
   check(*fault.word() == expected, "unpack_24 finds %" PRId64 ", not %" PRId64 " (-1: none)", static_cast<int64_t>(*fault.word()),
         static_cast<int64_t>(expected));
-  if (expected == kNoFault && !prove_only) check(dense.bytes() == matrix.pruned, "unpack_24 gives other elements");
-  check(dense.canaries_intact() && fault.canaries_intact(), "unpack_24 wrote past a buffer");
+  if (expected == kNoFault && !prove_only) check(unpacked == matrix.pruned, "unpack_24 gives other elements");
+}
+
+// As a whole, then in two parts.
+void check_unpack(const Kind& kind, const Matrix& matrix, int skew, bool prove_only = false) {
+  check_unpack(kind, matrix, {0, matrix.rows}, skew, prove_only);
+  check_unpack(kind, matrix, {0, random_below(matrix.rows + 1), matrix.rows}, skew, prove_only);
 }
 
 void check_all(const Kind& kind, const Matrix& matrix, int skew) {
@@ -198,7 +212,7 @@ TEST_FAMILY(two_four_codec_refusals) {
     return cuda::pack_24(dense, g, width, zero_test(kind), kind.magnitude, false, values, nullptr, fault.word(), nullptr);
   };
   const auto unpack = [&](const void* values, void* dense) {
-    return cuda::unpack_24({values, nullptr, 4, 8}, 2, dense, fault.word(), nullptr);
+    return cuda::unpack_24({values, nullptr, 4, 8}, 0, 4, 2, dense, true, fault.word(), nullptr);
   };
   check(pack({4, 8}, 2, odd, nullptr) == cudaErrorInvalidValue, "dense not aligned");
   check(pack({4, 8}, 2, nullptr, odd) == cudaErrorInvalidValue, "values not aligned");
@@ -219,7 +233,7 @@ PLANTED_ERROR(two_four_codec_fewer_values, "heap-buffer-overflow") {
   Buffer values(Bytes(matrix.values.begin(), matrix.values.end() - 2)), metadata(matrix.metadata);
   Buffer dense(static_cast<int64_t>(matrix.dense.size()));
   FaultBuffer fault;
-  cuda::unpack_24({values.data(), metadata.data(), 5, 68}, 2, dense.data(), fault.word(), nullptr);
+  cuda::unpack_24({values.data(), metadata.data(), 5, 68}, 0, 5, 2, dense.data(), true, fault.word(), nullptr);
 }
 
 PLANTED_ERROR(two_four_codec_less_metadata, "heap-buffer-overflow") {

@@ -25,11 +25,11 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kColumns = 256;     // of x in a tile, and of g at most
-constexpr int kStages = 3;        // in shared memory
-constexpr int kLeastStages = 4;   // that are worth a threadblock
-constexpr int kJoinStages = 12;   // that take as long as to join tiles that are shared
-constexpr int kPieceBytes = 512;  // of shared memory, for where the pieces of a tile lie
+constexpr int kColumns = 256;    // of x in a tile, and of g at most
+constexpr int kStages = 3;       // in shared memory
+constexpr int kLeastStages = 4;  // that are worth a threadblock
+constexpr int kJoinStages = 12;  // that take as long as to join tiles that are shared
+constexpr int kTileBytes = 512;  // of shared memory, for what is known of a tile
 
 // What the kernels are told.
 struct Sampling {
@@ -135,10 +135,9 @@ struct Sample {
   static constexpr int kRowBytes = kColumns * kWidth;  // of one operand in a stage
   static constexpr int kOperandBytes = kStageRows * kRowBytes;
   static constexpr int kStageBytes = 2 * kOperandBytes;  // g, then x
-  static constexpr int kSharedBytes = kStages * kStageBytes + kPieceBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes + kTileBytes;
   static constexpr int kPieces = kColumns / kSide;  // of a tile
   static constexpr int kBlocksPerMultiprocessor = kSide == 128 ? 1 : 2;
-  static_assert(kPieces * sizeof(Piece) <= kPieceBytes);
 
   // A warp has kHeight x kWide elements of a piece, or kOwn pieces.
   static constexpr int kHeight = kSide < 64 ? kSide : kSide / 2;
@@ -158,15 +157,29 @@ struct Sample {
   static __device__ __forceinline__ int top() { return warp() / kWarpsAcross % kWarpsDown * kHeight; }
   static __device__ __forceinline__ int left() { return warp() % kWarpsAcross * kWide; }
 
-  static __device__ __forceinline__ Piece* pieces() {
-    return reinterpret_cast<Piece*>(ptx::dynamic_shared<uint8_t>() + kStages * kStageBytes);
+  // What all threads know of the tile at hand, behind the stages.
+  struct Tile {
+    Segment segment;
+    Piece pieces[kPieces];
+
+    // The first piece that has the same columns of g as this one has.
+    __device__ __forceinline__ int owner_of(int piece) const {
+      while (piece > 0 && pieces[piece - 1].row == pieces[piece].row) --piece;
+      return piece;
+    }
+  };
+  static_assert(sizeof(Tile) <= kTileBytes);
+
+  static __device__ __forceinline__ Tile& tile() {
+    return *reinterpret_cast<Tile*>(ptx::dynamic_shared<uint8_t>() + kStages * kStageBytes);
   }
 
-  // The first piece that has the same columns of g as this one has.
-  static __device__ __forceinline__ int owner_of(int piece) {
-    const Piece* const at = pieces();
-    while (piece > 0 && at[piece - 1].row == at[piece].row) --piece;
-    return piece;
+  static __device__ void begin_tile(const Sampling& s, int64_t unit, int64_t last) {
+    __syncthreads();  // nobody needs the tile before
+    const Segment segment = s.deal.segment(unit, last);
+    if (threadIdx.x == 0) tile().segment = segment;
+    if (threadIdx.x < kPieces) tile().pieces[threadIdx.x] = find_piece<kSide>(s, segment.tile * kPieces + threadIdx.x);
+    __syncthreads();
   }
 
   // What a thread copies of one operand: one chunk of some rows of a stage.
@@ -233,26 +246,24 @@ struct Sample {
     }
   }
 
-  static __device__ __forceinline__ void multiply_segment(const Sampling& s, const Segment& segment, float (&sums)[kFours][4]) {
+  static __device__ __forceinline__ void multiply_segment(const Sampling& s, float (&sums)[kFours][4]) {
     uint8_t* const memory = ptx::dynamic_shared<uint8_t>();
-    __syncthreads();  // nobody needs the pieces of the tile before
-    if (threadIdx.x < kPieces) pieces()[threadIdx.x] = find_piece<kSide>(s, segment.tile * kPieces + threadIdx.x);
-    __syncthreads();
     int a_places[kOwn][kA], b_places[kOwn][kB];
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
-      const int first_a = (owner_of(own_piece() + own) * kSide + top()) / 16, first_b = ((own_piece() + own) * kSide + left()) / 16;
+      const int first_a = (tile().owner_of(own_piece() + own) * kSide + top()) / 16, first_b = ((own_piece() + own) * kSide + left()) / 16;
 #pragma unroll
       for (int i = 0; i < kA; ++i) a_places[own][i] = Operand::template place<kRowBytes>(lane(), first_a + i);
 #pragma unroll
       for (int j = 0; j < kB; ++j) b_places[own][j] = Operand::template place<kRowBytes>(lane(), first_b + j);
     }
 
-    const int64_t first_row = segment.begin * s.unit_rows, end = segment.end * s.unit_rows, rows = (end < s.p.m ? end : s.p.m) - first_row;
-    const int stages = static_cast<int>((rows + kStageRows - 1) / kStageRows),
-              last_rows = static_cast<int>(rows - (stages - 1) * kStageRows);
-    const Piece piece = pieces()[Copier::piece()];
-    Copier g(s.p.g, s.g_stride, s.p.rows, piece.row, first_row, owner_of(Copier::piece()) == Copier::piece());
+    const int64_t first_row = tile().segment.begin * s.unit_rows, end = tile().segment.end * s.unit_rows;
+    const int64_t rows = (end < s.p.m ? end : s.p.m) - first_row;
+    const int stages = static_cast<int>((rows + kStageRows - 1) / kStageRows);
+    const int last_rows = static_cast<int>(rows - int64_t{stages - 1} * kStageRows);
+    const Piece piece = tile().pieces[Copier::piece()];
+    Copier g(s.p.g, s.g_stride, s.p.rows, piece.row, first_row, tile().owner_of(Copier::piece()) == Copier::piece());
     Copier x(s.p.x, s.x_stride, s.p.cols, piece.col, first_row, true);
     Ring to, from;
     const auto copy = [&](int stage) {
@@ -281,7 +292,7 @@ struct Sample {
     const int g = lane() / 4, t = lane() % 4;
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
-      const Piece piece = pieces()[own_piece() + own];
+      const Piece piece = tile().pieces[own_piece() + own];
       if (piece.place < 0) continue;
       const int64_t row = top() + g, col = left() + 2 * t;
       Stored* const target = static_cast<Stored*>(s.p.values) + piece.place + row * s.p.block_cols + col;
@@ -302,11 +313,11 @@ struct Sample {
   static __device__ __forceinline__ void run(const Sampling& s) {
     const int64_t last = s.deal.begin(blockIdx.x + 1);
     for (int64_t unit = s.deal.begin(blockIdx.x); unit < last;) {
-      const Segment segment = s.deal.segment(unit, last);
+      begin_tile(s, unit, last);
       float sums[kFours][4] = {};
-      multiply_segment(s, segment, sums);
-      if (s.join.add<kThreads>(s.deal, segment, sums)) store(s, sums);
-      unit += segment.end - segment.begin;
+      multiply_segment(s, sums);
+      if (s.join.add<kThreads>(s.deal, tile().segment, sums)) store(s, sums);
+      unit += tile().segment.end - tile().segment.begin;
     }
   }
 };

@@ -133,6 +133,12 @@ __device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_
   return result;
 }
 
+// The same pointer, of which the compiler does not know how it came about: it keeps it, where it would else compute it anew in a loop.
+__device__ __forceinline__ const uint8_t* opaque(const uint8_t* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 // Lets others run while waiting for them.
 __device__ __forceinline__ void pause() { asm volatile("nanosleep.u32 32;"); }
 

@@ -85,39 +85,46 @@ struct Multiply {
     }
   }
 
+  // The blocks of a tile's line, none if it is faulty. All threads call it, each proves some.
+  static __device__ __forceinline__ BlockLine prove_line(const Product& p, int64_t index) {
+    if (!p.params.has_blocks()) return BlockLine(0, 1);
+    BlockLine line(p.params.index, index);
+    for (int64_t i = line.begin + threadIdx.x; i < line.end; i += kThreads) {
+      line.sound = line.sound && line.holds(p.params.index, i, p.params.index.positions[i]);
+    }
+    line.sound = __syncthreads_or(!line.sound) == 0;
+    if (!line.sound) line.end = line.begin;
+    return line;
+  }
+
   // The sums of a segment.
   static __device__ __forceinline__ void multiply_segment(const Product& p, const Tile& tile, const Segment& s, Sums& sums) {
     typename T::Shared& shared = *ptx::dynamic_shared<typename T::Shared>();
-    const BlockLine line = p.params.has_blocks() ? BlockLine(p.params.index, tile.line) : BlockLine(0, 1);
-    const int64_t pieces = (line.end - line.begin) * p.pieces, stages = pieces / 4 + (pieces % 4 != 0);
-    const int64_t begin = p.params.has_blocks() ? 0 : s.begin, end = p.params.has_blocks() || s.end > stages ? stages : s.end;
+    const BlockLine line = prove_line(p, tile.line);
+    const int pieces = static_cast<int>(line.end - line.begin) * p.pieces, stages = (pieces + 3) / 4;
+    const bool dealt = !p.params.has_blocks();
+    const int begin = dealt ? static_cast<int>(s.begin) : 0, end = dealt && s.end < stages ? static_cast<int>(s.end) : stages;
     Copier<T> copier(p, tile, line, begin);
     uint32_t wrong[T::kFragments] = {};
-#pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) {
-      if (begin + i < end) {
-        copier.copy(shared.stages[i]);
-        copier.keep(shared.stages[i]);
-      }
-      ptx::copy_async_commit();
-    }
-    int slot = 0;
-    for (int64_t stage = begin; stage < end; ++stage) {
+    int slot = 1;  // of the stage that is multiplied, once the first ones are on their way
+    for (int stage = begin - (kStages - 1); stage < end; ++stage) {
       ptx::copy_async_wait<kStages - 2>();
       __syncthreads();
       Stage& next = shared.stages[slot == 0 ? kStages - 1 : slot - 1];
       const bool more = stage + kStages - 1 < end;
       if (more) copier.copy(next);
       ptx::copy_async_commit();
-      uint32_t codes[T::kFragments];
-      read_codes(shared.stages[slot], lane() % 4 < pieces - 4 * stage, codes, wrong);
-      multiply_chunk<0>(shared.stages[slot], codes, sums);
-      multiply_chunk<1>(shared.stages[slot], codes, sums);
+      if (stage >= begin) {
+        uint32_t codes[T::kFragments];
+        read_codes(shared.stages[slot], lane() % 4 < pieces - 4 * stage, codes, wrong);
+        multiply_chunk<0>(shared.stages[slot], codes, sums);
+        multiply_chunk<1>(shared.stages[slot], codes, sums);
+      }
       if (more) copier.keep(next);
       slot = slot + 1 == kStages ? 0 : slot + 1;
     }
-    const bool faulty = __syncthreads_or(!copier.sound || !line.sound) != 0;  // and shared memory is free
-    spoil(wrong, faulty, sums);
+    spoil(wrong, !line.sound, sums);
+    __syncthreads();  // shared memory is free
   }
 
   // Adds the bias, rounds, turns the tile and stores it.
@@ -125,7 +132,7 @@ struct Multiply {
     const TwoFourParams& params = p.params;
     uint16_t* const turned = ptx::dynamic_shared<uint16_t>();  // [kXRows][kYStride]
     const int64_t row_of_w = tile.row_of_w(p), left = params.rows - row_of_w;
-    const int64_t rows = tile.rows < left ? tile.rows : left;
+    const int rows = left < tile.rows ? static_cast<int>(left) : tile.rows;
 #pragma unroll
     for (int i = 0; i < 2 * T::kFragments; ++i) {
       const int row = first_row() + 8 * i + lane() / 4;
@@ -246,12 +253,14 @@ Plan plan(const TwoFourParams& params, const Device& device) {
 
 bool is_empty(const TwoFourParams& params) { return params.m == 0 || params.rows == 0; }
 
-// Whether the kernels can read what they are given 16 bytes at a time.
-bool is_aligned(const TwoFourParams& params) {
+// Whether the kernels can read what they are given 16 bytes at a time, and count it as they do.
+bool is_suitable(const TwoFourParams& params) {
+  constexpr int64_t kMost = int64_t{1} << 30;
   const auto at = [](const void* array) { return reinterpret_cast<uintptr_t>(array) % 16; };
-  const bool sizes =
-      params.has_blocks() ? params.block_cols % kChunkColumns == 0 && params.block_rows % 16 == 0 : params.cols % kPieceColumns == 0;
-  return sizes && params.cols % 8 == 0 && at(params.x) == 0 && at(params.values) == 0;
+  const bool sizes = params.has_blocks() ? params.block_cols % kChunkColumns == 0 && params.block_rows % 16 == 0 &&
+                                               params.block_cols < kMost && params.block_rows < kMost / params.block_cols
+                                         : params.cols % kPieceColumns == 0;
+  return sizes && params.cols < kMost && params.cols % 8 == 0 && at(params.x) == 0 && at(params.values) == 0;
 }
 
 }  // namespace
@@ -265,14 +274,17 @@ int64_t two_four_multiply_workspace_bytes(const TwoFourParams& params, const Dev
 cudaError_t two_four_multiply(const TwoFourParams& params, const Device& device, void* workspace, cudaStream_t stream) {
   if ((params.dtype != kBfloat16 && params.dtype != kFloat16) || params.index.order != nullptr) return cudaErrorInvalidValue;
   if (is_empty(params)) return cudaSuccess;
-  if (!is_aligned(params)) return cudaErrorInvalidValue;
+  if (!is_suitable(params)) return cudaErrorInvalidValue;
   const Plan plan = cuda::plan(params, device);
   uint8_t* const scratch = static_cast<uint8_t*>(workspace);
   Product product = {};
   product.params = params;
+  product.cols = static_cast<int>(params.cols);
+  product.block_cols = static_cast<int>(params.block_cols);
   product.row_bytes = bitmask_bytes(params.block_cols);
-  product.chunks = params.block_cols == 0 ? 1 : blocks_across(params.block_cols, kChunkColumns);
-  product.pieces = params.block_cols / kPieceColumns;
+  product.block_bytes = static_cast<int>(params.has_blocks() ? params.block_rows * product.row_bytes : 0);
+  product.chunks = params.block_cols == 0 ? 1 : static_cast<int>(blocks_across(params.block_cols, kChunkColumns));
+  product.pieces = static_cast<int>(params.block_cols / kPieceColumns);
   product.words_aligned = product.row_bytes % 4 == 0 && reinterpret_cast<uintptr_t>(params.metadata) % 4 == 0;
   product.y_aligned = params.rows % 8 == 0 && reinterpret_cast<uintptr_t>(params.y) % 16 == 0;
   product.row_tiles = plan.row_tiles;

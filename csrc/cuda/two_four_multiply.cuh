@@ -22,6 +22,7 @@ constexpr int kThreads = 256;
 constexpr int kStages = 3;  // two are on their way while one is multiplied
 constexpr int kChunkColumns = 32;
 constexpr int kPieceColumns = 16;  // whose codes a lane brings
+constexpr int kValueBytes = 8;     // for a byte of metadata
 
 // ---------------------------------------------------------------------------------------------------------------- metadata
 
@@ -53,12 +54,14 @@ __device__ __forceinline__ uint32_t codes_of(uint32_t bits) {
 
 // ---------------------------------------------------------------------------------------------------------------- the work
 
-// What the kernels are told.
+// What the kernels are told. Columns fit in 32 bits, so does a block's metadata.
 struct Product {
   TwoFourParams params;
-  int64_t row_bytes;   // of the metadata of a row of a block
-  int64_t chunks;      // that cover such a row
-  int64_t pieces;      // of kPieceColumns, of such a row
+  int cols, block_cols;
+  int chunks;          // that cover a row of a block
+  int pieces;          // of kPieceColumns, of such a row
+  int64_t row_bytes;   // of its metadata; values take kValueBytes as many
+  int block_bytes;     // of a block's metadata, if there are blocks
   bool words_aligned;  // metadata of chunks, to 4 bytes
   bool y_aligned;      // its rows, to 16 bytes
   int64_t row_tiles;   // of a line
@@ -73,8 +76,8 @@ struct Tile {
   int64_t row;    // in each block of the line, the first one
   int64_t x_row;  // the first one
 
-  int64_t rows;    // in the blocks, from the first one on
-  int64_t x_rows;  // likewise
+  int rows;    // of W, of those that a tile may have: they may still be past W
+  int x_rows;  // of x, likewise
 
   __device__ __forceinline__ int64_t row_of_w(const Product& p) const { return line * p.params.block_rows + row; }
 };
@@ -102,17 +105,19 @@ struct Tiling {
 
   static __device__ __forceinline__ Tile tile_of(const Product& p, int64_t index) {
     const int64_t row = index / p.x_tiles % p.row_tiles * kRows, x_row = index % p.x_tiles * kXRows;
-    return {index / p.x_tiles / p.row_tiles, row, x_row, p.params.block_rows - row, p.params.m - x_row};
+    const int64_t rows = p.params.block_rows - row, x_rows = p.params.m - x_row;
+    return {index / p.x_tiles / p.row_tiles, row, x_row, static_cast<int>(rows < kRows ? rows : kRows),
+            static_cast<int>(x_rows < kXRows ? x_rows : kXRows)};
   }
 };
 
 // ---------------------------------------------------------------------------------------------------------------- copying
 
 // The bytes of a chunk's metadata in a row, at most four.
-__device__ __forceinline__ uint32_t load_word(const uint8_t* bytes, int64_t count, bool aligned) {
+__device__ __forceinline__ uint32_t load_word(const uint8_t* bytes, int count, bool aligned) {
   if (aligned) return *reinterpret_cast<const uint32_t*>(bytes);
   uint32_t word = 0;
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < 4; ++i) word |= static_cast<uint32_t>(i < count ? bytes[i] : 0) << (8 * i);
   return word;
 }
@@ -120,87 +125,103 @@ __device__ __forceinline__ uint32_t load_word(const uint8_t* bytes, int64_t coun
 // What a thread copies: its chunk of every stage of a tile, some pieces of some rows of it.
 template <class T>
 struct Copier {
-  static constexpr int kWords = (T::kRows + 127) / 128;  // of metadata
   using Stage = typename T::Stage;
+  static constexpr int kRowsOfX = kThreads / 8;  // that all threads copy at a time
+  static constexpr int kRowsOfW = kThreads / 4;
+  static constexpr int kRowsOfMetadata = kThreads / 2;
+  static constexpr int kWords = (T::kRows + kRowsOfMetadata - 1) / kRowsOfMetadata;
 
   const Product& p;
-  const Tile& tile;
-  const BlockLine& line;
-  int64_t block, part, position;  // of the chunk that comes next: in which block, which one of it, where that block is
-  bool sound = true;              // the blocks of the chunks so far
-  uint32_t words[kWords] = {};    // of metadata, on their way
+  const int64_t* positions;     // of the line's blocks; null if W is one block
+  const uint8_t* x;             // where the thread's first piece is, in the first columns of W
+  const uint8_t* values;        // in the first block of the line
+  const uint8_t* metadata;      // likewise
+  int rows, x_rows;             // of the tile
+  int blocks;                   // of the line
+  int block, part;              // the chunk that comes next: in which block it is, which one of it
+  int position;                 // where that block is
+  uint32_t words[kWords] = {};  // of metadata, on their way
 
   static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
-  static __device__ __forceinline__ int chunk() { return thread() % 2; }  // of a stage
+  static __device__ __forceinline__ int chunk() { return thread() % 2; }        // of a stage
+  static __device__ __forceinline__ int quarter() { return thread() / 2 % 4; }  // of a chunk of x
+  static __device__ __forceinline__ int half() { return thread() / 2 % 2; }     // of a chunk of values
+  static __device__ __forceinline__ int row_of_x() { return thread() / 8; }
+  static __device__ __forceinline__ int row_of_w() { return thread() / 4; }
+  static __device__ __forceinline__ int row_of_metadata() { return thread() / 2; }
 
-  __device__ __forceinline__ Copier(const Product& p, const Tile& tile, const BlockLine& line, int64_t stage)
-      : p(p), tile(tile), line(line), block(line.begin + (2 * stage + chunk()) / p.chunks), part((2 * stage + chunk()) % p.chunks) {
+  // From a stage on. The line has been proven.
+  __device__ __forceinline__ Copier(const Product& p, const Tile& tile, const BlockLine& line, int stage)
+      : p(p),
+        positions(p.params.has_blocks() ? p.params.index.positions + line.begin : nullptr),
+        rows(tile.rows),
+        x_rows(tile.x_rows),
+        blocks(static_cast<int>(line.end - line.begin)),
+        block((2 * stage + chunk()) / p.chunks),
+        part((2 * stage + chunk()) % p.chunks) {
+    const int64_t row = line.begin * p.params.block_rows + tile.row;
+    const uint8_t* const first_x = static_cast<const uint8_t*>(p.params.x) + (tile.x_row + row_of_x()) * p.params.cols * 2;
+    x = ptx::opaque(first_x + 16 * quarter());
+    values = static_cast<const uint8_t*>(p.params.values) + (row + row_of_w()) * p.row_bytes * kValueBytes + 16 * half();
+    values = ptx::opaque(values);
+    metadata = ptx::opaque(p.params.metadata + (row + row_of_metadata()) * p.row_bytes);
     find();
   }
 
-  __device__ __forceinline__ void find() { position = p.params.has_blocks() && block < line.end ? p.params.index.positions[block] : 0; }
+  __device__ __forceinline__ void find() { position = positions != nullptr && block < blocks ? static_cast<int>(positions[block]) : 0; }
 
   // Asks for a stage. Past the edges of W there are zeros; where there are no rows there is anything. Metadata are brought to registers.
   __device__ __forceinline__ void copy(Stage& stage) {
-    const bool inside = block < line.end, there = inside && (!p.params.has_blocks() || line.holds(p.params.index, block, position));
-    sound = sound && there == inside;
-    const int64_t col = there ? position * p.params.block_cols + part * kChunkColumns : p.params.cols;
-    const int left = static_cast<int>(p.params.cols - col < kChunkColumns ? p.params.cols - col : kChunkColumns);
+    const int col = position * p.block_cols + part * kChunkColumns, left = block < blocks ? p.cols - col : 0;
+    const int64_t before = static_cast<int64_t>(block) * p.block_bytes + 4 * part;  // bytes of metadata, before the chunk's
     copy_x(stage, col, left);
-    copy_values(stage, left);
-    load_words(there);
+    copy_values(stage, before, left);
+    if (block < blocks) load_words(before);
     for (part += 2; part >= p.chunks; part -= p.chunks) {
       ++block;
       if (part < 2 * p.chunks) find();
     }
   }
 
-  // `left`: columns of W.
-  __device__ __forceinline__ void copy_x(Stage& stage, int64_t col, int left) const {
-    constexpr int kStep = kThreads / 8;  // rows that all threads copy at a time
-    const int quarter = thread() / 2 % 4, row = thread() / 8;
-    const int bytes = 8 * quarter < left ? 16 : 0;
-    const uint16_t* src =
-        static_cast<const uint16_t*>(p.params.x) + (tile.x_row + row) * p.params.cols + (bytes > 0 ? col + 8 * quarter : 0);
-    uint8_t* const dst = stage.x[row] + ((4 * chunk() + quarter) ^ row % 8) * 16;
+  // `left`: columns of W from `col` on. Where there is none, no address is read.
+  __device__ __forceinline__ void copy_x(Stage& stage, int col, int left) const {
+    const int bytes = 8 * quarter() < left ? 16 : 0;
+    const uint8_t* src = x + 2 * static_cast<int64_t>(col);
+    uint8_t* const dst = stage.x[row_of_x()] + ((4 * chunk() + quarter()) ^ row_of_x() % 8) * 16;
 #pragma unroll
-    for (int i = 0; i < T::kXRows; i += kStep) {
-      if (row + i < tile.x_rows) ptx::copy_async_16(dst + i * sizeof(stage.x[0]), src, bytes);
-      src += kStep * p.params.cols;
+    for (int i = 0; i < T::kXRows; i += kRowsOfX) {
+      if (row_of_x() + i < x_rows) ptx::copy_async_16(dst + i * sizeof(stage.x[0]), src, bytes);
+      src += 2 * kRowsOfX * p.params.cols;
     }
   }
 
-  __device__ __forceinline__ void copy_values(Stage& stage, int left) const {
-    constexpr int kStep = kThreads / 4;
-    const int half = thread() / 2 % 2, row = thread() / 4, columns = left - kPieceColumns * half;
+  __device__ __forceinline__ void copy_values(Stage& stage, int64_t before, int left) const {
+    const int columns = left - kPieceColumns * half();
     const int bytes = columns <= 0 ? 0 : columns < kPieceColumns ? columns : 16;  // two bytes for two columns
-    const int64_t stride = p.params.block_cols / 2;
-    const int64_t first = ((block * p.params.block_rows + tile.row + row) * stride + part * (kChunkColumns / 2) + 8 * half);
-    const uint16_t* src = static_cast<const uint16_t*>(p.params.values) + (bytes > 0 ? first : 0);
-    uint8_t* const dst = stage.values[row] + ((2 * chunk() + half) ^ row / 2 % 4) * 16;
+    const uint8_t* src = values + kValueBytes * before;
+    uint8_t* const dst = stage.values[row_of_w()] + ((2 * chunk() + half()) ^ row_of_w() / 2 % 4) * 16;
 #pragma unroll
-    for (int i = 0; i < T::kRows; i += kStep) {
-      if (row + i < T::kRows && row + i < tile.rows) ptx::copy_async_16(dst + i * sizeof(stage.values[0]), src, bytes);
-      src += kStep * stride;
+    for (int i = 0; i < T::kRows; i += kRowsOfW) {
+      if (row_of_w() + i < rows) ptx::copy_async_16(dst + i * sizeof(stage.values[0]), src, bytes);
+      src += kRowsOfW * kValueBytes * p.row_bytes;
     }
   }
 
-  __device__ __forceinline__ void load_words(bool there) {
-    const int row = thread() / 2;
-    const uint8_t* src = p.params.metadata + (block * p.params.block_rows + tile.row + row) * p.row_bytes + 4 * part;
+  __device__ __forceinline__ void load_words(int64_t before) {
+    const int count = static_cast<int>(p.row_bytes) - 4 * part;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      if (there && row + 128 * i < T::kRows && row + 128 * i < tile.rows)
-        words[i] = load_word(src + 128 * i * p.row_bytes, p.row_bytes - 4 * part, p.words_aligned);
+      if (row_of_metadata() + i * kRowsOfMetadata >= rows) continue;
+      words[i] = load_word(metadata + before + i * kRowsOfMetadata * p.row_bytes, count, p.words_aligned);
     }
   }
 
   // Stores the metadata of the stage that was asked for last.
   __device__ __forceinline__ void keep(Stage& stage) const {
-    const int row = thread() / 2;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      if (row + 128 * i < T::kRows) *reinterpret_cast<uint32_t*>(stage.metadata[row + 128 * i] + 4 * chunk()) = words[i];
+      const int row = row_of_metadata() + i * kRowsOfMetadata;
+      if (row < T::kRows) *reinterpret_cast<uint32_t*>(stage.metadata[row] + 4 * chunk()) = words[i];
     }
   }
 };

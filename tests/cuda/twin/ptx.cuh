@@ -245,6 +245,8 @@ inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
   return result;
 }
 
+inline const uint8_t* opaque(const uint8_t* pointer) { return pointer; }
+
 inline void pause(BITMASK_TWIN_SITE) { twin::yield_waiting("pause", site); }
 
 inline uint16_t float_to_bfloat16(float value) {

@@ -18,13 +18,15 @@ struct BlockWeight {
   static constexpr LinearDtype kDtype = kDtype_;
   static constexpr int kColumns = kPieceBytes / sizeof(typename Element<kDtype>::Stored);
 
+  static constexpr int kMaskBytes = 0;
+
   struct Mask {};
 
-  static __device__ __forceinline__ Mask load(const Stream&, int64_t, int64_t) { return {}; }
+  static __device__ __forceinline__ Mask load(const Stream&, const uint8_t*, int64_t) { return {}; }
   static __device__ __forceinline__ bool is_sound(Mask, int64_t) { return true; }
 
-  static __device__ __forceinline__ void copy(const Stream& p, int64_t row, int64_t piece, uint4& target) {
-    ptx::copy_async_16(&target, p.values + (row * p.row_pieces + piece) * kPieceBytes);
+  static __device__ __forceinline__ void copy(const Stream&, const uint8_t* source, int64_t, uint4& target) {
+    ptx::copy_async_16(&target, source);
   }
 
   static __device__ __forceinline__ void expand(const uint4& piece, Mask, uint2 (&quads)[2]) {
@@ -45,10 +47,10 @@ int64_t block_stream_workspace_bytes(const BlockParams& params, const Device& de
 }
 
 cudaError_t block_stream(const BlockParams& params, const Device& device, void* workspace, cudaStream_t stream_of_work) {
-  const int64_t width = params.dtype == kFloat32 ? 4 : 2, row_bytes = params.block_cols * width;
+  const int64_t width = params.dtype == kFloat32 ? 4 : 2;
   const uintptr_t x = reinterpret_cast<uintptr_t>(params.x), values = reinterpret_cast<uintptr_t>(params.values);
   if (params.transposed || params.dtype == kFloat64 || params.m > kMostStreamRows) return cudaErrorInvalidValue;
-  if (row_bytes % kPieceBytes != 0 || values % kPieceBytes != 0) return cudaErrorInvalidValue;
+  if (params.block_cols * width % kPieceBytes != 0 || values % kPieceBytes != 0) return cudaErrorInvalidValue;
   Stream p{};
   p.index = params.index;
   p.values = static_cast<const uint8_t*>(params.values);
@@ -62,7 +64,8 @@ cudaError_t block_stream(const BlockParams& params, const Device& device, void* 
   p.m = static_cast<int>(params.m);
   p.fault = params.fault;
   p.x_aligned = x % kPieceBytes == 0 && (params.m == 1 || params.cols * width % kPieceBytes == 0);
-  p.row_pieces = row_bytes / kPieceBytes;
+  p.row_bytes = params.block_cols * width;
+  p.row_pieces = p.row_bytes / kPieceBytes;
   p.strips = blocks_across(params.block_rows, kTileRows);
   p.pieces = params.index.blocks * p.row_pieces * p.strips;
   return launch_stream<BlockWeight>(p, params.dtype, device, workspace, stream_of_work);

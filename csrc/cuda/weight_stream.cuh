@@ -44,11 +44,11 @@ struct Stream {
   int m;
   const Fault* fault;
   bool x_aligned;  // pieces of its rows, to 16 bytes
-  bool w_aligned;  // the same of W, and metadata to what a piece has of them
+  bool w_aligned;  // the same of W, and metadata to what a piece has of them; only if the values are 2:4
 
-  int64_t row_pieces;  // of a row of a block
-  int64_t strips;      // tiles that a line is cut into
-  int64_t pieces;      // of all tiles
+  int64_t row_pieces, row_bytes, row_mask_bytes;  // of the values and the metadata of a row of a block
+  int64_t strips;                                 // tiles that a line is cut into
+  int64_t pieces;                                 // of all tiles
   int threadblocks, warps;
   float* partials;     // [threadblocks][2][kRows][kTileRows]: of the tile that it has not begun, and of the one that it does not end
   uint32_t* in_order;  // whether the lines' starts are
@@ -246,7 +246,8 @@ struct Arithmetic<kFloat32, kRows> {
 
 // Weight  how pieces hold W, with these members:
 //         kDtype, kColumns  of W, and how many columns a piece has
-//         Mask, load        what tells which columns these are
+//         Mask, kMaskBytes  what tells which columns these are, and how it lies in the metadata
+//         load              loads a mask
 //         is_sound          whether the mask is, for so many columns of a block
 //         copy              brings a piece to shared memory
 //         expand            makes quads of a piece
@@ -296,9 +297,10 @@ struct Reader {
   int lane;
   Walk walk;
   int64_t block, piece;  // the lane's, in the index and in a row of the block
+  int rows;              // how many the lane has that W has
 
   __device__ __forceinline__ Reader(const Stream& params, const Walk& begin, int lane_)
-      : p(params), lane(lane_), walk(begin), block(0), piece(0) {
+      : p(params), lane(lane_), walk(begin), block(0), piece(0), rows(0) {
     find();
   }
 
@@ -315,12 +317,6 @@ struct Reader {
     for (piece += kStepPieces; piece >= p.row_pieces; piece -= p.row_pieces) ++block;
   }
 
-  // The lane's row j in the block, if W has it; else -1.
-  __device__ __forceinline__ int64_t row(int j) const {
-    const int64_t row = walk.tile.strip * kTileRows + lane / 4 + 8 * j;
-    return row < p.block_rows && walk.tile.line * p.block_rows + row < p.rows ? row : -1;
-  }
-
   __device__ __forceinline__ Request<Weight> request() const {
     Request<Weight> request{0, -1, 0, {}};
     if (!any()) return request;
@@ -330,20 +326,20 @@ struct Reader {
       request.place = place_of(p.index, block);
       if (!is_place(p.index, request.place)) request.place = request.position = -1;
     }
+    const uint8_t* mask = p.metadata + first_row(request) * p.row_mask_bytes + piece * Weight::kMaskBytes;
 #pragma unroll
     for (int j = 0; j < kLaneRows; ++j) {
-      if (request.place >= 0 && row(j) >= 0) request.masks[j] = Weight::load(p, request.place * p.block_rows + row(j), piece);
+      if (request.place >= 0 && j < rows) request.masks[j] = Weight::load(p, mask + 8 * j * p.row_mask_bytes, piece);
     }
     return request;
   }
 
   __device__ __forceinline__ void copy(const Request<Weight>& request, Stage<Weight, kRows>& stage) const {
     const bool there = any() && request.place >= 0;
-    if (there) {
+    const uint8_t* values = p.values + first_row(request) * p.row_bytes + piece * kPieceBytes;
 #pragma unroll
-      for (int j = 0; j < kLaneRows; ++j) {
-        if (row(j) >= 0) Weight::copy(p, request.place * p.block_rows + row(j), piece, stage.values[j][lane]);
-      }
+    for (int j = 0; j < kLaneRows; ++j) {
+      if (there && j < rows) Weight::copy(p, values + 8 * j * p.row_bytes, piece, stage.values[j][lane]);
     }
     const bool placed = request.position > request.before && request.position < limit();
     const int64_t inside = piece * Weight::kColumns, column = placed ? request.position * p.block_cols + inside : 0;
@@ -353,7 +349,7 @@ struct Reader {
     uint32_t faulty = any() && !placed ? (1 << kLaneRows) - 1 : 0;
 #pragma unroll
     for (int j = 0; j < kLaneRows; ++j) {
-      if (there && row(j) >= 0 && !Weight::is_sound(request.masks[j], p.block_cols - inside)) faulty |= 1u << j;
+      if (there && j < rows && !Weight::is_sound(request.masks[j], p.block_cols - inside)) faulty |= 1u << j;
       stage.masks[j][lane] = request.masks[j];
     }
     stage.left[lane] = static_cast<int16_t>(left);
@@ -361,6 +357,11 @@ struct Reader {
   }
 
  private:
+  // The lane's first one, of the rows of all blocks.
+  __device__ __forceinline__ int64_t first_row(const Request<Weight>& request) const {
+    return request.place * p.block_rows + walk.tile.strip * kTileRows + lane / 4;
+  }
+
   __device__ __forceinline__ int64_t limit() const { return p.index.starts == nullptr ? 1 : p.index.limit; }
 
   __device__ __forceinline__ void find() {
@@ -368,6 +369,9 @@ struct Reader {
     const int64_t pieces = walk.at - walk.tile.begin + lane % 4;
     block = walk.tile.first + pieces / p.row_pieces;
     piece = pieces % p.row_pieces;
+    const int64_t inside = walk.tile.strip * kTileRows + lane / 4;
+    const int64_t left = min(p.block_rows, p.rows - walk.tile.line * p.block_rows) - inside;
+    rows = static_cast<int>(min(max(left + 7, int64_t{0}) / 8, int64_t{kLaneRows}));
   }
 
   // The lane's columns of its rows of x; zeros from `left` on, and in rows that x does not have.
@@ -441,11 +445,14 @@ __device__ __forceinline__ void finish(const Stream& p, const Tile& tile, int64_
                                        const typename Arithmetic<Weight::kDtype, kRows>::Sums& sums, int lane, Part<kRows>& part) {
   faulty |= __shfl_xor_sync(kAllLanes, faulty, 1);
   faulty |= __shfl_xor_sync(kAllLanes, faulty, 2);
-  Arithmetic<Weight::kDtype, kRows>::deliver(
-      sums, lane, [&](float sum, int i, int j) { part.sums[i][lane / 4 + 8 * j] = (faulty >> j & 1) != 0 ? not_a_number() : sum; });
+  Arithmetic<Weight::kDtype, kRows>::deliver(sums, lane, [&](float sum, int i, int j) { part.sums[i][lane / 4 + 8 * j] = sum; });
   part.tile = tile;
+  const bool is_faulty = (__shfl_sync(kAllLanes, faulty, 4 * (lane % 8)) >> (lane / 8) & 1) != 0;
   __syncwarp();
-  for (int i = 0; i < p.m; ++i) part.sums[i][lane] = Weight::settle(p, tile, from, end, lane, i, part.sums[i][lane]);
+  for (int i = 0; i < p.m; ++i) {
+    float& sum = part.sums[i][lane];
+    sum = is_faulty ? not_a_number() : Weight::settle(p, tile, from, end, lane, i, sum);
+  }
   if (whole) write_row<Weight::kDtype>(p, tile, lane, [&](int i) { return part.sums[i][lane]; });
 }
 

@@ -32,8 +32,9 @@ constexpr int kLeastStages = 4;  // of a line, on average, that are worth a thre
 // What the kernels are told.
 struct Product {
   BlockParams params;
-  const int32_t* schedule;  // [lines]; null: any order will do
-  int64_t strips;           // of all lines
+  int64_t x_stride, w_stride, y_stride;  // bytes, between rows of x, of a block and of y
+  const int32_t* schedule;               // [lines]; null: any order will do
+  int64_t strips;                        // of all lines
   int strips_of_line;
   int stages;         // that the ring holds
   uint32_t slices;    // of a block
@@ -46,7 +47,7 @@ struct Product {
 struct Slice {
   int64_t x;  // bytes from the beginning of a row
   int64_t w;  // bytes from the beginning of values
-  int bytes;  // of depth that there are: less than a slice past the edge of W, 0 past the end of the line
+  int depth;  // that there is: less than all past the edge of W, 0 past the end of the line
 };
 
 constexpr int threads_of(int rows) { return rows == 256 ? 256 : 128; }
@@ -62,6 +63,7 @@ constexpr int resident_of(int rows, int across) { return rows < 256 ? 3 : 128 / 
 template <int kTileRows, int kAcross, LinearDtype kDtype, bool kTransposed>
 struct Multiply {
   static constexpr int kWidth = sizeof(typename Element<kDtype>::Stored);
+  static constexpr int kOfChunk = kChunkBytes / kWidth;  // elements
   static constexpr int kThreads = threads_of(kTileRows);
   static constexpr int kWarpAcross = kAcross < 32 ? kAcross : kAcross < 128 ? 32 : 64;
   static constexpr int kWarpRows = kTileRows * kAcross / (kThreads / 32) / kWarpAcross;
@@ -69,18 +71,18 @@ struct Multiply {
   static constexpr int kBatchStages = kBatch / kStageSlices;
   using X = OperandTile<kTileRows, kWidth, true>;
   using W = OperandTile<kAcross, kWidth, !kTransposed>;
+  static constexpr int kPlaceBytes = X::kBytes + W::kBytes;  // of a stage in the ring
   using Sums = WarpProduct<kDtype, X, W, kWarpRows, kWarpAcross>;
 
   const Product& p;
   const BlockParams& params = p.params;
   uint8_t* const ring = ptx::dynamic_shared<uint8_t>();
-  Slice (*const table)[kBatch] = reinterpret_cast<Slice (*)[kBatch]>(ring + p.stages * (X::kBytes + W::kBytes));
+  Slice* const table = reinterpret_cast<Slice*>(ring + p.stages * kPlaceBytes);  // [2 * kBatch]
   BlockLine line;
-  int64_t row, column;   // of y, the first ones
-  int rows, columns;     // of y that there are
-  int lines;             // of W that the strip has: as many as columns, or some past the edge of W
-  const uint8_t *x, *w;  // where the tile begins in x and, in the first block, in values
-  int begin, end;        // stages of the line
+  int64_t row, column;  // of y, the first ones
+  int rows, columns;    // of y that there are
+  int lines;            // of W that the strip has: as many as columns, or some past the edge of W
+  int begin, end;       // stages of the line
 
   static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
   static __device__ __forceinline__ int at_most(int64_t count, int most) { return count < most ? static_cast<int>(count) : most; }
@@ -94,8 +96,6 @@ struct Multiply {
     rows = at_most(params.m - row, kTileRows);
     columns = at_most(params.across() - column, at_most(params.block_across() - first, kAcross));
     lines = at_most(params.block_across() - first, kAcross);
-    x = static_cast<const uint8_t*>(params.x) + row * params.depth() * kWidth;
-    w = static_cast<const uint8_t*>(params.values) + first * (kTransposed ? 1 : params.block_cols) * kWidth;
     const int64_t slices = line.sound ? (line.end - line.begin) * p.slices : 0;
     const int64_t stages = (slices + kStageSlices - 1) / kStageSlices;
     begin = static_cast<int>(stages * segment.begin / p.deal.stages);
@@ -114,87 +114,108 @@ struct Multiply {
     const int64_t inside = number % p.slices * kSliceDepth, depth = position * params.block_depth() + inside;
     const int64_t left = params.depth() - depth, block = place * params.block_rows * params.block_cols;
     const int64_t element = block + inside * (kTransposed ? params.block_cols : 1);
-    return {depth * kWidth, element * kWidth, (left < 0 ? 0 : at_most(left, kSliceDepth)) * kWidth};
+    return {depth * kWidth, element * kWidth, left < 0 ? 0 : at_most(left, kSliceDepth)};
   }
 
   // The first warp finds the slices of a batch of stages.
   __device__ __forceinline__ void find_batch(int batch) {
     const int first = begin * kStageSlices + batch * kBatch;
     if (thread() < kBatch && first < end * kStageSlices) {
-      table[batch % 2][thread()] = find_slice(static_cast<uint32_t>(first + thread()));
+      table[batch % 2 * kBatch + thread()] = find_slice(static_cast<uint32_t>(first + thread()));
     }
   }
 
-  // Rows of x or W along which depth lies, `count` of them. `slices`: of the stage.
+  // What a thread copies of the tiles of an operand: a chunk of each of some rows, as far apart as threads copy rows at a time.
   template <typename Tile>
-  static __device__ __forceinline__ void copy_lines(uint8_t* tile, const uint8_t* from, int64_t stride, int count, const Slice* slices,
-                                                    int64_t Slice::* offset) {
-    constexpr int kStep = kThreads / Tile::kRowChunks;
-    const int first = thread() / Tile::kRowChunks, chunk = thread() % Tile::kRowChunks, inside = chunk % kWidth * kChunkBytes;
-    const Slice& slice = slices[chunk / kWidth];  // which has kWidth chunks
-    const int bytes = inside < slice.bytes ? kChunkBytes : 0;
-    from += first * stride + slice.*offset + inside;
-#pragma unroll
-    for (int i = 0; i < Tile::kRows; i += kStep) {
-      if (first + i < count) ptx::copy_async_16(tile + Tile::place(first + i, chunk), from + i * stride, bytes);
-    }
-  }
+  struct Copier {
+    static constexpr int kStep = kThreads / Tile::kRowChunks;
+    static_assert(Tile::turn(kStep) == 0 && Tile::kRows % kStep == 0);
 
-  // Rows of blocks along which the strip lies.
-  __device__ __forceinline__ void copy_depths(uint8_t* tile, const Slice* slices) const {
-    constexpr int kStep = kThreads / W::kRowChunks;
-    const int first = thread() / W::kRowChunks, chunk = thread() % W::kRowChunks;
-    if (chunk * kChunkBytes >= lines * kWidth) return;
-    const uint8_t* const from = w + chunk * kChunkBytes;
-#pragma unroll
-    for (int i = 0; i < W::kRows; i += kStep) {
-      const int depth = first + i, inside = depth % kSliceDepth;
-      const Slice& slice = slices[depth / kSliceDepth];
-      const int bytes = inside * kWidth < slice.bytes ? kChunkBytes : 0;
-      ptx::copy_async_16(tile + W::place(depth, chunk), from + slice.w + inside * params.block_cols * kWidth, bytes);
-    }
-  }
+    const uint8_t* from;  // where its first row is in the first slice that there may be
+    int left;             // of lines, from the thread's on
 
-  // Asks for a stage, if there is one, as a group of copies. Its slices are known; those of the batch after are found meanwhile.
-  __device__ __forceinline__ void copy_stage(int stage, uint8_t* tiles) {
-    if (stage < end) {
-      const int number = stage - begin, batch = number / kBatchStages;
-      const Slice* const slices = table[batch % 2] + number % kBatchStages * kStageSlices;
-      copy_lines<X>(tiles, x, params.depth() * kWidth, rows, slices, &Slice::x);
-      if constexpr (kTransposed) {
-        copy_depths(tiles + X::kBytes, slices);
-      } else {
-        copy_lines<W>(tiles + X::kBytes, w, params.block_cols * kWidth, lines, slices, &Slice::w);
+    static __device__ __forceinline__ int row() { return thread() / Tile::kRowChunks; }
+    static __device__ __forceinline__ int chunk() { return thread() % Tile::kRowChunks; }
+
+    // Rows are lines, `stride` bytes apart.
+    __device__ __forceinline__ void copy_lines(uint8_t* tile, const Slice* slices, int64_t Slice::* offset, int64_t stride) const {
+      const Slice& slice = slices[chunk() / kWidth];  // which has kWidth chunks
+      const bool there = chunk() % kWidth * kOfChunk < slice.depth;
+      const uint8_t* line = from + slice.*offset;
+      uint8_t* const place = tile + Tile::place(row(), chunk());
+#pragma unroll
+      for (int i = 0; i < Tile::kRows; i += kStep, line += kStep * stride) {
+        ptx::copy_async_16(place + i * Tile::kRowBytes, line, there && i < left ? kChunkBytes : 0);
       }
-      if (number % kBatchStages == 0) find_batch(batch + 1);
     }
-    ptx::copy_async_commit();
+
+    // Rows are of one element of depth.
+    __device__ __forceinline__ void copy_depths(uint8_t* tile, const Slice* slices, int64_t Slice::* offset, int64_t stride) const {
+      uint8_t* const place = tile + Tile::place(row(), chunk());
+#pragma unroll
+      for (int i = 0; i < Tile::kRows; i += kStep) {
+        const Slice& slice = slices[row() / kSliceDepth + i / kSliceDepth];
+        const bool there = row() % kSliceDepth + i % kSliceDepth < slice.depth;
+        const uint8_t* const line = from + slice.*offset + i % kSliceDepth * stride;
+        ptx::copy_async_16(place + i * Tile::kRowBytes, line, there && left > 0 ? kChunkBytes : 0);
+      }
+    }
+  };
+
+  __device__ __forceinline__ Copier<X> copier_of_x() const {
+    using Copier = Copier<X>;
+    const uint8_t* const x = static_cast<const uint8_t*>(params.x) + row * p.x_stride;
+    return {x + Copier::row() * p.x_stride + Copier::chunk() % kWidth * kChunkBytes, rows - Copier::row()};
   }
 
-  // A place in the ring after another.
-  __device__ __forceinline__ uint8_t* next_place(uint8_t* tiles) const {
-    tiles += X::kBytes + W::kBytes;
-    return tiles == reinterpret_cast<uint8_t*>(table) ? ring : tiles;
+  __device__ __forceinline__ Copier<W> copier_of_w(int64_t first) const {
+    using Copier = Copier<W>;
+    const uint8_t* const w = static_cast<const uint8_t*>(params.values);
+    if constexpr (kTransposed) {
+      const int64_t line = first + Copier::chunk() * kOfChunk;
+      return {w + Copier::row() % kSliceDepth * p.w_stride + line * kWidth, lines - Copier::chunk() * kOfChunk};
+    } else {
+      return {w + (first + Copier::row()) * p.w_stride + Copier::chunk() % kWidth * kChunkBytes, lines - Copier::row()};
+    }
+  }
+
+  // Asks for a stage, counted from the first one. Its slices are known; those of the batch after are found meanwhile.
+  __device__ __forceinline__ void copy_stage(int stage, uint8_t* tiles, const Copier<X>& x, const Copier<W>& w) {
+    const Slice* const slices = table + stage * kStageSlices % (2 * kBatch);
+    x.copy_lines(tiles, slices, &Slice::x, p.x_stride);
+    if constexpr (kTransposed) {
+      w.copy_depths(tiles + X::kBytes, slices, &Slice::w, p.w_stride);
+    } else {
+      w.copy_lines(tiles + X::kBytes, slices, &Slice::w, p.w_stride);
+    }
+    if (stage % kBatchStages == 0) find_batch(stage / kBatchStages + 1);
   }
 
   static __device__ __forceinline__ int warp_row() { return thread() / 32 / (kAcross / kWarpAcross) * kWarpRows; }
   static __device__ __forceinline__ int warp_column() { return thread() / 32 % (kAcross / kWarpAcross) * kWarpAcross; }
 
   // The sums of the stages. Warps all of whose results are past the edges have none.
-  __device__ __forceinline__ void multiply_stages(Sums& sums) {
+  __device__ __forceinline__ void multiply_stages(Sums& sums, int64_t strip) {
+    const Copier<X> x = copier_of_x();
+    const Copier<W> w = copier_of_w(strip * kAcross);
     const bool active = warp_row() < rows && warp_column() < columns;
+    const int x_origin = X::origin(thread() % 32, warp_row()), w_origin = W::origin(thread() % 32, warp_column());
+    const int last = (p.stages - 1) * kPlaceBytes;  // of the places in the ring
     find_batch(0);
     __syncthreads();
-    uint8_t *to = ring, *from = ring;
-    int ahead = begin;  // the stage to ask for
-    for (; ahead < begin + p.stages - 1; ++ahead, to = next_place(to)) copy_stage(ahead, to);
-    for (int stage = begin; stage < end; ++stage, ++ahead) {
-      copy_async_wait(p.stages - 2);
-      __syncthreads();
-      copy_stage(ahead, to);
-      if (active) sums.add_stage(from, warp_row(), from + X::kBytes, warp_column());
-      to = next_place(to);
-      from = next_place(from);
+    int to = 0, from = 0;
+    for (int ahead = 0; ahead < end - begin + p.stages - 1; ++ahead) {  // the stage to ask for
+      const bool filled = ahead >= p.stages - 1;
+      if (filled) {
+        copy_async_wait(p.stages - 2);
+        __syncthreads();
+      }
+      if (ahead < end - begin) copy_stage(ahead, ring + to, x, w);
+      ptx::copy_async_commit();
+      to = to == last ? 0 : to + kPlaceBytes;
+      if (!filled) continue;
+      if (active) sums.add_stage(ring + from, x_origin, ring + from + X::kBytes, w_origin);
+      from = from == last ? 0 : from + kPlaceBytes;
     }
   }
 
@@ -209,15 +230,14 @@ struct Multiply {
         if (i < left) sum = sound ? sum + E::widen(bias[i]) : not_a_number();
       });
     }
-    const int64_t stride = params.across() * kWidth;
-    uint8_t* const y = static_cast<uint8_t*>(params.y) + (row + warp_row()) * stride + (column + first) * kWidth;
+    uint8_t* const y = static_cast<uint8_t*>(params.y) + (row + warp_row()) * p.y_stride + (column + first) * kWidth;
     uint8_t* const scratch = ring + thread() / 32 * Sums::kScratchBytes;
-    sums.store(scratch, y, stride, rows - warp_row(), left, p.whole_chunks);
+    sums.store(scratch, y, p.y_stride, rows - warp_row(), left, p.whole_chunks);
   }
 
-  __device__ __forceinline__ void run(const Segment& segment) {
+  __device__ __forceinline__ void run(const Segment& segment, int64_t strip) {
     Sums sums;
-    multiply_stages(sums);
+    multiply_stages(sums, strip);
     const bool sound = __syncthreads_or(!line.sound) == 0;
     if (!sound) sums.for_each([](float& sum, int) { sum = not_a_number(); });  // for all who share the tile
     if (p.join.template add<kThreads>(p.deal, segment, sums.sums)) store(sums, is_proven(params.fault));
@@ -228,9 +248,9 @@ template <int kTileRows, int kAcross, LinearDtype kDtype, bool kTransposed>
 __global__ __launch_bounds__(threads_of(kTileRows), resident_of(kTileRows, kAcross)) void multiply(const Product p) {
   const Segment segment = p.deal.segment(blockIdx.x, int64_t{blockIdx.x} + 1);
   const int64_t strip = segment.tile % p.strips, rank = strip / p.strips_of_line;
-  const int64_t line = p.schedule == nullptr ? rank : p.schedule[rank];
-  Multiply<kTileRows, kAcross, kDtype, kTransposed> tile(p, segment, line, strip % p.strips_of_line);
-  if (tile.columns > 0) tile.run(segment);
+  const int64_t line = p.schedule == nullptr ? rank : p.schedule[rank], strip_of_line = strip % p.strips_of_line;
+  Multiply<kTileRows, kAcross, kDtype, kTransposed> tile(p, segment, line, strip_of_line);
+  if (tile.columns > 0) tile.run(segment, strip_of_line);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- launching
@@ -359,11 +379,14 @@ cudaError_t block_multiply(const BlockParams& params, const Device& device, void
   uint8_t* const scratch = static_cast<uint8_t*>(workspace);
   Product product = {};
   product.params = params;
+  product.x_stride = params.depth() * width_of(params.dtype);
+  product.w_stride = params.block_cols * width_of(params.dtype);
+  product.y_stride = params.across() * width_of(params.dtype);
   product.strips = plan.strips;
   product.strips_of_line = static_cast<int>(plan.strips_of_line);
   product.stages = plan.stages;
   product.slices = static_cast<uint32_t>(params.block_depth() / kSliceDepth);
-  product.whole_chunks = params.across() * width_of(params.dtype) % kChunkBytes == 0;
+  product.whole_chunks = product.y_stride % kChunkBytes == 0;
   product.deal = {plan.parts, plan.tiles * plan.parts, plan.tiles * plan.parts};
   product.join = {reinterpret_cast<uint32_t*>(scratch), reinterpret_cast<float4*>(scratch + plan.arrived_bytes)};
   if (plan.parts > 1) {

@@ -43,28 +43,29 @@ struct OperandTile {
   // Bytes from the beginning of the tile.
   static __host__ __device__ constexpr int place(int row, int chunk) { return row * kRowBytes + kChunkBytes * (chunk ^ turn(row)); }
 
-  // Where a lane points ldmatrix to, for a step of 16 lines from `first` on.
-  static __host__ __device__ constexpr int matrix_row(int lane, int first, int step) {
-    return kDepthAlong ? place(first + lane % 16, 2 * step + lane / 16)
-                       : place(16 * step + 8 * (lane / 16) + lane % 8, first * kWidth / kChunkBytes + lane / 8 % 2);
+  // Where a lane begins to read operands of the lines from `first` on, and from there where those of another 16 lines and of another step
+  // are. `first` is a multiple of as many lines as are read from it on.
+  static __host__ __device__ constexpr int origin(int lane, int first) {
+    return kByWords      ? place(lane % 4, (first + lane / 4) / 4) + lane / 4 % 4 * 4
+           : kDepthAlong ? place(first + lane % 16, lane / 16)
+                         : place(8 * (lane / 16) + lane % 8, first / 8 + lane / 8 % 2);
   }
-  // Where a lane's word of an operand is, of the 8 lines `lines` and the half `half` of the step.
-  static __host__ __device__ constexpr int word(int lane, int first, int step, int lines, int half) {
-    const int line = first + 8 * lines + lane / 4;
-    return place(8 * step + 4 * half + lane % 4, line / 4) + 4 * (line % 4);
+  static __host__ __device__ constexpr int operand(int origin, int sixteen, int step) {
+    return kDepthAlong ? (origin ^ step * kStepBytes) + sixteen * 16 * kRowBytes
+                       : (origin ^ sixteen * 16 * kWidth) + step * (kStepBytes / kWidth) * kRowBytes;
   }
 
-  // A step of 16 lines from `first` on: r[i + 2 j] is of the lines 8 i ... 8 i + 7 and of half j of the step, as instructions want it of a;
-  // (r[i], r[i + 2]) as they want it of b for 8 lines.
-  static __device__ __forceinline__ void load(const uint8_t* tile, int first, int step, uint32_t (&r)[4]) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
+  // A step of 16 lines: r[i + 2 j] is of the lines 8 i ... 8 i + 7 and of half j of the step, as instructions want it of a; (r[i], r[i +
+  // 2]) as they want it of b for 8 lines.
+  static __device__ __forceinline__ void load(const uint8_t* tile, int origin, int sixteen, int step, uint32_t (&r)[4]) {
+    const int at = operand(origin, sixteen, step);
     if constexpr (kByWords) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) r[i] = *reinterpret_cast<const uint32_t*>(tile + word(lane, first, step, i % 2, i / 2));
+      for (int i = 0; i < 4; ++i) r[i] = *reinterpret_cast<const uint32_t*>(tile + (at ^ i % 2 * 8 * kWidth) + i / 2 * 4 * kRowBytes);
     } else if constexpr (kDepthAlong) {
-      ptx::load_matrix_x4(r, tile + matrix_row(lane, first, step));
+      ptx::load_matrix_x4(r, tile + at);
     } else {
-      ptx::load_matrix_x4_transposed(r, tile + matrix_row(lane, first, step));
+      ptx::load_matrix_x4_transposed(r, tile + at);
     }
     if constexpr (kWidth == 4) {
 #pragma unroll
@@ -94,26 +95,21 @@ struct WarpProduct {
     }
   }
 
-  // Adds the product of a stage; the operands of a step are loaded while those of the step before are multiplied.
-  __device__ __forceinline__ void add_stage(const uint8_t* a_tile, int a_first, const uint8_t* b_tile, int b_first) {
-    constexpr int kSteps = kStageBytes / kStepBytes;
-    uint32_t a[2][kAs][4], b[2][kBs][4];
+  // Adds the product of a stage, of what lies from these origins on.
+  __device__ __forceinline__ void add_stage(const uint8_t* a_tile, int a_origin, const uint8_t* b_tile, int b_origin) {
 #pragma unroll
-    for (int next = 0; next <= kSteps; ++next) {
-      if (next < kSteps) {
+    for (int step = 0; step < kStageBytes / kStepBytes; ++step) {
+      uint32_t a[kAs][4], b[kBs][4];
 #pragma unroll
-        for (int i = 0; i < kAs; ++i) A::load(a_tile, a_first + 16 * i, next, a[next % 2][i]);
+      for (int i = 0; i < kAs; ++i) A::load(a_tile, a_origin, i, step, a[i]);
 #pragma unroll
-        for (int j = 0; j < kBs; ++j) B::load(b_tile, b_first + 16 * j, next, b[next % 2][j]);
-      }
-      if (next == 0) continue;
-      const int now = (next - 1) % 2;
+      for (int j = 0; j < kBs; ++j) B::load(b_tile, b_origin, j, step, b[j]);
 #pragma unroll
       for (int i = 0; i < kAs; ++i) {
 #pragma unroll
         for (int j = 0; j < 2 * kBs; ++j) {
-          const uint32_t pair[2] = {b[now][j / 2][j % 2], b[now][j / 2][j % 2 + 2]};
-          multiply(sums[i * 2 * kBs + j], a[now][i], pair);
+          const uint32_t pair[2] = {b[j / 2][j % 2], b[j / 2][j % 2 + 2]};
+          multiply(sums[i * 2 * kBs + j], a[i], pair);
         }
       }
     }
@@ -135,39 +131,42 @@ struct WarpProduct {
   // Rounds the sums and writes the first `rows` lines of A, of each the first `columns` lines of B, to `target`, whose rows are `stride`
   // bytes apart. `whole`: target and stride are aligned to 16 bytes, columns are whole chunks.
   __device__ __forceinline__ void store(uint8_t* scratch, uint8_t* target, int64_t stride, int rows, int columns, bool whole) const {
-    constexpr int kRowChunks = kBLines * kWidth / kChunkBytes, kOfChunk = kChunkBytes / kWidth;
-    const int lane = static_cast<int>(threadIdx.x % 32);
+    constexpr int kRowChunks = kBLines * kWidth / kChunkBytes, kOfChunk = kChunkBytes / kWidth, kRowsAtOnce = 32 / kRowChunks;
+    const int lane = static_cast<int>(threadIdx.x % 32), row = lane / kRowChunks, column = lane % kRowChunks * kOfChunk;
+    uint8_t* const pair = scratch + lane / 4 * kScratchStride + lane % 4 * 2 * kWidth;
+    const uint8_t* const from = scratch + row * kScratchStride + column * kWidth;
+    uint8_t* to = target + row * stride + column * kWidth;
+    int left = column < columns ? rows - row : 0;
 #pragma unroll
     for (int i = 0; i < kAs; ++i) {
-      if (16 * i >= rows) break;
 #pragma unroll
       for (int j = 0; j < 2 * kBs; ++j) {
         const float (&four)[4] = sums[i * 2 * kBs + j];
-        uint8_t* const pair = scratch + lane / 4 * kScratchStride + (8 * j + lane % 4 * 2) * kWidth;
-        put(pair, four[0], four[1]);
-        put(pair + 8 * kScratchStride, four[2], four[3]);
+        put(pair + 8 * j * kWidth, four[0], four[1]);
+        put(pair + 8 * j * kWidth + 8 * kScratchStride, four[2], four[3]);
       }
       __syncwarp();
-#pragma unroll
-      for (int at = lane; at < 16 * kRowChunks; at += 32) {
-        const int row = at / kRowChunks, column = at % kRowChunks * kOfChunk;
-        if (16 * i + row >= rows || column >= columns) continue;
-        const uint8_t* const from = scratch + row * kScratchStride + column * kWidth;
-        uint8_t* const to = target + (16 * i + row) * stride + column * kWidth;
-        if (whole) {
-          *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-        } else {
 #pragma unroll 1
-          for (int k = 0; k < kOfChunk && column + k < columns; ++k) {
-            reinterpret_cast<Stored*>(to)[k] = reinterpret_cast<const Stored*>(from)[k];
-          }
-        }
+      for (int k = 0; k < 16; k += kRowsAtOnce, left -= kRowsAtOnce, to += kRowsAtOnce * stride) {
+        if (left > 0) copy_chunk(to, from + k * kScratchStride, columns - column, whole);
       }
       __syncwarp();
     }
   }
 
  private:
+  // Up to as many elements as a chunk has.
+  static __device__ __forceinline__ void copy_chunk(uint8_t* to, const uint8_t* from, int elements, bool whole) {
+    if (whole) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+      return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < kChunkBytes / kWidth && i < elements; ++i) {
+      reinterpret_cast<Stored*>(to)[i] = reinterpret_cast<const Stored*>(from)[i];
+    }
+  }
+
   static __device__ __forceinline__ void put(uint8_t* pair, float first, float second) {
     if constexpr (kWidth == 4) {
       *reinterpret_cast<uint2*>(pair) = make_uint2(__float_as_uint(first), __float_as_uint(second));

@@ -14,7 +14,7 @@ enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_L2_
 enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
 
 // A row-major matrix of 16-bit elements, copied in boxes of 64 columns with the swizzle of 128 bytes: no others are known here.
-struct alignas(64) CUtensorMap {
+struct CUtensorMap {
   const uint16_t* matrix;
   uint64_t rows, cols;
   uint64_t stride;    // bytes between rows

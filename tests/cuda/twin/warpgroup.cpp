@@ -152,25 +152,29 @@ namespace {
 
 // "Matrix descriptor": where element (row, k) of an operand lies; rows are columns of B.
 struct Operand {
+  const uint8_t* shared;
   uint32_t start, along, group;
   bool transposed;
 
-  Operand(uint64_t bits, bool is_transposed)
-      : start(static_cast<uint32_t>(bits & 0x3fff) << 4),
+  Operand(uint64_t bits, bool is_transposed, uint32_t rows)
+      : shared(shared_memory()),
+        start(static_cast<uint32_t>(bits & 0x3fff) << 4),
         along(static_cast<uint32_t>(bits >> 16 & 0x3fff) << 4),
         group(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4),
         transposed(is_transposed) {
     if (bits >> 62 != 1) fail("wgmma: a swizzle other than that of 128 bytes");
     if ((bits >> 49 & 7) != 0) fail("wgmma: a base offset");
+    const uint32_t begin = start / kLine * kLine, end = start + offset(rows - 1, 15) + 2;
+    if (!is_shared(shared + begin, (end + kLine - 1) / kLine * kLine - begin)) fail("wgmma: an operand is not in the block's shared memory");
   }
 
   // "Strides": K-major ((8, rows / 8), k) : ((128, group), 2) bytes; MN-major ((64, rows / 64), (8, k / 8)) : ((2, along), (128, group)).
+  uint32_t offset(uint32_t row, uint32_t k) const {
+    return transposed ? row % 64 * 2 + row / 64 * along + k % 8 * kLine + k / 8 * group : row % 8 * kLine + row / 8 * group + 2 * k;
+  }
+
   uint16_t element(uint32_t row, uint32_t k) const {
-    const uint32_t by_k = row % 8 * kLine + row / 8 * group + 2 * k;
-    const uint32_t by_row = row % 64 * 2 + row / 64 * along + k % 8 * kLine + k / 8 * group;
-    const uint8_t* const address = shared_memory() + swizzled(start + (transposed ? by_row : by_k));
-    if (!is_shared(address, 2)) fail("wgmma: an operand is outside of the block's shared memory");
-    return *reinterpret_cast<const uint16_t*>(address);
+    return *reinterpret_cast<const uint16_t*>(shared + swizzled(start + offset(row, k)));
   }
 };
 
@@ -179,7 +183,7 @@ constexpr int kGroupThreads = 128;
 // "Register fragments for wgmma.mma_async.m64nNk16", D. Products are exact; each sum of 16 of them and d is taken in double precision and
 // rounded once, where a GPU sums in its own way.
 void do_multiply(const Multiplication& m, std::vector<float>& d) {
-  const Operand a(m.a, m.transposed_a), b(m.b, m.transposed_b);
+  const Operand a(m.a, m.transposed_a, 64), b(m.b, m.transposed_b, static_cast<uint32_t>(2 * d.size()));
   const uint32_t thread = thread_index.x % kGroupThreads, top = thread / 32 * 16 + thread % 32 / 4;
   double rows[2][16];
   for (uint32_t k = 0; k < 16; ++k) {

@@ -24,8 +24,8 @@ namespace bitmask::cuda {
 namespace {
 
 // The tile that is a block's `turn`-th, of those dealt there and back again.
-__device__ __forceinline__ int64_t dealt(int64_t turn) {
-  return turn * gridDim.x + (turn % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+__device__ __forceinline__ int64_t dealt(int turn) {
+  return int64_t{turn} * gridDim.x + (turn % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- y = x W^T, y = x W
@@ -128,7 +128,8 @@ __global__ __launch_bounds__(kThreads, 1) void multiply(const __grid_constant__ 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   Pipeline<T> pipeline;
   if (pipeline.warp() < kMultipliers / 32) {
-    for (int64_t turn = 0, tile; (tile = dealt(turn)) < p.tiles; ++turn) {
+    int64_t tile;
+    for (int turn = 0; (tile = dealt(turn)) < p.tiles; ++turn) {
       const Place place = place_of_tile<T>(p, tile);
       typename T::Sums sums = {};
       const bool active = place.x_row + pipeline.first_column() < p.m;
@@ -138,9 +139,127 @@ __global__ __launch_bounds__(kThreads, 1) void multiply(const __grid_constant__ 
   } else {
     if (pipeline.lane() == 0) ptx::prefetch_map(&p.w);
     if (pipeline.lane() == 0) ptx::prefetch_map(&p.x);
-    for (int64_t turn = 0, tile; (tile = dealt(turn)) < p.tiles; ++turn) {
+    int64_t tile;
+    for (int turn = 0; (tile = dealt(turn)) < p.tiles; ++turn) {
       const bool sound = send_line<T, kTransposed>(p, place_of_tile<T>(p, tile), pipeline);
       pipeline.send(sound ? kEndSound : kEndFaulty, 0);
+      pipeline.advance();
+    }
+  }
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------- gradient of W's values
+
+constexpr int kChunk = 64;  // columns of a block that lie side by side with those of other blocks
+
+struct Sample {
+  CUtensorMap g;
+  CUtensorMap x;
+  BlockIndex index;
+  const Fault* fault;
+  uint16_t* values;
+  int64_t m, rows, cols;
+  int64_t block_rows, block_cols;
+  int64_t parts;   // tiles that a block is high
+  int chunks;      // that a block has
+  int64_t tiles;   // if lines had all blocks
+};
+
+// A tile of the gradient: some of the blocks' chunks in a line. Tiles are numbered such that the first ones of all lines come first: later
+// ones are there for long lines only.
+template <typename T>
+struct Chunks {
+  static constexpr int kMost = T::kAllColumns / kChunk;
+
+  int line;
+  int part;       // first row of the tile in the blocks of the line
+  int64_t begin;  // block that the first chunk is of
+  int skipped;    // chunks of that block before it
+  int count;      // none if the line is too short
+
+  __device__ __forceinline__ Chunks(const Sample& p, int64_t tile) {
+    const int64_t high = p.index.lines * p.parts;
+    line = static_cast<int>(tile % high / p.parts);
+    part = static_cast<int>(tile % p.parts) * T::kRows;
+    const int64_t first = tile / high * kMost;
+    const BlockLine walk(p.index, line);
+    begin = walk.begin + first / p.chunks;
+    skipped = static_cast<int>(first % p.chunks);
+    const int64_t left = (walk.end - walk.begin) * p.chunks - first;
+    count = static_cast<int>(left < 0 ? 0 : left < kMost ? left : kMost);
+  }
+
+  __device__ __forceinline__ int64_t block(const Sample& p, int chunk) const { return begin + (skipped + chunk) / p.chunks; }
+  __device__ __forceinline__ int column_in_block(const Sample& p, int chunk) const { return (skipped + chunk) % p.chunks * kChunk; }
+
+  // Of x. A position that cannot be gives some column, perhaps none that x has.
+  __device__ __forceinline__ int64_t column(const Sample& p, int chunk) const {
+    return static_cast<int32_t>(p.index.positions[block(p, chunk)]) * p.block_cols + column_in_block(p, chunk);
+  }
+};
+
+// Sends g and x, 64 rows at a time; each lane asks for a chunk, and some for rows of the tile.
+template <typename T>
+__device__ __forceinline__ void send_rows(const Sample& p, const Chunks<T>& tile, Pipeline<T>& pipeline) {
+  const int lane = pipeline.lane();
+  const int64_t x_column = lane < tile.count ? tile.column(p, lane) : 0, g_column = tile.line * p.block_rows + tile.part + lane * 64;
+  const uint32_t bytes = static_cast<uint32_t>(T::kABytes + tile.count * kPanelBytes);
+  for (int64_t row = 0; row < p.m; row += kDepth, pipeline.advance()) {
+    pipeline.send(kMultiplySlot, bytes);
+    if (lane < T::kRows / 64) pipeline.copy(lane * kPanelBytes, p.g, g_column, row);
+    if (lane < tile.count) pipeline.copy(T::kABytes + lane * kPanelBytes, p.x, x_column, row);
+  }
+}
+
+// What is past the edges of W becomes zero.
+template <typename T, LinearDtype kDtype>
+__device__ __forceinline__ void store(const Sample& p, const Chunks<T>& tile, const typename T::Sums& sums, Pipeline<T>& pipeline) {
+  const int row = tile.part + pipeline.first_row() + pipeline.warp() % 4 * 16 + pipeline.lane() / 2, piece_column = pipeline.lane() % 2 * 8;
+  const bool row_is_there = tile.line * p.block_rows + row < p.rows;
+#pragma unroll
+  for (int i = 0; i < T::kColumns / kChunk; ++i) {
+    const int chunk = pipeline.first_column() / kChunk + i;
+    if (chunk >= tile.count) break;
+    const int64_t there = row_is_there ? p.cols - tile.column(p, chunk) - piece_column : 0;  // columns from the lane's first one on
+    const int64_t block_row = tile.block(p, chunk) * p.block_rows + row;
+    uint16_t* const target = p.values + block_row * p.block_cols + tile.column_in_block(p, chunk) + piece_column;
+#pragma unroll
+    for (int j = 0; j < kChunk; j += 16) {
+      const uint4 piece = gather_pieces<kDtype, false>(sums + i * kChunk / 2 + j / 2, pipeline.staging() + j % 32 / 16 * 512);
+      *reinterpret_cast<uint4*>(target + j) = j < there ? piece : make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
+__device__ __forceinline__ void poison_values(const Sample& p) {
+  const uint4 nan = make_uint4(0x7fff7fff, 0x7fff7fff, 0x7fff7fff, 0x7fff7fff);  // in both dtypes
+  const int64_t pieces = p.index.blocks * p.block_rows * p.block_cols / 8;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < pieces; i += int64_t{gridDim.x} * kThreads) {
+    reinterpret_cast<uint4*>(p.values)[i] = nan;
+  }
+}
+
+template <typename T, LinearDtype kDtype>
+__global__ __launch_bounds__(kThreads, 1) void sample(const __grid_constant__ Sample p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if (!is_proven(p.fault)) {
+    poison_values(p);
+    return;
+  }
+  Pipeline<T> pipeline;
+  const bool multiplies = pipeline.warp() < kMultipliers / 32;
+  int64_t number;
+  for (int turn = 0; (number = dealt(turn)) < p.tiles; ++turn) {
+    const Chunks<T> tile(p, number);
+    if (tile.count == 0) continue;
+    if (multiplies) {
+      typename T::Sums sums = {};
+      pipeline.template multiply<kDtype, true, true>(pipeline.first_column() < tile.count * kChunk, sums);
+      store<T, kDtype>(p, tile, sums, pipeline);
+    } else {
+      send_rows(p, tile, pipeline);
+      pipeline.send(kEndSound, 0);
       pipeline.advance();
     }
   }
@@ -189,6 +308,25 @@ bool takes(const BlockParams& p, const Device& device) {
          p.index.blocks <= INT32_MAX / p.block_rows;
 }
 
+template <typename T>
+cudaError_t launch_sample(Sample& product, const BlockSampleParams& params, const Device& device, cudaStream_t stream) {
+  product.parts = product.block_rows / T::kRows;
+  product.tiles = product.index.lines * product.parts * blocks_across(product.index.limit * product.chunks, Chunks<T>::kMost);
+  cudaError_t error = encode_tensor_map(&product.g, params.g, params.m, params.rows, kDepth);
+  if (error == cudaSuccess) error = encode_tensor_map(&product.x, params.x, params.m, params.cols, kDepth);
+  if (error != cudaSuccess) return error;
+  const auto kernel = params.dtype == kFloat16 ? sample<T, kFloat16> : sample<T, kBfloat16>;
+  return launch(kernel, product, product.tiles, T::kSharedBytes, device, stream);
+}
+
+bool takes(const BlockSampleParams& p, const Device& device) {
+  const bool typed = p.dtype == kBfloat16 || p.dtype == kFloat16;
+  const bool shaped = p.block_rows % 64 == 0 && p.block_cols % 64 == 0 && p.rows % 8 == 0 && p.cols % 8 == 0;
+  const bool placed = is_aligned(p.values) && is_aligned(p.g) && is_aligned(p.x);
+  const bool sized = p.m > 0 && p.m <= INT32_MAX && p.rows <= INT32_MAX && p.cols <= INT32_MAX;
+  return device.warpgroups && typed && shaped && placed && sized;
+}
+
 }  // namespace
 
 int64_t block_warpgroup_workspace_bytes(const BlockParams& params, const Device&) { return (params.index.lines * 4 + 15) / 16 * 16; }
@@ -218,7 +356,27 @@ cudaError_t block_warpgroup(const BlockParams& params, const Device& device, voi
   return run(product, params, device, stream);
 }
 
-cudaError_t block_sample_warpgroup(const BlockSampleParams&, const Device&, void*, cudaStream_t) { return cudaErrorInvalidValue; }
 int64_t block_sample_warpgroup_workspace_bytes(const BlockSampleParams&, const Device&) { return 0; }
+
+cudaError_t block_sample_warpgroup(const BlockSampleParams& params, const Device& device, void*, cudaStream_t stream) {
+  if (!takes(params, device)) return cudaErrorInvalidValue;
+  if (params.index.blocks == 0) return cudaSuccess;
+  Sample product = {};
+  product.index = params.index;
+  product.fault = params.fault;
+  product.values = static_cast<uint16_t*>(params.values);
+  product.m = params.m;
+  product.rows = params.rows;
+  product.cols = params.cols;
+  product.block_rows = params.block_rows;
+  product.block_cols = params.block_cols;
+  product.chunks = static_cast<int>(params.block_cols / kChunk);
+  const bool stacked = product.block_rows % 128 == 0;
+  const int64_t high = params.index.blocks * (product.block_rows / (stacked ? 128 : 64));  // tiles that have a row of chunks each
+  const bool wide = high * product.chunks / (stacked ? 4 : 8) >= device.multiprocessors;
+  const auto run = stacked ? (wide ? launch_sample<Tile<true, 256>> : launch_sample<Tile<true, 128>>)
+                           : (wide ? launch_sample<Tile<false, 256>> : launch_sample<Tile<false, 128>>);
+  return run(product, params, device, stream);
+}
 
 }  // namespace bitmask::cuda

@@ -7,8 +7,8 @@
 // Each slot comes with a message: multiply, or the tile of the result ends here, sound or faulty. So the warp that copies alone walks the
 // index, and whatever it finds there, those that multiply only ever wait for the next message.
 //
-// The sums, 128 registers of a thread at most, want more than the 168 registers that threads of 12 warps could have, but with 9 warps, one
-// copying, there are 224 for each, without setmaxnreg.
+// Of nine warps, one of the four schedulers has three, which leaves 168 registers for each thread: enough for 128 sums, so that no warp has to
+// hand over registers to others (setmaxnreg).
 #pragma once
 
 #include <ptx_warpgroup.cuh>
@@ -57,7 +57,6 @@ struct Tile {
 template <typename T>
 struct Pipeline {
   uint8_t* slots;
-  Control* control;
   int slot = 0;
   uint32_t parity = 0;
 
@@ -72,19 +71,19 @@ struct Pipeline {
   __device__ __forceinline__ Pipeline() {
     uint8_t* const memory = ptx::dynamic_shared<uint8_t>();
     slots = memory + (0u - ptx::shared_address(memory)) % 1024;
-    control = reinterpret_cast<Control*>(slots + T::kSlots * T::kSlotBytes);
     if (threadIdx.x == 0) {
       for (int i = 0; i < T::kSlots; ++i) {
-        ptx::barrier_init(&control->full[i], 1);
-        ptx::barrier_init(&control->empty[i], kMultipliers / 32);
+        ptx::barrier_init(&control().full[i], 1);
+        ptx::barrier_init(&control().empty[i], kMultipliers / 32);
       }
       ptx::fence_barrier_init();
     }
     __syncthreads();
   }
 
+  __device__ __forceinline__ Control& control() const { return *reinterpret_cast<Control*>(slots + T::kSlots * T::kSlotBytes); }
   __device__ __forceinline__ uint8_t* staging() const {
-    return reinterpret_cast<uint8_t*>(control) + sizeof(Control) + warp() * kStagingBytes;
+    return slots + T::kSlots * T::kSlotBytes + sizeof(Control) + warp() * kStagingBytes;
   }
 
   __device__ __forceinline__ void advance() {
@@ -102,9 +101,9 @@ struct Pipeline {
   // copies to it by copy().
   __device__ __forceinline__ void send(Message message, uint32_t bytes) {
     if (lane() == 0) {
-      wait(&control->empty[slot], parity ^ 1);
-      control->messages[slot] = message;
-      ptx::barrier_arrive_expect(&control->full[slot], bytes);
+      wait(&control().empty[slot], parity ^ 1);
+      control().messages[slot] = message;
+      ptx::barrier_arrive_expect(&control().full[slot], bytes);
     }
     __syncwarp();
   }
@@ -112,13 +111,13 @@ struct Pipeline {
   // A box of `map`, at (column, row), to the slot, `offset` bytes from its beginning.
   __device__ __forceinline__ void copy(int offset, const CUtensorMap& map, int64_t column, int64_t row) const {
     ptx::copy_box(slots + slot * T::kSlotBytes + offset, &map, static_cast<int32_t>(column), static_cast<int32_t>(row),
-                  &control->full[slot]);
+                  &control().full[slot]);
   }
 
   // For a warp that multiplies: has done with a slot.
   __device__ __forceinline__ void release(int done) const {
     __syncwarp();
-    if (lane() == 0) ptx::barrier_arrive(&control->empty[done]);
+    if (lane() == 0) ptx::barrier_arrive(&control().empty[done]);
   }
 
   // sums += A B of all slots until a tile ends -> whether it ends sound. Who is not active has no column of the result and multiplies
@@ -129,8 +128,8 @@ struct Pipeline {
   __device__ __forceinline__ bool multiply(bool active, typename T::Sums& sums) {
     int before = -1;  // slot whose multiplications may be under way
     for (;; advance()) {
-      wait(&control->full[slot], parity);
-      const int32_t message = control->messages[slot];
+      wait(&control().full[slot], parity);
+      const int32_t message = control().messages[slot];
       if (message != kMultiplySlot) {
         ptx::warpgroup_wait_for(sums);
         if (before >= 0) release(before);

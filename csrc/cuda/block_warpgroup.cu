@@ -161,9 +161,9 @@ struct Sample {
   uint16_t* values;
   int64_t m, rows, cols;
   int64_t block_rows, block_cols;
-  int64_t parts;   // tiles that a block is high
-  int chunks;      // that a block has
-  int64_t tiles;   // if lines had all blocks
+  int64_t parts;  // tiles that a block is high
+  int chunks;     // that a block has
+  int64_t tiles;  // if lines had all blocks
 };
 
 // A tile of the gradient: some of the blocks' chunks in a line. Tiles are numbered such that the first ones of all lines come first: later
@@ -290,8 +290,9 @@ cudaError_t launch_multiply(Product& product, const BlockParams& params, const D
   product.x_tiles = blocks_across(params.m, T::kAllColumns);
   product.tiles = product.index.lines * product.parts * product.x_tiles;
   const bool some = params.index.blocks > 0;  // otherwise the map of W is that of something else, and not used
-  cudaError_t error = encode_tensor_map(&product.w, some ? params.values : params.x, some ? params.index.blocks * params.block_rows : params.m,
-                                        some ? params.block_cols : params.depth(), params.transposed ? kDepth : T::kRows);
+  cudaError_t error =
+      encode_tensor_map(&product.w, some ? params.values : params.x, some ? params.index.blocks * params.block_rows : params.m,
+                        some ? params.block_cols : params.depth(), params.transposed ? kDepth : T::kRows);
   if (error == cudaSuccess) error = encode_tensor_map(&product.x, params.x, params.m, params.depth(), T::kColumns);
   if (error != cudaSuccess) return error;
   const bool half = params.dtype == kFloat16;

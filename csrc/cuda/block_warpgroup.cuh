@@ -2,13 +2,13 @@
 //
 //   warp 8: lane 0 asks for tiles     slots in shared memory, 1024-aligned                warps 0-3 and 4-7: two warpgroups
 //   of A and B, 64 k at a time    --> | A 64 or 128 rows | B up to 512 columns |  full -->  sums += A B, 64 rows x kColumns each
-//                                 <-- | A                | B                   |  empty <-- 
+//                                 <-- | A                | B                   |  empty <--
 //
 // Each slot comes with a message: multiply, or the tile of the result ends here, sound or faulty. So the warp that copies alone walks the
 // index, and whatever it finds there, those that multiply only ever wait for the next message.
 //
-// Of nine warps, one of the four schedulers has three, which leaves 168 registers for each thread: enough for 128 sums, so that no warp has to
-// hand over registers to others (setmaxnreg).
+// Of nine warps, one of the four schedulers has three, which leaves 168 registers for each thread: enough for 128 sums, so that no warp has
+// to hand over registers to others (setmaxnreg).
 #pragma once
 
 #include <ptx_warpgroup.cuh>
@@ -19,13 +19,13 @@
 
 namespace bitmask::cuda {
 
-constexpr int kDepth = 64;                       // of a slot: k in a line of 128 bytes
-constexpr int kLineBytes = 128;                  // of A and B: 64 elements
-constexpr int kPanelBytes = 64 * kLineBytes;     // of 64 x 64 elements
-constexpr int kMultipliers = 256;                // threads: two warpgroups
-constexpr int kThreads = kMultipliers + 32;      // and the warp that copies
-constexpr int kStagingBytes = 1024;              // of a warp, for results on their way to memory
-constexpr int kMostShared = 227 * 1024;          // bytes
+constexpr int kDepth = 64;                    // of a slot: k in a line of 128 bytes
+constexpr int kLineBytes = 128;               // of A and B: 64 elements
+constexpr int kPanelBytes = 64 * kLineBytes;  // of 64 x 64 elements
+constexpr int kMultipliers = 256;             // threads: two warpgroups
+constexpr int kThreads = kMultipliers + 32;   // and the warp that copies
+constexpr int kStagingBytes = 1024;           // of a warp, for results on their way to memory
+constexpr int kMostShared = 227 * 1024;       // bytes
 constexpr int kMostSlots = 8;
 
 enum Message : int32_t { kMultiplySlot, kEndSound, kEndFaulty };
@@ -43,14 +43,14 @@ template <bool kStacked_, int kColumns_>
 struct Tile {
   static constexpr bool kStacked = kStacked_;
   static constexpr int kColumns = kColumns_;
-  static constexpr int kRows = kStacked ? 128 : 64;                     // of A
+  static constexpr int kRows = kStacked ? 128 : 64;                       // of A
   static constexpr int kAllColumns = kStacked ? kColumns : 2 * kColumns;  // of B
   static constexpr int kABytes = kRows * kLineBytes, kBBytes = kAllColumns * kLineBytes, kSlotBytes = kABytes + kBBytes;
   static constexpr int kOtherBytes = kMultipliers / 32 * kStagingBytes + static_cast<int>(sizeof(Control));
   static constexpr int kFit = (kMostShared - 1024 - kOtherBytes) / kSlotBytes;
   static constexpr int kSlots = kFit < kMostSlots ? kFit : kMostSlots;
   static constexpr int kSharedBytes = 1024 + kSlots * kSlotBytes + kOtherBytes;  // 1024: to align what comes first
-  using Sums = float[kColumns / 2];  // of a thread
+  using Sums = float[kColumns / 2];                                              // of a thread
 };
 
 // Where the threads of a block meet.
@@ -169,9 +169,9 @@ __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
   return Element<kDtype>::narrow(low) | static_cast<uint32_t>(Element<kDtype>::narrow(high)) << 16;
 }
 
-// A warp's 16 x 16 results, of which a lane has eight sums, as 16 lines of two pieces of 8: lane l gets piece l % 2 of line l / 2. Lines are
-// rows of A or, transposed, columns of B. `staging`: 512 bytes, no two turns in a row the same. The pieces of the lines 4 to 7 and 12 to 15
-// change places there, so that eight lanes never meet in a bank.
+// A warp's 16 x 16 results, of which a lane has eight sums, as 16 lines of two pieces of 8: lane l gets piece l % 2 of line l / 2. Lines
+// are rows of A or, transposed, columns of B. `staging`: 512 bytes, no two turns in a row the same. The pieces of the lines 4 to 7 and 12
+// to 15 change places there, so that eight lanes never meet in a bank.
 template <LinearDtype kDtype, bool kTransposed>
 __device__ __forceinline__ uint4 gather_pieces(const float* sums, uint8_t* staging) {
   const int lane = static_cast<int>(threadIdx.x) % 32, inside = lane % 8, low = lane / 8 % 2, high = lane / 16;

@@ -1,6 +1,6 @@
-// Instructions of sm_90a, as ptx.cuh has those of every GPU: one per function, semantics in the PTX ISA sections named beside each. Included
-// as <ptx_warpgroup.cuh>, so that tests/cuda/twin can put functions that do the same on a CPU in its place. Only what is compiled for
-// sm_90a itself, where __CUDA_ARCH_FEAT_SM90_ALL is defined, may call them.
+// Instructions of sm_90a, as ptx.cuh has those of every GPU: one per function, semantics in the PTX ISA sections named beside each.
+// Included as <ptx_warpgroup.cuh>, so that tests/cuda/twin can put functions that do the same on a CPU in its place. Only what is compiled
+// for sm_90a itself, where __CUDA_ARCH_FEAT_SM90_ALL is defined, may call them.
 #pragma once
 
 #include <cuda.h>
@@ -37,11 +37,10 @@ __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_
 // this one, or else the one before it. The thread may be suspended for a while until it is.
 __device__ __forceinline__ bool barrier_try_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t over;
-  asm volatile(
-      "{\n.reg .pred over;\nmbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\nselp.u32 %0, 1, 0, over;\n}"
-      : "=r"(over)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
+  asm volatile("{\n.reg .pred over;\nmbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\nselp.u32 %0, 1, 0, over;\n}"
+               : "=r"(over)
+               : "r"(shared_address(barrier)), "r"(parity)
+               : "memory");
   return over != 0;
 }
 
@@ -81,7 +80,8 @@ __device__ __forceinline__ void store_matrix_x4_transposed(void* shared_row, con
 // the columns of B do (transposed):
 //
 //   by k         line i is row i, eight lines are a group, groups are `group` bytes apart; `along` is unused
-//   transposed   line i is k = i, for 64 rows; eight lines are a group, groups are `group` bytes apart; the next 64 rows are `along` further
+//   transposed   line i is k = i, for 64 rows; eight lines are a group, groups are `group` bytes apart; the next 64 rows are `along`
+//   further
 //
 // Bits 0-13: address, 16-29: along, 32-45: group, all in units of 16 bytes; 62-63: the swizzle, 1 for 128 bytes.
 __device__ __forceinline__ uint64_t operand_of(const void* shared, uint32_t along, uint32_t group) {
@@ -110,33 +110,34 @@ __device__ __forceinline__ void warpgroup_wait_for(float (&d)[kSums]) {
 // "wgmma.mma_async", m64n128k16 and m64n256k16: d += a b with fp32 sums, by the 128 threads of a warpgroup, operands as operand_of tells.
 // Of a warp's 16 rows, the four sums d[4 j ...] are those of mma.m16n8k16 (ptx.cuh) for the columns 8 j to 8 j + 7. Done some time before
 // warpgroup_wait returns: until then nobody may read d or write what is multiplied.
-#define BITMASK_REGISTERS_64  \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define BITMASK_REGISTERS_64                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define BITMASK_REGISTERS_128  \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+#define BITMASK_REGISTERS_128                                                                    \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define BITMASK_SUMS_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define BITMASK_SUMS_8(i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define BITMASK_SUMS_32(i) BITMASK_SUMS_8(i), BITMASK_SUMS_8(i + 8), BITMASK_SUMS_8(i + 16), BITMASK_SUMS_8(i + 24)
 #define BITMASK_SUMS_64 BITMASK_SUMS_32(0), BITMASK_SUMS_32(32)
 #define BITMASK_SUMS_128 BITMASK_SUMS_64, BITMASK_SUMS_32(64), BITMASK_SUMS_32(96)
 
 // `a` and `b` are the numbers of the placeholders after those of the sums.
-#define BITMASK_WARPGROUP_MULTIPLY(name, type, sums, columns, a, b, transposed_a, transposed_b)                                     \
-  template <bool kTransposedA, bool kTransposedB>                                                                                   \
-  __device__ __forceinline__ void name(float (&d)[sums], uint64_t operand_a, uint64_t operand_b) {                                  \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" BITMASK_REGISTERS_##sums "}, " a ", " b  \
-                 ", 1, 1, 1, " transposed_a ", " transposed_b ";"                                                                   \
-                 : BITMASK_SUMS_##sums                                                                                              \
-                 : "l"(operand_a), "l"(operand_b), "n"(kTransposedA), "n"(kTransposedB));                                           \
+#define BITMASK_WARPGROUP_MULTIPLY(name, type, sums, columns, a, b, transposed_a, transposed_b)                     \
+  template <bool kTransposedA, bool kTransposedB>                                                                   \
+  __device__ __forceinline__ void name(float (&d)[sums], uint64_t operand_a, uint64_t operand_b) {                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" BITMASK_REGISTERS_##sums \
+                 "}, " a ", " b ", 1, 1, 1, " transposed_a ", " transposed_b ";"                                    \
+                 : BITMASK_SUMS_##sums                                                                              \
+                 : "l"(operand_a), "l"(operand_b), "n"(kTransposedA), "n"(kTransposedB));                           \
   }
 BITMASK_WARPGROUP_MULTIPLY(warpgroup_multiply_bfloat16, "bf16", 64, "128", "%64", "%65", "%66", "%67")
 BITMASK_WARPGROUP_MULTIPLY(warpgroup_multiply_bfloat16, "bf16", 128, "256", "%128", "%129", "%130", "%131")

@@ -21,11 +21,11 @@ constexpr int64_t kMs[] = {64, 65, 128, 200, 257};
 constexpr double kDensities[] = {0, 0.3, 0.7, 1};
 
 // `across` lines of blocks, the last of which reaches past the edge by `past`; `deep` blocks along the sum.
-BlockProblem make_product(cuda::LinearDtype dtype, int64_t m, const Sides& sides, bool transposed, int64_t across, int64_t deep, int64_t past,
-                          double density, Numbers numbers) {
+BlockProblem make_product(cuda::LinearDtype dtype, int64_t m, const Sides& sides, bool transposed, int64_t across, int64_t deep,
+                          int64_t past, double density, Numbers numbers) {
   const int64_t rows = (transposed ? deep : across) * sides.rows, cols = (transposed ? across : deep) * sides.cols;
-  return make_blocks(dtype, m, transposed ? rows : rows - past, transposed ? cols - past : cols, sides.rows, sides.cols, density, transposed,
-                     numbers);
+  return make_blocks(dtype, m, transposed ? rows : rows - past, transposed ? cols - past : cols, sides.rows, sides.cols, density,
+                     transposed, numbers);
 }
 
 void test_products(cuda::LinearDtype dtype, bool transposed) {

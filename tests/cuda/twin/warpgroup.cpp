@@ -165,7 +165,8 @@ struct Operand {
     if (bits >> 62 != 1) fail("wgmma: a swizzle other than that of 128 bytes");
     if ((bits >> 49 & 7) != 0) fail("wgmma: a base offset");
     const uint32_t begin = start / kLine * kLine, end = start + offset(rows - 1, 15) + 2;
-    if (!is_shared(shared + begin, (end + kLine - 1) / kLine * kLine - begin)) fail("wgmma: an operand is not in the block's shared memory");
+    if (!is_shared(shared + begin, (end + kLine - 1) / kLine * kLine - begin))
+      fail("wgmma: an operand is not in the block's shared memory");
   }
 
   // "Strides": K-major ((8, rows / 8), k) : ((128, group), 2) bytes; MN-major ((64, rows / 64), (8, k / 8)) : ((2, along), (128, group)).
@@ -173,9 +174,7 @@ struct Operand {
     return transposed ? row % 64 * 2 + row / 64 * along + k % 8 * kLine + k / 8 * group : row % 8 * kLine + row / 8 * group + 2 * k;
   }
 
-  uint16_t element(uint32_t row, uint32_t k) const {
-    return *reinterpret_cast<const uint16_t*>(shared + swizzled(start + offset(row, k)));
-  }
+  uint16_t element(uint32_t row, uint32_t k) const { return *reinterpret_cast<const uint16_t*>(shared + swizzled(start + offset(row, k))); }
 };
 
 constexpr int kGroupThreads = 128;

@@ -1,9 +1,9 @@
 // mbarriers, copies of boxes and multiplications by warpgroups, between warpgroup.cpp, which does them, scheduler.cpp, which knows the
 // thread, and ptx_warpgroup.cuh, which has them as instructions.
 //
-// What is asynchronous is done as early or as late as may be, drawn for each launch: a copy when it is asked for, or when somebody waits for
-// it; a multiplication reads its operands when it is committed, or when it is waited for. Until then the target of a copy, and sums until
-// they are waited for, hold what makes no sense.
+// What is asynchronous is done as early or as late as may be, drawn for each launch: a copy when it is asked for, or when somebody waits
+// for it; a multiplication reads its operands when it is committed, or when it is waited for. Until then the target of a copy, and sums
+// until they are waited for, hold what makes no sense.
 #pragma once
 
 #include <cuda.h>

@@ -108,18 +108,20 @@ __device__ __forceinline__ void store(const Product& p, const Place& place, bool
   for (int half = 0; half < 2; ++half) {
     const int64_t own = column + 8 * half + pipeline.lane() / 4;
     const float bias = p.bias == nullptr || own >= p.across ? 0 : Element<kDtype>::widen(p.bias[own]);
+    const float added = sound ? bias : not_a_number();
 #pragma unroll
     for (int i = 0; i < T::kColumns / 2; i += 4) {
-      sums[i + 2 * half] = sound ? sums[i + 2 * half] + bias : not_a_number();
-      sums[i + 2 * half + 1] = sound ? sums[i + 2 * half + 1] + bias : not_a_number();
+      sums[i + 2 * half] += added;
+      sums[i + 2 * half + 1] += added;
     }
   }
-  const int64_t own = column + 8 * (pipeline.lane() % 2);
+  const int64_t own = column + 8 * (pipeline.lane() % 2), row = place.x_row + pipeline.first_column() + pipeline.lane() / 2;
+  const int64_t there = own < p.across ? p.m - row : 0;  // rows from the lane's first one on
+  uint16_t* target = p.y + row * p.across + own;
 #pragma unroll
-  for (int i = 0; i < T::kColumns / 16; ++i) {
-    const uint4 piece = gather_pieces<kDtype, true>(sums + 8 * i, pipeline.staging() + i % 2 * 512);
-    const int64_t row = place.x_row + pipeline.first_column() + 16 * i + pipeline.lane() / 2;
-    if (row < p.m && own < p.across) *reinterpret_cast<uint4*>(p.y + row * p.across + own) = piece;
+  for (int i = 0; i < T::kColumns; i += 16, target += 16 * p.across) {
+    const uint4 piece = gather_pieces<kDtype, true>(sums + i / 2, pipeline.staging() + i % 32 / 16 * 512);
+    if (i < there) *reinterpret_cast<uint4*>(target) = piece;
   }
 }
 

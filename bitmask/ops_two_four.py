@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, library
 from torch.fx.node import has_side_effect
 
+from bitmask import native
 from bitmask.calls import (
     LINEAR_DTYPES,
     FormatError,
@@ -29,6 +30,9 @@ from bitmask.calls import (
 )
 from bitmask.ops import DTYPES, bitmask_sizes
 from bitmask.reference import stored_columns
+
+# Kinds of devices that have kernels here.
+DEVICES = frozenset({"cpu"} if native.cuda_missing else {"cpu", "cuda"})
 
 # Real dtypes that have a zero.
 TWO_FOUR_DTYPES = frozenset(

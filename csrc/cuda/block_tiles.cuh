@@ -115,12 +115,14 @@ struct WarpProduct {
     }
   }
 
-  // Calls change(sum, column) for each sum, with its line of B.
-  template <typename Change>
-  __device__ __forceinline__ void for_each(const Change& change) {
+  // Adds term(line of B) to the sums of that line.
+  template <typename Term>
+  __device__ __forceinline__ void add_term(const Term& term) {
 #pragma unroll
-    for (int i = 0; i < 4 * kFours; ++i) {
-      change(sums[i / 4][i % 4], i / 4 % (2 * kBs) * 8 + static_cast<int>(threadIdx.x % 4) * 2 + i % 2);
+    for (int i = 0; i < 4 * kBs; ++i) {
+      const float value = term(i / 2 * 8 + static_cast<int>(threadIdx.x % 4) * 2 + i % 2);
+#pragma unroll
+      for (int j = 0; j < 2 * kAs; ++j) sums[j / 2 * 2 * kBs + i / 2][j % 2 * 2 + i % 2] += value;
     }
   }
 

@@ -72,8 +72,8 @@ struct Multiply {
   static constexpr int kWarpRows = kTileRows * kAcross / (kThreads / 32) / kWarpAcross;
   static constexpr int kStageSlices = kStageBytes / (kSliceDepth * kWidth);
   static constexpr int kBatchStages = kBatch / kStageSlices;
-  using X = OperandTile<kTileRows, kWidth, true>;
-  using W = OperandTile<kAcross, kWidth, !kTransposed>;
+  using X = OperandTile<kTileRows, kWidth, true, false>;
+  using W = OperandTile<kAcross, kWidth, !kTransposed, true>;
   static constexpr int kPlaceBytes = X::kBytes + W::kBytes;  // of a stage in the ring
   using Sums = WarpProduct<kDtype, X, W, kWarpRows, kWarpAcross>;
 

@@ -28,6 +28,7 @@ constexpr int kBatch = 32;  // slices that a warp finds at a time
 constexpr int kMostStages = 4;
 constexpr int kMostParts = 8;    // of a tile
 constexpr int kLeastStages = 4;  // of a line, on average, that are worth a threadblock
+constexpr int kMostWaves = 16;   // of threadblocks, before the order of lines no longer matters
 
 // What the kernels are told.
 struct Product {
@@ -325,7 +326,8 @@ Plan plan(const BlockParams& params, const Device& device) {
   const int64_t parts = worth < wanted ? worth : wanted;
   plan.parts = static_cast<int>(plan.rows != kFewRows || parts < 1 ? 1 : parts < kMostParts ? parts : kMostParts);
   const int64_t threadblocks = plan.tiles * plan.parts;
-  plan.scheduled = threadblocks > int64_t{device.multiprocessors} * plan.resident;
+  const int64_t wave = int64_t{device.multiprocessors} * plan.resident;
+  plan.scheduled = threadblocks > wave && threadblocks <= kMostWaves * wave;
   if (plan.parts > 1) {
     plan.arrived_bytes = round_up(threadblocks * sizeof(uint32_t), 16);
     plan.partials_bytes = threadblocks * 2 * plan.rows * plan.across * sizeof(float);
@@ -399,6 +401,12 @@ cudaError_t block_multiply(const BlockParams& params, const Device& device, void
   if (plan.parts > 1) {
     const cudaError_t error = cudaMemsetAsync(scratch, 0, static_cast<size_t>(plan.arrived_bytes), stream);
     if (error != cudaSuccess) return error;
+  }
+  if (plan.scheduled) {
+    int32_t* const schedule = reinterpret_cast<int32_t*>(scratch + plan.arrived_bytes + plan.partials_bytes);
+    const cudaError_t error = schedule_lines(params.index, schedule, stream);
+    if (error != cudaSuccess) return error;
+    product.schedule = schedule;
   }
   const bool transposed = params.transposed;
   const Kernel kernel = params.dtype == kFloat32    ? kernel_of<kFloat32>(plan, transposed)

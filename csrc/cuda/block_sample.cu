@@ -34,16 +34,17 @@ constexpr int kTileBytes = 512;  // of shared memory, for what is known of a til
 // What the kernels are told.
 struct Sampling {
   BlockSampleParams p;
-  int64_t down, across;        // pieces of a block
-  int64_t unit_rows;           // of g and x in a unit of the deal
-  int64_t g_stride, x_stride;  // bytes of a row
+  int64_t down, across;    // pieces of a block
+  int64_t unit_rows;       // of g and x in a unit of the deal
+  int64_t g_step, x_step;  // bytes from a row to the next one that a thread copies
   Deal deal;
   Join join;
 };
 
 // ---------------------------------------------------------------------------------------------------------------- elements
 
-// What tensor cores multiply at a time: kDepth rows of stages.
+// What tensor cores multiply at a time: kDepth rows of a stage. Instructions want 8 columns of half of the rows in one register: those of g
+// by columns first, those of x by rows first, as x has only 8 columns in an instruction.
 template <LinearDtype kDtype>
 struct Tensor {
   static constexpr int kDepth = 16;
@@ -51,17 +52,17 @@ struct Tensor {
   // Row r of a stage has its 16-byte chunks in this order: chunk ^ turn. So eight rows of one chunk lie in banks of their own.
   static __device__ __forceinline__ int turn(int row) { return row % 8; }
 
-  // Where the lane reads what it needs of the 16 columns `sixteenth`, from the beginning of a stage's operand on. Lane 8 i + j names a row
-  // of matrix i: the matrices are columns 0 and 8 of rows 0 to 7, then of rows 8 to 15.
-  template <int kRowBytes>
+  // Where the lane reads what it needs of the 16 columns `sixteenth`, from the beginning of a stage's operand on. Lane 8 i + j names row j
+  // of matrix i.
+  template <int kRowBytes, bool kRowsFirst>
   static __device__ __forceinline__ int place(int lane, int sixteenth) {
-    return (lane % 8 + lane / 16 * 8) * kRowBytes + 16 * ((2 * sixteenth + lane / 8 % 2) ^ turn(lane % 8));
+    const int i = lane / 8, j = lane % 8, half = kRowsFirst ? i % 2 : i / 2, eight = kRowsFirst ? i / 2 : i % 2;
+    return (8 * half + j) * kRowBytes + 16 * ((2 * sixteenth + eight) ^ turn(j));
   }
 
-  // Columns 0 and 8 of the first half of the rows, then of the second.
-  template <int kRowBytes>
-  static __device__ __forceinline__ void load(uint32_t (&r)[4], const uint8_t* memory) {
-    ptx::load_matrix_x4_transposed(r, memory);
+  template <int kRowBytes, bool kRowsFirst>
+  static __device__ __forceinline__ void load(uint32_t (&r)[4], const uint8_t* rows, int place) {
+    ptx::load_matrix_x4_transposed(r, rows + place);
   }
 
   static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -77,19 +78,19 @@ struct Tensor<kFloat32> {
   // Four rows of two chunks lie in banks of their own.
   static __device__ __forceinline__ int turn(int row) { return 2 * (row % 4); }
 
-  template <int kRowBytes>
+  template <int kRowBytes, bool kRowsFirst>
   static __device__ __forceinline__ int place(int lane, int sixteenth) {
     const int g = lane / 4, t = lane % 4;
     return t * kRowBytes + 16 * ((4 * sixteenth + g / 4) ^ turn(t)) + 4 * (g % 4);
   }
 
-  template <int kRowBytes>
-  static __device__ __forceinline__ void load(uint32_t (&r)[4], const uint8_t* memory) {
-    const uint8_t* const right = reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(memory) ^ 32);  // 8 columns: two chunks
-    r[0] = ptx::round_to_tfloat32(*reinterpret_cast<const float*>(memory));
-    r[1] = ptx::round_to_tfloat32(*reinterpret_cast<const float*>(right));
-    r[2] = ptx::round_to_tfloat32(*reinterpret_cast<const float*>(memory + 4 * kRowBytes));
-    r[3] = ptx::round_to_tfloat32(*reinterpret_cast<const float*>(right + 4 * kRowBytes));
+  template <int kRowBytes, bool kRowsFirst>
+  static __device__ __forceinline__ void load(uint32_t (&r)[4], const uint8_t* rows, int place) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int half = kRowsFirst ? i % 2 : i / 2, eight = kRowsFirst ? i / 2 : i % 2;  // 8 columns are two chunks
+      r[i] = ptx::round_to_tfloat32(*reinterpret_cast<const float*>(rows + 4 * half * kRowBytes + (place ^ 32 * eight)));
+    }
   }
 
   static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -159,6 +160,7 @@ struct Sample {
 
   // What all threads know of the tile at hand, behind the stages.
   struct Tile {
+    int64_t last;  // where the units of the threadblock end
     Segment segment;
     Piece pieces[kPieces];
 
@@ -174,9 +176,9 @@ struct Sample {
     return *reinterpret_cast<Tile*>(ptx::dynamic_shared<uint8_t>() + kStages * kStageBytes);
   }
 
-  static __device__ void begin_tile(const Sampling& s, int64_t unit, int64_t last) {
+  static __device__ void begin_tile(const Sampling& s, int64_t unit) {
     __syncthreads();  // nobody needs the tile before
-    const Segment segment = s.deal.segment(unit, last);
+    const Segment segment = s.deal.segment(unit, tile().last);
     if (threadIdx.x == 0) tile().segment = segment;
     if (threadIdx.x < kPieces) tile().pieces[threadIdx.x] = find_piece<kSide>(s, segment.tile * kPieces + threadIdx.x);
     __syncthreads();
@@ -189,7 +191,6 @@ struct Sample {
     static constexpr int kColumnsOfChunk = 16 / kWidth;
 
     uintptr_t next;  // address, in the row that the thread copies next
-    int64_t step;    // from there to the row after
     int bytes;       // of a chunk that are there: all or none; of those past the edges of W there are zeros
     bool needed;     // else nothing is copied
 
@@ -199,15 +200,14 @@ struct Sample {
     static __device__ __forceinline__ int place() { return row() * kRowBytes + 16 * (chunk() ^ Operand::turn(row())); }
 
     // `corner`: the first of the piece's columns, of `columns`.
-    __device__ __forceinline__ Copier(const void* matrix, int64_t row_bytes, int64_t columns, int64_t corner, int64_t first_row, bool owner)
-        : step(kRows * row_bytes), needed(owner) {
+    __device__ __forceinline__ Copier(const void* matrix, int64_t columns, int64_t corner, int64_t first_row, bool owner) : needed(owner) {
       const int64_t column = corner + chunk() * kColumnsOfChunk % kSide;
       bytes = column < columns ? 16 : 0;
-      next = reinterpret_cast<uintptr_t>(matrix) + static_cast<uintptr_t>((first_row + row()) * row_bytes + column * kWidth);
+      next = reinterpret_cast<uintptr_t>(matrix) + static_cast<uintptr_t>(((first_row + row()) * columns + column) * kWidth);
     }
 
     // Asks for a stage, which has so many rows.
-    __device__ __forceinline__ void copy(uint8_t* operand, int rows) {
+    __device__ __forceinline__ void copy(uint8_t* operand, int rows, int64_t step) {
 #pragma unroll
       for (int i = 0; i < kStageRows; i += kRows) {
         if (needed) {
@@ -224,22 +224,29 @@ struct Sample {
     __device__ __forceinline__ void turn() { offset = offset == (kStages - 1) * kStageBytes ? 0 : offset + kStageBytes; }
   };
 
-  static __device__ __forceinline__ void multiply_stage(const uint8_t* stage, const int (&a_places)[kOwn][kA],
-                                                        const int (&b_places)[kOwn][kB], float (&sums)[kFours][4]) {
+  // The place that is `sixteenths` of columns after another one, whose own are a multiple of so many that chunks turn with them.
+  static __device__ __forceinline__ int further(int place, int sixteenths) {
+    const int bytes = 16 * kWidth * sixteenths;
+    return (place ^ bytes % 128) + bytes / 128 * 128;
+  }
+
+  static __device__ __forceinline__ void multiply_stage(const uint8_t* stage, const int (&a_places)[kOwn], const int (&b_places)[kOwn],
+                                                        float (&sums)[kFours][4]) {
 #pragma unroll
     for (int row = 0; row < kStageRows; row += Operand::kDepth) {
+      const uint8_t *const g = stage + row * kRowBytes, *const x = g + kOperandBytes;
 #pragma unroll
       for (int own = 0; own < kOwn; ++own) {
         uint32_t a[kA][4], b[kB][4];
 #pragma unroll
-        for (int i = 0; i < kA; ++i) Operand::template load<kRowBytes>(a[i], stage + a_places[own][i] + row * kRowBytes);
+        for (int i = 0; i < kA; ++i) Operand::template load<kRowBytes, false>(a[i], g, further(a_places[own], i));
 #pragma unroll
-        for (int j = 0; j < kB; ++j) Operand::template load<kRowBytes>(b[j], stage + kOperandBytes + b_places[own][j] + row * kRowBytes);
+        for (int j = 0; j < kB; ++j) Operand::template load<kRowBytes, true>(b[j], x, further(b_places[own], j));
 #pragma unroll
         for (int i = 0; i < kA; ++i) {
 #pragma unroll
           for (int j = 0; j < 2 * kB; ++j) {
-            Operand::multiply(sums[(own * kA + i) * 2 * kB + j], a[i], {b[j / 2][j % 2], b[j / 2][j % 2 + 2]});
+            Operand::multiply(sums[(own * kA + i) * 2 * kB + j], a[i], {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]});
           }
         }
       }
@@ -248,28 +255,26 @@ struct Sample {
 
   static __device__ __forceinline__ void multiply_segment(const Sampling& s, float (&sums)[kFours][4]) {
     uint8_t* const memory = ptx::dynamic_shared<uint8_t>();
-    int a_places[kOwn][kA], b_places[kOwn][kB];
+    int a_places[kOwn], b_places[kOwn];
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
-      const int first_a = (tile().owner_of(own_piece() + own) * kSide + top()) / 16, first_b = ((own_piece() + own) * kSide + left()) / 16;
-#pragma unroll
-      for (int i = 0; i < kA; ++i) a_places[own][i] = Operand::template place<kRowBytes>(lane(), first_a + i);
-#pragma unroll
-      for (int j = 0; j < kB; ++j) b_places[own][j] = Operand::template place<kRowBytes>(lane(), first_b + j);
+      const int piece = own_piece() + own;
+      a_places[own] = Operand::template place<kRowBytes, false>(lane(), (tile().owner_of(piece) * kSide + top()) / 16);
+      b_places[own] = Operand::template place<kRowBytes, true>(lane(), (piece * kSide + left()) / 16);
     }
-
     const int64_t first_row = tile().segment.begin * s.unit_rows, end = tile().segment.end * s.unit_rows;
     const int64_t rows = (end < s.p.m ? end : s.p.m) - first_row;
     const int stages = static_cast<int>((rows + kStageRows - 1) / kStageRows);
     const int last_rows = static_cast<int>(rows - int64_t{stages - 1} * kStageRows);
     const Piece piece = tile().pieces[Copier::piece()];
-    Copier g(s.p.g, s.g_stride, s.p.rows, piece.row, first_row, tile().owner_of(Copier::piece()) == Copier::piece());
-    Copier x(s.p.x, s.x_stride, s.p.cols, piece.col, first_row, true);
+    Copier g(s.p.g, s.p.rows, piece.row, first_row, tile().owner_of(Copier::piece()) == Copier::piece());
+    Copier x(s.p.x, s.p.cols, piece.col, first_row, true);
     Ring to, from;
     const auto copy = [&](int stage) {
       if (stage < stages) {
-        g.copy(memory + to.offset, stage == stages - 1 ? last_rows : kStageRows);
-        x.copy(memory + to.offset + kOperandBytes, stage == stages - 1 ? last_rows : kStageRows);
+        const int rows = stage == stages - 1 ? last_rows : kStageRows;
+        g.copy(memory + to.offset, rows, s.g_step);
+        x.copy(memory + to.offset + kOperandBytes, rows, s.x_step);
       }
       ptx::copy_async_commit();
       to.turn();
@@ -311,14 +316,15 @@ struct Sample {
   }
 
   static __device__ __forceinline__ void run(const Sampling& s) {
-    const int64_t last = s.deal.begin(blockIdx.x + 1);
-    for (int64_t unit = s.deal.begin(blockIdx.x); unit < last;) {
-      begin_tile(s, unit, last);
+    if (threadIdx.x == 0) tile().last = s.deal.begin(blockIdx.x + 1);
+    int64_t unit = s.deal.begin(blockIdx.x);
+    do {
+      begin_tile(s, unit);
       float sums[kFours][4] = {};
       multiply_segment(s, sums);
       if (s.join.add<kThreads>(s.deal, tile().segment, sums)) store(s, sums);
       unit += tile().segment.end - tile().segment.begin;
-    }
+    } while (unit < tile().last);
   }
 };
 
@@ -406,10 +412,11 @@ cudaError_t block_sample(const BlockSampleParams& params, const Device& device, 
   if (!is_for_tensor_cores(params)) return cudaErrorInvalidValue;
   if (params.index.blocks == 0) return cudaSuccess;
   const Plan plan = cuda::plan(params, device);
-  const int64_t down = params.block_rows / plan.side, across = params.block_cols / plan.side, width = width_of(params.dtype);
+  const int64_t down = params.block_rows / plan.side, across = params.block_cols / plan.side;
+  const int64_t step = kThreads * 16 / kColumns;  // bytes of a column that are copied at a time: rows times the width of an element
   uint8_t* const scratch = static_cast<uint8_t*>(workspace);
   const Join join = {reinterpret_cast<uint32_t*>(scratch), reinterpret_cast<float4*>(scratch + plan.arrived_bytes)};
-  const Sampling sampling = {params, down, across, plan.unit_rows, params.rows * width, params.cols * width, plan.deal, join};
+  const Sampling sampling = {params, down, across, plan.unit_rows, step * params.rows, step * params.cols, plan.deal, join};
   if (plan.arrived_bytes > 0) {
     const cudaError_t error = cudaMemsetAsync(join.arrived, 0, static_cast<size_t>(plan.arrived_bytes), stream);
     if (error != cudaSuccess) return error;

@@ -28,6 +28,7 @@ constexpr int kBatch = 32;  // slices that a warp finds at a time
 constexpr int kMostStages = 4;
 constexpr int kMostParts = 8;    // of a tile
 constexpr int kLeastStages = 4;  // of a line, on average, that are worth a threadblock
+constexpr int kMostWaves = 16;   // of threadblocks, before the order of lines no longer matters
 
 // What the kernels are told.
 struct Product {
@@ -59,6 +60,16 @@ constexpr int resident_of(int rows, int across) { return rows < 256 ? 3 : 128 / 
 
 // ---------------------------------------------------------------------------------------------------------------- a tile
 
+// What a stage of bfloat16 or float16 costs a multiprocessor of an H100, in cycles: mma.sync at 60% of the peak; bytes that shared memory
+// takes and gives, 128 a cycle; bytes of the second cache, of whose 5.5 TB/s a multiprocessor gets 24 a cycle; instructions counted in the
+// SASS, for each of four schedulers. Not timed. The second cache sets the pace: x is copied anew for each line, as lines have other blocks.
+//
+//   rows x across     256 x 128   256 x 64   128 x 32   128 x 16   64 x 128   64 x 64   64 x 32   64 x 16
+//   tensor cores           1706        853        213        107        427       213       107        53
+//   shared memory          1408       1088        416        336        576       384       288       208
+//   second cache           2048       1707        853        768       1024       683       512       427
+//   instructions            574        436        169        156        215       158       120       128
+//
 // kTileRows    rows of x
 // kAcross      columns of y: of a line, or of a strip of it
 // kTransposed  whether the depth of a block is its rows
@@ -132,7 +143,7 @@ struct Multiply {
   template <typename Tile>
   struct Copier {
     static constexpr int kStep = kThreads / Tile::kRowChunks;
-    static_assert(Tile::turn(kStep) == 0 && Tile::kRows % kStep == 0);
+    static_assert(kStep % Tile::kPeriod == 0 && Tile::kRows % kStep == 0);
 
     const uint8_t* from;  // where its first row is in the first slice that there may be
     int left;             // of lines, from the thread's on
@@ -313,9 +324,10 @@ void plan_rows(const BlockParams& params, const Device& device, Plan* plan) {
 // The one table of tiles: they depend on sizes alone, and on the GPU.
 Plan plan(const BlockParams& params, const Device& device) {
   Plan plan = {};
+  const int64_t across = params.across() < params.block_across() ? params.across() : params.block_across();
   plan.across = 16;
-  while (plan.across < 128 && plan.across < params.block_across()) plan.across *= 2;
-  plan.strips_of_line = blocks_across(params.block_across(), plan.across);
+  while (plan.across < 128 && plan.across < across) plan.across *= 2;
+  plan.strips_of_line = blocks_across(across, plan.across);
   plan.strips = plan.strips_of_line * params.index.lines;
   plan_rows(params, device, &plan);
   plan_shared(device, &plan);
@@ -325,7 +337,8 @@ Plan plan(const BlockParams& params, const Device& device) {
   const int64_t parts = worth < wanted ? worth : wanted;
   plan.parts = static_cast<int>(plan.rows != kFewRows || parts < 1 ? 1 : parts < kMostParts ? parts : kMostParts);
   const int64_t threadblocks = plan.tiles * plan.parts;
-  plan.scheduled = threadblocks > int64_t{device.multiprocessors} * plan.resident;
+  const int64_t wave = int64_t{device.multiprocessors} * plan.resident;
+  plan.scheduled = threadblocks > wave && threadblocks <= kMostWaves * wave;
   if (plan.parts > 1) {
     plan.arrived_bytes = round_up(threadblocks * sizeof(uint32_t), 16);
     plan.partials_bytes = threadblocks * 2 * plan.rows * plan.across * sizeof(float);
@@ -399,6 +412,12 @@ cudaError_t block_multiply(const BlockParams& params, const Device& device, void
   if (plan.parts > 1) {
     const cudaError_t error = cudaMemsetAsync(scratch, 0, static_cast<size_t>(plan.arrived_bytes), stream);
     if (error != cudaSuccess) return error;
+  }
+  if (plan.scheduled) {
+    int32_t* const schedule = reinterpret_cast<int32_t*>(scratch + plan.arrived_bytes + plan.partials_bytes);
+    const cudaError_t error = schedule_lines(params.index, schedule, stream);
+    if (error != cudaSuccess) return error;
+    product.schedule = schedule;
   }
   const bool transposed = params.transposed;
   const Kernel kernel = params.dtype == kFloat32    ? kernel_of<kFloat32>(plan, transposed)

@@ -34,13 +34,12 @@ struct OperandTile {
   static constexpr int kRows = kBytes / kRowBytes;
   static constexpr int kRowChunks = kRowBytes / kChunkBytes;
   static constexpr int kRowsOfBanks = kRowChunks < 8 ? 8 / kRowChunks : 1;  // rows that fill all banks, or a row that fills them
-  static constexpr int kTurns = kRowChunks < 8 ? kRowChunks : 8;
   static constexpr bool kByWords = !kDepthAlong && kWidth == 4;
+  static constexpr int kTurns = (kRowChunks < 8 ? kRowChunks : 8) / (kByWords ? 2 : 1);
+  static constexpr int kPeriod = kRowsOfBanks * kTurns;  // rows after which turns are the same
 
   // Words are read from two chunks of four rows at a time, hence turns by two.
-  static __host__ __device__ constexpr int turn(int row) {
-    return kByWords ? 2 * (row / kRowsOfBanks % (kTurns / 2)) : row / kRowsOfBanks % kTurns;
-  }
+  static __host__ __device__ constexpr int turn(int row) { return row / kRowsOfBanks % kTurns * (kByWords ? 2 : 1); }
   // Bytes from the beginning of the tile.
   static __host__ __device__ constexpr int place(int row, int chunk) { return row * kRowBytes + kChunkBytes * (chunk ^ turn(row)); }
 

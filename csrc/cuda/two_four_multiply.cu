@@ -37,16 +37,23 @@ struct Multiply {
   static __device__ __forceinline__ void read_codes(const Stage& stage, bool there, uint32_t (&codes)[T::kFragments],
                                                     uint32_t (&wrong)[T::kFragments]) {
     const uint8_t* const first = stage.metadata[first_row() + lane() / 4] + lane() % 4 * 2;
+    uint32_t any = 0;
+    uint32_t faults[T::kFragments];
 #pragma unroll
     for (int i = 0; i < T::kFragments; ++i) {
       const uint32_t low = *reinterpret_cast<const uint16_t*>(first + 16 * i * sizeof(stage.metadata[0]));
       const uint32_t high = *reinterpret_cast<const uint16_t*>(first + (16 * i + 8) * sizeof(stage.metadata[0]));
-      uint32_t bits = there ? low | high << 16 : kSoundGroups;
-      const uint32_t faults = faults_of(bits);
-      if (faults != 0) bits = repair(bits, faults);
-      wrong[i] |= faults;
-      codes[i] = codes_of(bits);
+      codes[i] = there ? low | high << 16 : kSoundGroups;
+      faults[i] = faults_of(codes[i]);
+      wrong[i] |= faults[i];
+      any |= faults[i];
     }
+    if (any != 0) {
+#pragma unroll
+      for (int i = 0; i < T::kFragments; ++i) codes[i] = repair(codes[i], faults[i]);
+    }
+#pragma unroll
+    for (uint32_t& bits : codes) bits = codes_of(bits);
   }
 
   // A chunk of a stage, whose codes the lanes with t / 2 == kChunk bring.
@@ -89,6 +96,7 @@ struct Multiply {
   static __device__ __forceinline__ BlockLine prove_line(const Product& p, int64_t index) {
     if (!p.params.has_blocks()) return BlockLine(0, 1);
     BlockLine line(p.params.index, index);
+#pragma unroll 1
     for (int64_t i = line.begin + threadIdx.x; i < line.end; i += kThreads) {
       line.sound = line.sound && line.holds(p.params.index, i, p.params.index.positions[i]);
     }
@@ -98,7 +106,8 @@ struct Multiply {
   }
 
   // The sums of a segment.
-  static __device__ __forceinline__ void multiply_segment(const Product& p, const Tile& tile, const Segment& s, Sums& sums) {
+  static __device__ __forceinline__ void multiply_segment(const Product& p, const Segment& s, Sums& sums) {
+    const Tile tile = T::tile_of(p, s.tile);
     typename T::Shared& shared = *ptx::dynamic_shared<typename T::Shared>();
     const BlockLine line = prove_line(p, tile.line);
     const int pieces = static_cast<int>(line.end - line.begin) * p.pieces, stages = (pieces + 3) / 4;
@@ -164,11 +173,10 @@ struct Multiply {
   static __device__ __forceinline__ void run(const Product& p) {
     const int64_t last = p.deal.begin(blockIdx.x + 1);
     for (int64_t unit = p.deal.begin(blockIdx.x); unit < last;) {
-      const Segment s = p.deal.segment(unit, last);
-      const Tile tile = T::tile_of(p, s.tile);
       Sums sums = {};
-      multiply_segment(p, tile, s, sums);
-      if (p.join.add<kThreads>(p.deal, s, sums)) store(p, tile, sums);
+      multiply_segment(p, p.deal.segment(unit, last), sums);
+      const Segment s = p.deal.segment(ptx::opaque(unit), last);  // anew, lest it takes registers meanwhile
+      if (p.join.add<kThreads>(p.deal, s, sums)) store(p, T::tile_of(p, s.tile), sums);
       unit += s.end - s.begin;
     }
   }

@@ -85,13 +85,12 @@ struct Tile {
 // How a threadblock's tile is divided among its warps.
 template <int kTileRows, int kTileXRows>
 struct Tiling {
-  static constexpr int kRows = kTileRows;    // of W
-  static constexpr int kXRows = kTileXRows;  // of x
-  static constexpr int kRowWarps = kRows <= 64 ? 1 : kRows / 64;
-  static constexpr int kXWarps = kThreads / 32 / kRowWarps;
-  static constexpr int kFragments = kRows / kRowWarps / 16;  // rows of W that a warp takes, in sixteens
-  static constexpr int kTiles = kXRows / kXWarps / 8;        // rows of x that it takes, in eights
-  static constexpr int kYStride = kRows + 8;                 // of y's rows in shared memory, elements: keeps stores in different banks
+  static constexpr int kRows = kTileRows;                                                   // of W
+  static constexpr int kXRows = kTileXRows;                                                 // of x
+  static constexpr int kFragments = kRows == 16 ? 1 : kRows * kXRows <= 128 * 128 ? 2 : 4;  // rows of W that a warp takes, in sixteens
+  static constexpr int kXWarps = kThreads / 32 / (kRows / 16 / kFragments);
+  static constexpr int kTiles = kXRows / kXWarps / 8;  // rows of x that it takes, in eights
+  static constexpr int kYStride = kRows + 8;           // of y's rows in shared memory, elements: keeps stores in different banks
 
   struct Stage {
     uint8_t values[kRows][64];

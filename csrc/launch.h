@@ -22,6 +22,11 @@ namespace bitmask {
 
 using Named = std::pair<const char*, const Tensor*>;
 
+// How kernels call a dtype, that of values, that products are of.
+inline cuda::LinearDtype linear_dtype_of(int32_t dtype) {
+  return by_linear_dtype(dtype, cuda::kFloat32, cuda::kBfloat16, cuda::kFloat16, cuda::kFloat64);
+}
+
 // Where an op runs: the GPU of its tensors, made the current one for as long as this lives, and torch's current stream on it.
 class Launch {
  public:
@@ -115,6 +120,28 @@ auto launch(const char* op, std::initializer_list<Named> tensors, const Body& bo
     on.fail_allocation(failure);
   }
 }
+
+// The word on the GPU that says what proofs of a weight have found.
+class Verdict {
+ public:
+  explicit Verdict(const Launch& on) : on_(on), word_(on.int64()) {}
+
+  cuda::Fault* word() const { return static_cast<cuda::Fault*>(word_.mutable_data_ptr()); }
+
+  // Waits for the proofs.
+  cuda::Fault read() const {
+    cuda::Fault fault;
+    on_.read(&fault, word_.const_data_ptr(), sizeof fault);
+    return fault;
+  }
+
+  // Makes a result NaN if the weight it was calculated from proves faulty.
+  void poison(const Tensor& result) const { on_.check(cuda::poison(result.mutable_data_ptr(), nbytes(result), word(), on_.stream())); }
+
+ private:
+  const Launch& on_;
+  Tensor word_;
+};
 
 // Calls an out= overload of a torch op that has one result.
 template <typename... Arguments>

@@ -18,19 +18,20 @@ struct Segment {
 
 // The stages of all tiles, dealt to blocks.
 struct Deal {
-  int64_t stages;  // of a tile
-  int64_t units;   // of all tiles
-  int64_t blocks;
+  int64_t stages = 1;  // of a tile
+  int64_t blocks = 0;
+  int64_t share = 0;   // units, which are stages of any tile, of a block
+  int64_t longer = 0;  // blocks, the first ones, that have one unit more
 
-  __host__ __device__ int64_t begin(int64_t block) const {
-    const int64_t longer = units % blocks;  // blocks, the first ones, that have one unit more
-    return block * (units / blocks) + (block < longer ? block : longer);
-  }
+  Deal() = default;
+  Deal(int64_t stages_of_tile, int64_t units, int64_t blocks_)
+      : stages(stages_of_tile), blocks(blocks_), share(units / blocks_), longer(units % blocks_) {}
+
+  __host__ __device__ int64_t begin(int64_t block) const { return block * share + (block < longer ? block : longer); }
   __host__ __device__ int64_t block_of(int64_t unit) const {
-    const int64_t share = units / blocks, longer = units % blocks;
     return unit < longer * (share + 1) ? unit / (share + 1) : longer + (unit - longer * (share + 1)) / share;
   }
-  __host__ __device__ bool whole_tiles() const { return units % blocks == 0 && units / blocks % stages == 0; }
+  bool whole_tiles() const { return longer == 0 && share % stages == 0; }
 
   // What a block does at a time: from `unit` on to the end of its tile, or to `last`, where the block's units end.
   __host__ __device__ Segment segment(int64_t unit, int64_t last) const {

@@ -236,7 +236,8 @@ inline void mutate(IndexParts& index) {
                                : index.order.empty() || random_below(2) == 0 ? index.positions
                                                                              : index.order;
   int64_t& entry = part[static_cast<size_t>(random_below(static_cast<int64_t>(part.size())))];
-  entry = random_below(2) == 0 ? odd[random_below(std::size(odd))] : entry + random_below(5) - 2;
+  entry =
+      random_below(2) == 0 ? odd[random_below(std::size(odd))] : static_cast<int64_t>(static_cast<uint64_t>(entry) + random_word() % 5 - 2);
 }
 
 // The same for the gradient of values.
@@ -326,6 +327,15 @@ inline void test_sample(const SampleKernel& kernel, const SampleProblem& problem
                         const BlockSkews& skews = {0, 0, 0}) {
   set_place(kernel.name, problem.weight, device);
   check_sample(problem, run_sample(kernel, problem, device, skews));
+}
+
+// Checks that no element of a result is a number.
+inline void check_all_nan(const Format& format, const Bytes& bytes) {
+  int64_t numbers = 0;
+  for (size_t at = 0; at < bytes.size(); at += static_cast<size_t>(format.width)) {
+    numbers += !std::isnan(format.decode(format.load(bytes.data() + at)));
+  }
+  check(numbers == 0, "%" PRId64 " elements are numbers", numbers);
 }
 
 }  // namespace bitmask::testing

@@ -228,7 +228,8 @@ struct Plan {
   const Kernels* kernels;
   int64_t row_tiles, x_tiles;
   Deal deal;
-  int64_t arrived_bytes, partials_bytes;  // parts of the workspace
+  bool scheduled;                                         // whether it is worth it to deal long lines first
+  int64_t arrived_bytes, partials_bytes, schedule_bytes;  // parts of the workspace
 };
 
 Plan plan(const TwoFourParams& params, const Device& device) {
@@ -256,6 +257,8 @@ Plan plan(const TwoFourParams& params, const Device& device) {
     plan.arrived_bytes = blocks_across(plan.deal.blocks * static_cast<int64_t>(sizeof(uint32_t)), 16) * 16;
     plan.partials_bytes = plan.deal.blocks * 2 * kernels.rows * kernels.x_rows * static_cast<int64_t>(sizeof(float));
   }
+  plan.scheduled = params.has_blocks() && tiles > resident;
+  if (plan.scheduled) plan.schedule_bytes = blocks_across(lines * static_cast<int64_t>(sizeof(int32_t)), 16) * 16;
   return plan;
 }
 
@@ -276,7 +279,7 @@ bool is_suitable(const TwoFourParams& params) {
 int64_t two_four_multiply_workspace_bytes(const TwoFourParams& params, const Device& device) {
   if (is_empty(params)) return 0;
   const Plan p = plan(params, device);
-  return p.arrived_bytes + p.partials_bytes;
+  return p.arrived_bytes + p.partials_bytes + p.schedule_bytes;
 }
 
 cudaError_t two_four_multiply(const TwoFourParams& params, const Device& device, void* workspace, cudaStream_t stream) {
@@ -302,6 +305,12 @@ cudaError_t two_four_multiply(const TwoFourParams& params, const Device& device,
   if (plan.arrived_bytes > 0) {
     const cudaError_t error = cudaMemsetAsync(scratch, 0, static_cast<size_t>(plan.arrived_bytes), stream);
     if (error != cudaSuccess) return error;
+  }
+  if (plan.scheduled) {
+    int32_t* const schedule = reinterpret_cast<int32_t*>(scratch + plan.arrived_bytes + plan.partials_bytes);
+    const cudaError_t error = schedule_lines(params.index, schedule, stream);
+    if (error != cudaSuccess) return error;
+    product.schedule = schedule;
   }
   const auto kernel = params.dtype == kFloat16 ? plan.kernels->float16 : plan.kernels->bfloat16;
   const int shared_bytes = static_cast<int>(plan.kernels->shared_bytes);

@@ -58,15 +58,16 @@ __device__ __forceinline__ uint32_t codes_of(uint32_t bits) {
 struct Product {
   TwoFourParams params;
   int cols, block_cols;
-  int chunks;          // that cover a row of a block
-  int pieces;          // of kPieceColumns, of such a row
-  int64_t row_bytes;   // of its metadata; values take kValueBytes as many
-  int block_bytes;     // of a block's metadata, if there are blocks
-  bool words_aligned;  // metadata of chunks, to 4 bytes
-  bool y_aligned;      // its rows, to 16 bytes
-  int64_t row_tiles;   // of a line
-  int64_t x_tiles;     // of x
-  Deal deal;           // blocks: a tile is one stage, however long its line may be
+  int chunks;               // that cover a row of a block
+  int pieces;               // of kPieceColumns, of such a row
+  int64_t row_bytes;        // of its metadata; values take kValueBytes as many
+  int block_bytes;          // of a block's metadata, if there are blocks
+  bool words_aligned;       // metadata of chunks, to 4 bytes
+  bool y_aligned;           // its rows, to 16 bytes
+  int64_t row_tiles;        // of a line
+  int64_t x_tiles;          // of x
+  const int32_t* schedule;  // [lines]: in which order they are dealt; null: any will do
+  Deal deal;                // blocks: a tile is one stage, however long its line may be
   Join join;
 };
 
@@ -105,8 +106,8 @@ struct Tiling {
   static __device__ __forceinline__ Tile tile_of(const Product& p, int64_t index) {
     const int64_t row = index / p.x_tiles % p.row_tiles * kRows, x_row = index % p.x_tiles * kXRows;
     const int64_t rows = p.params.block_rows - row, x_rows = p.params.m - x_row;
-    return {index / p.x_tiles / p.row_tiles, row, x_row, static_cast<int>(rows < kRows ? rows : kRows),
-            static_cast<int>(x_rows < kXRows ? x_rows : kXRows)};
+    const int64_t rank = index / p.x_tiles / p.row_tiles, line = p.schedule == nullptr ? rank : p.schedule[rank];
+    return {line, row, x_row, static_cast<int>(rows < kRows ? rows : kRows), static_cast<int>(x_rows < kXRows ? x_rows : kXRows)};
   }
 };
 

@@ -121,14 +121,14 @@ struct Multiply {
       __syncthreads();
       Stage& next = shared.stages[slot == 0 ? kStages - 1 : slot - 1];
       const bool more = stage + kStages - 1 < end;
-      if (more) copier.copy(next);
-      ptx::copy_async_commit();
+      uint32_t codes[T::kFragments];
       if (stage >= begin) {
-        uint32_t codes[T::kFragments];
         read_codes(shared.stages[slot], lane() % 4 < pieces - 4 * stage, codes, wrong);
         multiply_chunk<0>(shared.stages[slot], codes, sums);
-        multiply_chunk<1>(shared.stages[slot], codes, sums);
       }
+      if (more) copier.copy(next);
+      ptx::copy_async_commit();
+      if (stage >= begin) multiply_chunk<1>(shared.stages[slot], codes, sums);
       if (more) copier.keep(next);
       slot = slot + 1 == kStages ? 0 : slot + 1;
     }

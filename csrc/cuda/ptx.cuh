@@ -137,8 +137,8 @@ __device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_
 // computes anew what it would else keep in registers.
 template <typename T>
 __device__ __forceinline__ T opaque(T value) {
-  static_assert(sizeof(T) == 8);
-  asm volatile("" : "+l"(value));
+  if constexpr (sizeof(T) == 4) asm volatile("" : "+r"(value));
+  if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(value));
   return value;
 }
 

@@ -27,22 +27,32 @@ struct Multiply {
   using Stage = typename T::Stage;
   using Sums = float[kFours][4];  // [fragment of W][eight rows of x], as mma.sp has them
 
-  // Where a lane's operands are.
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
   static __device__ __forceinline__ int first_row() { return static_cast<int>(threadIdx.x / 32) / T::kXWarps * T::kFragments * 16; }
   static __device__ __forceinline__ int first_x_row() { return static_cast<int>(threadIdx.x / 32) % T::kXWarps * T::kTiles * 8; }
 
+  // Where a lane's operands are: bytes from the beginning of each part of a stage, in its first chunk.
+  struct Operands {
+    int values, x, metadata;
+
+    __device__ __forceinline__ Operands() {
+      const int matrix = lane() / 8, row = lane() % 8;
+      values = ptx::opaque((first_row() + 8 * (matrix % 2) + row) * kValueRow + (matrix / 2 ^ row / 2 % 4) * 16);
+      x = ptx::opaque((first_x_row() + row) * kXRow + (matrix ^ row) * 16);
+      metadata = ptx::opaque((first_row() + lane() / 4) * kMetadataRow + lane() % 4 * 2);
+    }
+  };
+
   // The codes that a lane brings: of 16 columns of the rows g and g + 8 of each fragment. `wrong` gathers faults of these rows, by halves.
   // `there`: whether the columns are in W.
-  static __device__ __forceinline__ void read_codes(const Stage& stage, bool there, uint32_t (&codes)[T::kFragments],
+  static __device__ __forceinline__ void read_codes(const uint8_t* metadata, bool there, uint32_t (&codes)[T::kFragments],
                                                     uint32_t (&wrong)[T::kFragments]) {
-    const uint8_t* const first = stage.metadata[first_row() + lane() / 4] + lane() % 4 * 2;
     uint32_t any = 0;
     uint32_t faults[T::kFragments];
 #pragma unroll
     for (int i = 0; i < T::kFragments; ++i) {
-      const uint32_t low = *reinterpret_cast<const uint16_t*>(first + 16 * i * sizeof(stage.metadata[0]));
-      const uint32_t high = *reinterpret_cast<const uint16_t*>(first + (16 * i + 8) * sizeof(stage.metadata[0]));
+      const uint32_t low = *reinterpret_cast<const uint16_t*>(metadata + 16 * i * kMetadataRow);
+      const uint32_t high = *reinterpret_cast<const uint16_t*>(metadata + (16 * i + 8) * kMetadataRow);
       codes[i] = there ? low | high << 16 : kSoundGroups;
       faults[i] = faults_of(codes[i]);
       wrong[i] |= faults[i];
@@ -56,20 +66,20 @@ struct Multiply {
     for (uint32_t& bits : codes) bits = codes_of(bits);
   }
 
-  // A chunk of a stage, whose codes the lanes with t / 2 == kChunk bring.
+  // A chunk of a stage, whose codes the lanes with t / 2 == kChunk bring. The swizzle flips bits, so that the second chunk's pieces are
+  // where those of the first are, one bit flipped.
   template <int kChunk>
-  static __device__ __forceinline__ void multiply_chunk(const Stage& stage, const uint32_t (&codes)[T::kFragments], Sums& sums) {
-    const int matrix = lane() / 8, row = lane() % 8;
-    const int piece_of_w = (2 * kChunk + matrix / 2) ^ row / 2 % 4, piece_of_x = (4 * kChunk + matrix) ^ row;
-    const uint8_t* const w = stage.values[first_row() + 8 * (matrix % 2) + row] + 16 * piece_of_w;
-    const uint8_t* const x = stage.x[first_x_row() + row] + 16 * piece_of_x;
+  static __device__ __forceinline__ void multiply_chunk(const Stage& stage, const Operands& operands,
+                                                        const uint32_t (&codes)[T::kFragments], Sums& sums) {
+    const uint8_t* const values = stage.values[0] + (operands.values ^ kChunk * kValueRow / 2);
+    const uint8_t* const x = stage.x[0] + (operands.x ^ kChunk * kXRow / 2);
     uint32_t a[T::kFragments][4];
 #pragma unroll
-    for (int i = 0; i < T::kFragments; ++i) ptx::load_matrix_x4(a[i], w + 16 * i * sizeof(stage.values[0]));
+    for (int i = 0; i < T::kFragments; ++i) ptx::load_matrix_x4(a[i], values + 16 * i * kValueRow);
 #pragma unroll
     for (int tile = 0; tile < T::kTiles; ++tile) {
       uint32_t b[4];
-      ptx::load_matrix_x4(b, x + 8 * tile * sizeof(stage.x[0]));
+      ptx::load_matrix_x4(b, x + 8 * tile * kXRow);
 #pragma unroll
       for (int i = 0; i < T::kFragments; ++i) {
         Element<kDtype>::template multiply_sparse<kChunk>(sums[i * T::kTiles + tile], a[i], b, codes[i]);
@@ -114,6 +124,7 @@ struct Multiply {
     const bool dealt = !p.params.has_blocks();
     const int begin = dealt ? static_cast<int>(s.begin) : 0, end = dealt && s.end < stages ? static_cast<int>(s.end) : stages;
     Copier<T> copier(p, tile, line, begin);
+    const Operands operands;
     uint32_t wrong[T::kFragments] = {};
     int slot = 1;  // of the stage that is multiplied, once the first ones are on their way
     for (int stage = begin - (kStages - 1); stage < end; ++stage) {
@@ -123,12 +134,12 @@ struct Multiply {
       const bool more = stage + kStages - 1 < end;
       uint32_t codes[T::kFragments];
       if (stage >= begin) {
-        read_codes(shared.stages[slot], lane() % 4 < pieces - 4 * stage, codes, wrong);
-        multiply_chunk<0>(shared.stages[slot], codes, sums);
+        read_codes(shared.stages[slot].metadata[0] + operands.metadata, lane() % 4 < pieces - 4 * stage, codes, wrong);
+        multiply_chunk<0>(shared.stages[slot], operands, codes, sums);
       }
       if (more) copier.copy(next);
       ptx::copy_async_commit();
-      if (stage >= begin) multiply_chunk<1>(shared.stages[slot], codes, sums);
+      if (stage >= begin) multiply_chunk<1>(shared.stages[slot], operands, codes, sums);
       if (more) copier.keep(next);
       slot = slot + 1 == kStages ? 0 : slot + 1;
     }

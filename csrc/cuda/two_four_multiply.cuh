@@ -23,6 +23,8 @@ constexpr int kStages = 3;  // two are on their way while one is multiplied
 constexpr int kChunkColumns = 32;
 constexpr int kPieceColumns = 16;  // whose codes a lane brings
 constexpr int kValueBytes = 8;     // for a byte of metadata
+constexpr int kMetadataRow = 2 * kChunkColumns / 8, kValueRow = kMetadataRow * kValueBytes,
+              kXRow = 2 * kChunkColumns * 2;  // of a stage, bytes
 
 // ---------------------------------------------------------------------------------------------------------------- metadata
 
@@ -94,9 +96,9 @@ struct Tiling {
   static constexpr int kYStride = kRows + 8;           // of y's rows in shared memory, elements: keeps stores in different banks
 
   struct Stage {
-    uint8_t values[kRows][64];
-    uint8_t x[kXRows][128];
-    uint8_t metadata[kRows][8];
+    uint8_t values[kRows][kValueRow];
+    uint8_t x[kXRows][kXRow];
+    uint8_t metadata[kRows][kMetadataRow];
   };
   struct Shared {
     Stage stages[kStages];
@@ -190,7 +192,7 @@ struct Copier {
     uint8_t* const dst = stage.x[row_of_x()] + ((4 * chunk() + quarter()) ^ row_of_x() % 8) * 16;
 #pragma unroll
     for (int i = 0; i < T::kXRows; i += kRowsOfX) {
-      if (row_of_x() + i < x_rows) ptx::copy_async_16(dst + i * sizeof(stage.x[0]), src, bytes);
+      if (row_of_x() + i < x_rows) ptx::copy_async_16(dst + i * kXRow, src, bytes);
       src += 2 * kRowsOfX * p.params.cols;
     }
   }
@@ -202,7 +204,7 @@ struct Copier {
     uint8_t* const dst = stage.values[row_of_w()] + ((2 * chunk() + half()) ^ row_of_w() / 2 % 4) * 16;
 #pragma unroll
     for (int i = 0; i < T::kRows; i += kRowsOfW) {
-      if (row_of_w() + i < rows) ptx::copy_async_16(dst + i * sizeof(stage.values[0]), src, bytes);
+      if (row_of_w() + i < rows) ptx::copy_async_16(dst + i * kValueRow, src, bytes);
       src += kRowsOfW * kValueBytes * p.row_bytes;
     }
   }

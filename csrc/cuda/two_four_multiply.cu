@@ -21,6 +21,19 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------------- the product
 
+// What a stage of a tile of 256 x 128 costs on an H100, in cycles of a multiprocessor; dense, wgmma takes 1024 at its peak. Counted in the
+// SASS for sm_90a. Not timed.
+//
+//   second cache        1450    34 KB, if each multiprocessor gets 24 bytes a cycle (5.5 TB/s)
+//   tensor cores  830 - 1160    512 mma.sp; mma.sync reaches 62% of wgmma's peak, and mma.sp between 1.4 and 2 times mma.sync's rate
+//   shared memory       1100    ldmatrix 770, metadata 60, copying 270
+//   instructions        1020    512 of each of 8 warps; 64 of them are mma.sp
+//
+// So at best this is about as fast as the dense product of cuBLAS, which has wgmma and copies to several multiprocessors at once; on sm_80,
+// where cuBLAS has mma.sync, it is bound by the same things, and dense takes 2048 cycles.
+//
+// T       the tiling
+// kDtype  of x, W and y
 template <class T, LinearDtype kDtype>
 struct Multiply {
   static constexpr int kFours = T::kFragments * T::kTiles;
@@ -103,7 +116,7 @@ struct Multiply {
   }
 
   // The blocks of a tile's line, none if it is faulty. All threads call it, each proves some.
-  static __device__ __forceinline__ BlockLine prove_line(const Product& p, int64_t index) {
+  static __device__ __forceinline__ BlockLine prove_line(const TwoFourProduct& p, int64_t index) {
     if (!p.params.has_blocks()) return BlockLine(0, 1);
     BlockLine line(p.params.index, index);
 #pragma unroll 1
@@ -116,8 +129,8 @@ struct Multiply {
   }
 
   // The sums of a segment.
-  static __device__ __forceinline__ void multiply_segment(const Product& p, const Segment& s, Sums& sums) {
-    const Tile tile = T::tile_of(p, s.tile);
+  static __device__ __forceinline__ void multiply_segment(const TwoFourProduct& p, const Segment& s, Sums& sums) {
+    const TwoFourTile tile = T::tile_of(p, s.tile);
     typename T::Shared& shared = *ptx::dynamic_shared<typename T::Shared>();
     const BlockLine line = prove_line(p, tile.line);
     const int pieces = static_cast<int>(line.end - line.begin) * p.pieces, stages = (pieces + 3) / 4;
@@ -148,7 +161,7 @@ struct Multiply {
   }
 
   // Adds the bias, rounds, turns the tile and stores it.
-  static __device__ __forceinline__ void store(const Product& p, const Tile& tile, const Sums& sums) {
+  static __device__ __forceinline__ void store(const TwoFourProduct& p, const TwoFourTile& tile, const Sums& sums) {
     const TwoFourParams& params = p.params;
     uint16_t* const turned = ptx::dynamic_shared<uint16_t>();  // [kXRows][kYStride]
     const int64_t row_of_w = tile.row_of_w(p), left = params.rows - row_of_w;
@@ -181,7 +194,7 @@ struct Multiply {
   }
 
   // All segments of a threadblock.
-  static __device__ __forceinline__ void run(const Product& p) {
+  static __device__ __forceinline__ void run(const TwoFourProduct& p) {
     const int64_t last = p.deal.begin(blockIdx.x + 1);
     for (int64_t unit = p.deal.begin(blockIdx.x); unit < last;) {
       Sums sums = {};
@@ -197,7 +210,7 @@ template <class T>
 constexpr int kBlocksPerMultiprocessor = T::kFragments * T::kTiles > 16 ? 1 : 2;  // whose sums fit in registers
 
 template <class T, LinearDtype kDtype>
-__global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>) void multiply(const Product p) {
+__global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>) void multiply(const TwoFourProduct p) {
   Multiply<T, kDtype>::run(p);
 }
 
@@ -208,8 +221,8 @@ struct Kernels {
   int rows, x_rows;
   int64_t shared_bytes;
   int blocks_per_multiprocessor;
-  void (*bfloat16)(Product);
-  void (*float16)(Product);
+  void (*bfloat16)(TwoFourProduct);
+  void (*float16)(TwoFourProduct);
 };
 
 template <int kRows, int kXRows>
@@ -279,7 +292,7 @@ bool is_empty(const TwoFourParams& params) { return params.m == 0 || params.rows
 bool is_suitable(const TwoFourParams& params) {
   constexpr int64_t kMost = int64_t{1} << 30;
   const auto at = [](const void* array) { return reinterpret_cast<uintptr_t>(array) % 16; };
-  const bool sizes = params.has_blocks() ? params.block_cols % kChunkColumns == 0 && params.block_rows % 16 == 0 &&
+  const bool sizes = params.has_blocks() ? params.block_cols > 0 && params.block_cols % kChunkColumns == 0 && params.block_rows % 16 == 0 &&
                                                params.block_cols < kMost && params.block_rows < kMost / params.block_cols
                                          : params.cols % kPieceColumns == 0;
   return sizes && params.cols < kMost && params.cols % 8 == 0 && at(params.x) == 0 && at(params.values) == 0;
@@ -299,7 +312,7 @@ cudaError_t two_four_multiply(const TwoFourParams& params, const Device& device,
   if (!is_suitable(params)) return cudaErrorInvalidValue;
   const Plan plan = cuda::plan(params, device);
   uint8_t* const scratch = static_cast<uint8_t*>(workspace);
-  Product product = {};
+  TwoFourProduct product = {};
   product.params = params;
   product.cols = static_cast<int>(params.cols);
   product.block_cols = static_cast<int>(params.block_cols);

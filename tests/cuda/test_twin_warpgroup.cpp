@@ -169,8 +169,10 @@ void test_errors() {
       });
     }
   });
-  check_dies("not aligned to 128",
-             [&] { run_wrong([&](Shared& shared, int) { ptx::copy_box(shared.a + 64, &source.map, 0, 0, &shared.barrier); }); });
+  check_dies("not aligned to 128", [] {
+    Mapped source(64, 64, 64);
+    run_wrong([&](Shared& shared, int) { ptx::copy_box(shared.a + 64, &source.map, 0, 0, &shared.barrier); });
+  });
   check_dies("no wgmma.fence", [&] {
     run_wrong([&](Shared& shared, int) {
       float d[64] = {};

@@ -1,5 +1,6 @@
-// One instruction per function; nothing else contains inline PTX. Sources include this file as <ptx.cuh>, by the include path, so that
-// tests/cuda/twin can put functions that do the same on a CPU in its place. Semantics: PTX ISA, sections named beside each.
+// One instruction per function; nothing else contains inline PTX, but for what sm_90a alone has (ptx_warpgroup.cuh). Sources include this
+// file as <ptx.cuh>, by the include path, so that tests/cuda/twin can put functions that do the same on a CPU in its place. Semantics: PTX
+// ISA, sections named beside each.
 #pragma once
 
 #include <cstdint>

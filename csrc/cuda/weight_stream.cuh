@@ -28,7 +28,6 @@ constexpr int kTileRows = 32;  // of W
 constexpr int kLaneRows = 4;   // of these
 constexpr int kStepPieces = 4;
 constexpr int kPieceBytes = 16;
-constexpr int kStages = 3;               // steps of a warp that are in shared memory
 constexpr int64_t kMostStreamRows = 16;  // of x
 constexpr int64_t kFlagBytes = 16;       // of the workspace, before the sums
 
@@ -271,8 +270,14 @@ struct Part {
   Tile tile;
 };
 
+// Where sums take many registers, half of the warps copy twice as far ahead.
+template <class Weight, int kRows>
+constexpr int kMostWarps = Weight::kDtype == kFloat32 && kRows >= 4 ? 8 : 16;
+
 template <class Weight, int kRows>
 struct alignas(16) WarpMemory {
+  static constexpr int kStages = kMostWarps<Weight, kRows> == 16 ? 3 : 5;
+
   Stage<Weight, kRows> stages[kStages];
   Part<kRows> parts[2];  // of the tile that the warp has not begun, and of the one that it does not end
 };
@@ -459,6 +464,7 @@ __device__ __forceinline__ void finish(const Stream& p, const Tile& tile, int64_
 // A warp's share: tiles that it does alone are written to y, the sums of others to its parts -> bit i: part i has some.
 template <class Weight, int kRows>
 __device__ __forceinline__ uint32_t stream_share(const Stream& p, bool in_order, int64_t share, int lane, WarpMemory<Weight, kRows>& own) {
+  constexpr int kStages = WarpMemory<Weight, kRows>::kStages;
   const auto turn = [](int& stage) { stage = stage == kStages - 1 ? 0 : stage + 1; };
   Walk here(p, in_order, share);
   Reader<Weight, kRows> reader(p, here, lane);
@@ -525,10 +531,6 @@ __device__ __forceinline__ bool is_in_order(const Stream& p) {
   for (int64_t line = threadIdx.x; line < p.index.lines; line += blockDim.x) sound &= line_of(p, line).sound;
   return __syncthreads_and(sound) != 0;
 }
-
-// Half as many where the sums need the registers.
-template <class Weight, int kRows>
-constexpr int kMostWarps = sizeof(typename Arithmetic<Weight::kDtype, kRows>::Sums) > 128 ? 8 : 16;
 
 template <class Weight, int kRows>
 __global__ __launch_bounds__(kMostWarps<Weight, kRows>* kLanes, 1) void stream(const __grid_constant__ Stream p) {

@@ -110,6 +110,13 @@ __device__ inline Tile tile_with(const Stream& p, int64_t piece) {
   return tile_of(p, line, strip, blocks, true);
 }
 
+// What a warp does of a tile.
+struct Span {
+  Tile tile;
+  int64_t begin, end;  // pieces
+  bool begins, whole;  // the tile: none of it, or nothing but it, is done by another warp
+};
+
 // A warp's way through its share, tile by tile.
 struct Walk {
   const Stream& p;
@@ -117,11 +124,11 @@ struct Walk {
   int64_t last;    // in order: where the share ends
   int64_t number;  // otherwise that of the tile
   Tile tile;
-  int64_t at, end;  // pieces of the tile that are left
+  int64_t begin, at, end;  // the warp's pieces of the tile; those from `at` on are left
 
   // `warp`: of all warps, that are to take whole tiles by turns.
   __device__ __forceinline__ Walk(const Stream& params, bool ordered, const Share& share, int64_t warp)
-      : p(params), in_order(ordered), last(share.end), number(warp), tile{}, at(0), end(0) {
+      : p(params), in_order(ordered), last(share.end), number(warp), tile{}, begin(0), at(0), end(0) {
     if (!in_order) {
       number -= p.deal.blocks * p.warps;
       advance();
@@ -131,6 +138,7 @@ struct Walk {
   }
 
   __device__ __forceinline__ bool more() const { return at < end; }
+  __device__ __forceinline__ Span span() const { return {tile, begin, end, begin == tile.begin, begin == tile.begin && end == tile.end}; }
 
   // To the next tile that has pieces, if there is one.
   __device__ __forceinline__ void advance() {
@@ -144,7 +152,7 @@ struct Walk {
       if (number >= p.index.lines * p.strips) return;
       const int64_t line = number / p.strips;
       tile = tile_of(p, line, number % p.strips, line_of(p, line), false);
-      at = tile.begin;
+      begin = at = tile.begin;
       end = tile.end;
     }
   }
@@ -152,7 +160,7 @@ struct Walk {
  private:
   __device__ __forceinline__ void enter(int64_t piece) {
     tile = tile_with(p, piece);
-    at = piece;
+    begin = at = piece;
     end = min(tile.end, last);
   }
 };
@@ -267,6 +275,8 @@ struct Stage {
   int16_t left[kLanes];               // columns that W has of the piece, up to Weight::kColumns
   uint16_t faulty[kLanes];            // bit j: row j of the lane
   typename Weight::Mask masks[kLaneRows][kLanes];
+  bool ends;  // the warp's part of a tile, this one
+  Span span;
 };
 
 // The sums of a tile that a warp has not done alone.
@@ -274,6 +284,7 @@ template <int kRows>
 struct Part {
   float sums[kRows][kTileRows];
   Tile tile;
+  bool kept;  // whether there is such a tile
 };
 
 // Where sums take many registers, half of the warps copy twice as far ahead.
@@ -286,7 +297,6 @@ struct alignas(16) WarpMemory {
 
   Stage<Weight, kRows> stages[kStages];
   Part<kRows> parts[2];  // of the tile that the warp has not begun, and of the one that it does not end
-  bool kept[2];          // whether there are such
 };
 
 // ---------------------------------------------------------------------------------------------------------------- copying
@@ -363,6 +373,10 @@ struct Reader {
     for (int j = 0; j < kLaneRows; ++j) {
       if (there && j < rows && !Weight::is_sound(request.masks[j], p.block_cols - inside)) faulty |= 1u << j;
       stage.masks[j][lane] = request.masks[j];
+    }
+    if (lane == 0) {
+      stage.ends = walk.at + kStepPieces >= walk.end;
+      stage.span = walk.span();
     }
     stage.left[lane] = static_cast<int16_t>(left);
     stage.faulty[lane] = static_cast<uint16_t>(faulty);
@@ -450,64 +464,64 @@ __device__ __forceinline__ void write(const Stream& p, const Tile& tile, int til
 
 // ---------------------------------------------------------------------------------------------------------------- the kernels
 
-// What a warp has of a tile: its sums go to `part` and, if they are the whole tile's, to y.
+// What a warp has of a tile: its sums go to a part and, if the warp has done the whole tile, to y.
 template <class Weight, int kRows>
-__device__ __forceinline__ void finish(const Stream& p, const Tile& tile, int64_t from, int64_t end, bool whole, uint32_t faulty,
-                                       const typename Arithmetic<Weight::kDtype, kRows>::Sums& sums, int lane, Part<kRows>& part) {
+__device__ __forceinline__ void finish(const Stream& p, const Span& span, uint32_t faulty,
+                                       const typename Arithmetic<Weight::kDtype, kRows>::Sums& sums, int lane,
+                                       WarpMemory<Weight, kRows>& own) {
   faulty |= __shfl_xor_sync(kAllLanes, faulty, 1);
   faulty |= __shfl_xor_sync(kAllLanes, faulty, 2);
+  Part<kRows>& part = own.parts[span.begins ? 1 : 0];
   Arithmetic<Weight::kDtype, kRows>::deliver(sums, lane, [&](float sum, int i, int j) { part.sums[i][lane / 4 + 8 * j] = sum; });
-  part.tile = tile;
   const bool is_faulty = (__shfl_sync(kAllLanes, faulty, 4 * (lane % 8)) >> (lane / 8) & 1) != 0;
   __syncwarp();
   for (int i = 0; i < p.m; ++i) {
     float& sum = part.sums[i][lane];
-    sum = is_faulty ? not_a_number() : Weight::settle(p, tile, from, end, lane, i, sum);
-    if (whole) write<Weight::kDtype>(p, tile, lane, i, sum);
+    sum = is_faulty ? not_a_number() : Weight::settle(p, span, lane, i, sum);
+    if (span.whole) write<Weight::kDtype>(p, span.tile, lane, i, sum);
+  }
+  if (lane == 0) {
+    part.tile = span.tile;
+    part.kept = !span.whole;
   }
 }
 
 // The tiles of a warp: those that it does alone are written to y, the sums of others to its parts.
 template <class Weight, int kRows>
-__device__ __forceinline__ void stream_tiles(const Stream& p, Walk here, int lane, WarpMemory<Weight, kRows>& own) {
+__device__ __forceinline__ void stream_tiles(const Stream& p, const Walk& walk, int lane, WarpMemory<Weight, kRows>& own) {
   constexpr int kStages = WarpMemory<Weight, kRows>::kStages;
   const auto turn = [](int& stage) { stage = stage == kStages - 1 ? 0 : stage + 1; };
-  Reader<Weight, kRows> reader(p, here, lane);
+  if (lane == 0) own.parts[0].kept = own.parts[1].kept = false;
+  Reader<Weight, kRows> reader(p, walk, lane);
   Request<Weight> request = reader.request();
   typename Arithmetic<Weight::kDtype, kRows>::Sums sums{};
-  const int64_t begin = here.at;
-  int64_t from = here.at;  // where the share of the tile begins
   uint32_t faulty = 0;
-  bool kept[2] = {};
   int filled = 0, used = 0;  // stages
-  for (int ahead = 1; here.more(); ++ahead) {
+  int pending = 0;           // steps between them
+  for (int ahead = 1;; ++ahead) {
     if (reader.walk.more()) {
       reader.copy(request, own.stages[filled]);
       turn(filled);
+      ++pending;
       reader.advance();
       request = reader.request();
     }
     ptx::copy_async_commit();
     if (ahead < kStages) continue;
+    if (pending-- == 0) break;
     ptx::copy_async_wait<kStages - 1>();
     __syncwarp();
-    multiply_step<Weight, kRows>(own.stages[used], lane, sums);
-    faulty |= own.stages[used].faulty[lane];
-    turn(used);
-    here.at += kStepPieces;
-    if (!here.more()) {
-      const bool begins = !here.in_order || here.tile.begin >= begin, whole = begins && (!here.in_order || here.tile.end <= here.last);
-      finish<Weight, kRows>(p, here.tile, from, here.end, whole, faulty, sums, lane, own.parts[begins ? 1 : 0]);
-      if (!whole) (begins ? kept[1] : kept[0]) = true;
+    const Stage<Weight, kRows>& stage = own.stages[used];
+    multiply_step<Weight, kRows>(stage, lane, sums);
+    faulty |= stage.faulty[lane];
+    if (stage.ends) {
+      finish<Weight, kRows>(p, stage.span, faulty, sums, lane, own);
       sums = {};
       faulty = 0;
-      here.advance();
-      from = here.at;
     }
+    turn(used);
     __syncwarp();  // before the stage is filled again
   }
-  own.kept[0] = kept[0];
-  own.kept[1] = kept[1];
 }
 
 // The sum with row i of x of a tile that warps of the threadblock share, `warp` being the first of these: its part, then those of the next.
@@ -547,7 +561,7 @@ __global__ __launch_bounds__(kMostWarps<Weight, kRows>* kLanes, 1) void stream(c
   for (int at = warp; at < 2 * p.warps * p.m; at += p.warps) {
     const int first = at / (2 * p.m), which = at / p.m % 2;
     const bool begins = which == 1 || first == 0;  // the tile, as far as the threadblock is concerned
-    if (begins && warps[first].kept[which]) add_parts(p, warps, share, first, warps[first].parts[which], at % p.m, lane);
+    if (begins && warps[first].parts[which].kept) add_parts(p, warps, share, first, warps[first].parts[which], at % p.m, lane);
   }
 }
 

@@ -37,7 +37,7 @@ struct BlockWeight {
     quads[0] = {__uint_as_float(piece.x), __uint_as_float(piece.y), __uint_as_float(piece.z), __uint_as_float(piece.w)};
   }
 
-  static __device__ __forceinline__ float settle(const Stream&, const Tile&, int64_t, int64_t, int, int, float sum) { return sum; }
+  static __device__ __forceinline__ float settle(const Stream&, const Span&, int, int, float sum) { return sum; }
 };
 
 }  // namespace

@@ -252,18 +252,6 @@ int side_of(const BlockSampleParams& p) {
   return side;
 }
 
-int64_t width_of(LinearDtype dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-// Whether these are what the kernels can do.
-bool is_for_tensor_cores(const BlockSampleParams& p) {
-  const auto aligned = [&](const void* pointer, int64_t columns) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && columns * width_of(p.dtype) % 16 == 0;
-  };
-  const bool dtype = p.dtype == kBfloat16 || p.dtype == kFloat16 || (p.dtype == kFloat32 && p.tf32);
-  const bool sides = p.block_rows > 0 && p.block_cols > 0 && p.block_rows % 16 == 0 && p.block_cols % 16 == 0;
-  return dtype && sides && aligned(p.g, p.rows) && aligned(p.x, p.cols) && aligned(p.values, 0);
-}
-
 struct Plan {
   int side;
   Deal deal;
@@ -310,14 +298,23 @@ cudaError_t launch(const Sampling& sampling, int side, cudaStream_t stream) {
 
 }  // namespace
 
+bool block_sample_takes(const BlockSampleParams& p, const Device&) {
+  const auto aligned = [&](const void* pointer, int64_t columns) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && columns * width_of(p.dtype) % 16 == 0;
+  };
+  const bool dtype = p.dtype == kBfloat16 || p.dtype == kFloat16 || (p.dtype == kFloat32 && p.tf32);
+  const bool sides = p.block_rows > 0 && p.block_cols > 0 && p.block_rows % 16 == 0 && p.block_cols % 16 == 0;
+  return dtype && sides && aligned(p.g, p.rows) && aligned(p.x, p.cols) && aligned(p.values, 0);
+}
+
 int64_t block_sample_workspace_bytes(const BlockSampleParams& params, const Device& device) {
-  if (!is_for_tensor_cores(params) || params.index.blocks == 0) return 0;
+  if (!block_sample_takes(params, device) || params.index.blocks == 0) return 0;
   const Plan p = plan(params, device);
   return p.arrived_bytes + p.partials_bytes;
 }
 
 cudaError_t block_sample(const BlockSampleParams& params, const Device& device, void* workspace, cudaStream_t stream) {
-  if (!is_for_tensor_cores(params)) return cudaErrorInvalidValue;
+  if (!block_sample_takes(params, device)) return cudaErrorInvalidValue;
   if (params.index.blocks == 0) return cudaSuccess;
   const Plan plan = cuda::plan(params, device);
   const int64_t down = params.block_rows / plan.side, across = params.block_cols / plan.side;

@@ -288,8 +288,11 @@ Plan plan(const TwoFourParams& params, const Device& device) {
 
 bool is_empty(const TwoFourParams& params) { return params.m == 0 || params.rows == 0; }
 
-// Whether the kernels can read what they are given 16 bytes at a time, and count it as they do.
-bool is_suitable(const TwoFourParams& params) {
+}  // namespace
+
+// What the kernels can read 16 bytes at a time, and count as they do.
+bool two_four_multiply_takes(const TwoFourParams& params, const Device&) {
+  if ((params.dtype != kBfloat16 && params.dtype != kFloat16) || params.index.order != nullptr) return false;
   constexpr int64_t kMost = int64_t{1} << 30;
   const auto at = [](const void* array) { return reinterpret_cast<uintptr_t>(array) % 16; };
   const bool sizes = params.has_blocks() ? params.block_cols > 0 && params.block_cols % kChunkColumns == 0 && params.block_rows % 16 == 0 &&
@@ -298,8 +301,6 @@ bool is_suitable(const TwoFourParams& params) {
   return sizes && params.cols < kMost && params.cols % 8 == 0 && at(params.x) == 0 && at(params.values) == 0;
 }
 
-}  // namespace
-
 int64_t two_four_multiply_workspace_bytes(const TwoFourParams& params, const Device& device) {
   if (is_empty(params)) return 0;
   const Plan p = plan(params, device);
@@ -307,9 +308,8 @@ int64_t two_four_multiply_workspace_bytes(const TwoFourParams& params, const Dev
 }
 
 cudaError_t two_four_multiply(const TwoFourParams& params, const Device& device, void* workspace, cudaStream_t stream) {
-  if ((params.dtype != kBfloat16 && params.dtype != kFloat16) || params.index.order != nullptr) return cudaErrorInvalidValue;
+  if (!two_four_multiply_takes(params, device)) return cudaErrorInvalidValue;
   if (is_empty(params)) return cudaSuccess;
-  if (!is_suitable(params)) return cudaErrorInvalidValue;
   const Plan plan = cuda::plan(params, device);
   uint8_t* const scratch = static_cast<uint8_t*>(workspace);
   TwoFourProduct product = {};

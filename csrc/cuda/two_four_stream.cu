@@ -109,13 +109,15 @@ struct TwoFourWeight {
 
 }  // namespace
 
+bool two_four_stream_takes(const TwoFourParams& params, const Device&) { return params.dtype != kFloat64 && params.m <= kMostStreamRows; }
+
 int64_t two_four_stream_workspace_bytes(const TwoFourParams& params, const Device& device) {
   return streaming::stream_workspace_bytes(params.m, device);
 }
 
 cudaError_t two_four_stream(const TwoFourParams& params, const Device& device, void* workspace, cudaStream_t stream_of_work) {
-  if (params.dtype == kFloat64 || params.m > kMostStreamRows) return cudaErrorInvalidValue;
-  const int64_t width = params.dtype == kFloat32 ? 4 : 2;
+  if (!two_four_stream_takes(params, device)) return cudaErrorInvalidValue;
+  const int64_t width = width_of(params.dtype);
   const uintptr_t x = reinterpret_cast<uintptr_t>(params.x), values = reinterpret_cast<uintptr_t>(params.values);
   Stream p{};
   p.index = params.has_blocks() ? params.index : BlockIndex{nullptr, nullptr, nullptr, 1, 1, 1};

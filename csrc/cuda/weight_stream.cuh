@@ -233,7 +233,7 @@ struct Reader {
     }
     if (lane == 0) {
       stage.ends = walk.at + kStepPieces >= walk.end;
-      stage.span = walk.span();
+      if (stage.ends) stage.span = walk.span();
     }
     stage.left[lane] = static_cast<int16_t>(left);
     stage.faulty[lane] = static_cast<uint16_t>(faulty);

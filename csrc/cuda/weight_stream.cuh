@@ -205,21 +205,13 @@ struct Reader {
       request.place = place_of(p.index, block);
       if (!is_place(p.index, request.place)) request.place = -1;
     }
-    const uint8_t* mask = p.metadata + first_row(request) * p.row_mask_bytes + piece * Weight::kMaskBytes;
-#pragma unroll
-    for (int j = 0; j < kLaneRows; ++j) {
-      if (request.place >= 0 && j < rows) request.masks[j] = Weight::load(p, mask + 8 * j * p.row_mask_bytes, piece);
-    }
+    if (request.place >= 0) aligned() ? load_masks(request, true) : load_masks(request, false);
     return request;
   }
 
   __device__ __forceinline__ void copy(const Request<Weight>& request, Stage<Weight, kRows>& stage) const {
     const bool there = any() && request.place >= 0;
-    const uint8_t* values = p.values + first_row(request) * p.row_bytes + piece * kPieceBytes;
-#pragma unroll
-    for (int j = 0; j < kLaneRows; ++j) {
-      if (there && j < rows) Weight::copy(p, values + 8 * j * p.row_bytes, piece, stage.values[j][lane]);
-    }
+    if (there) aligned() ? copy_values(request, stage, true) : copy_values(request, stage, false);
     const bool placed = there && request.position > request.before && request.position < limit();
     const int64_t inside = piece * Weight::kColumns, column = placed ? request.position * p.block_cols + inside : 0;
     const int64_t columns = placed ? min(p.cols - column, p.block_cols - inside) : 0;
@@ -240,6 +232,26 @@ struct Reader {
   }
 
  private:
+  __device__ __forceinline__ bool aligned() const { return Weight::kMaskBytes == 0 || p.w_aligned; }
+
+  __device__ __forceinline__ void load_masks(Request<Weight>& request, bool aligned) const {
+    const uint8_t* source = p.metadata + first_row(request) * p.row_mask_bytes + piece * Weight::kMaskBytes;
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) {
+      if (j < rows) request.masks[j] = Weight::load(p, source, piece, aligned);
+      source += 8 * p.row_mask_bytes;
+    }
+  }
+
+  __device__ __forceinline__ void copy_values(const Request<Weight>& request, Stage<Weight, kRows>& stage, bool aligned) const {
+    const uint8_t* source = p.values + first_row(request) * p.row_bytes + piece * kPieceBytes;
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) {
+      if (j < rows) Weight::copy(p, source, piece, stage.values[j][lane], aligned);
+      source += 8 * p.row_bytes;
+    }
+  }
+
   // The lane's first one, of the rows of all blocks.
   __device__ __forceinline__ int64_t first_row(const Request<Weight>& request) const {
     return request.place * p.block_rows + walk.tile.strip * kTileRows + lane / 4;

@@ -57,7 +57,7 @@ struct TwoFourWeight {
   // what becomes a column: 0x10 is the group's first value, 0x32 the second one, 0x44 zero.
   static __device__ __forceinline__ void expand(const uint4& piece, Mask mask, uint2 (&quads)[4]) {
     const uint32_t values[4] = {piece.x, piece.y, piece.z, piece.w}, groups = mask & 0x7777;
-    // groups of masks:                               3   a   9   -  and  -   6   5   c
+    // The bytes are for the masks - 1001 1010 0011 and 1100 0101 0110 -, from the lowest one up.
     const uint32_t column0 = ptx::permute(0x10441044, 0x44441044, groups);
     const uint32_t column1 = ptx::permute(0x32104444, 0x44104444, groups);
     const uint32_t column2 = ptx::permute(0x44444444, 0x44323210, groups);

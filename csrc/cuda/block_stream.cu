@@ -22,10 +22,10 @@ struct BlockWeight {
 
   struct Mask {};
 
-  static __device__ __forceinline__ Mask load(const Stream&, const uint8_t*, int64_t) { return {}; }
+  static __device__ __forceinline__ Mask load(const Stream&, const uint8_t*, int64_t, bool) { return {}; }
   static __device__ __forceinline__ bool is_sound(Mask, int64_t) { return true; }
 
-  static __device__ __forceinline__ void copy(const Stream&, const uint8_t* source, int64_t, uint4& target) {
+  static __device__ __forceinline__ void copy(const Stream&, const uint8_t* source, int64_t, uint4& target, bool) {
     ptx::copy_async_16(&target, source);
   }
 

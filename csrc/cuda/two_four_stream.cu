@@ -27,9 +27,9 @@ struct TwoFourWeight {
 
   using Mask = uint16_t;  // bit c: column c of the piece is stored
 
-  static __device__ __forceinline__ Mask load(const Stream& p, const uint8_t* source, int64_t piece) {
+  static __device__ __forceinline__ Mask load(const Stream& p, const uint8_t* source, int64_t piece, bool aligned) {
     if (kMaskBytes == 1) return *source;
-    if (p.w_aligned) return *reinterpret_cast<const uint16_t*>(source);
+    if (aligned) return *reinterpret_cast<const uint16_t*>(source);
     const bool second = piece * kMaskBytes + 1 < p.row_mask_bytes;
     return static_cast<Mask>(second ? source[0] | source[1] << 8 : source[0]);
   }
@@ -41,8 +41,8 @@ struct TwoFourWeight {
     return fours == (columns >= kColumns ? all : all & ((1u << columns) - 1));
   }
 
-  static __device__ __forceinline__ void copy(const Stream& p, const uint8_t* source, int64_t piece, uint4& target) {
-    if (p.w_aligned) {
+  static __device__ __forceinline__ void copy(const Stream& p, const uint8_t* source, int64_t piece, uint4& target, bool aligned) {
+    if (aligned) {
       ptx::copy_async_16(&target, source);
     } else {
       const int64_t left = (p.row_bytes - piece * kPieceBytes) / kWidth;
@@ -57,7 +57,7 @@ struct TwoFourWeight {
   // what becomes a column: 0x10 is the group's first value, 0x32 the second one, 0x44 zero.
   static __device__ __forceinline__ void expand(const uint4& piece, Mask mask, uint2 (&quads)[4]) {
     const uint32_t values[4] = {piece.x, piece.y, piece.z, piece.w}, groups = mask & 0x7777;
-    // groups of masks:                               3   a   9   -  and  -   6   5   c
+    // The bytes are for the masks - 1001 1010 0011 and 1100 0101 0110 -, from the lowest one up.
     const uint32_t column0 = ptx::permute(0x10441044, 0x44441044, groups);
     const uint32_t column1 = ptx::permute(0x32104444, 0x44104444, groups);
     const uint32_t column2 = ptx::permute(0x44444444, 0x44323210, groups);
@@ -95,7 +95,7 @@ struct TwoFourWeight {
       const int64_t column = (whole ? 0 : p.index.positions[block]) * p.block_cols + piece * kColumns;
       const int64_t in_values = (whole ? 0 : place_of(p.index, block)) * p.block_rows + row;
       const uint8_t* source = p.values + in_values * p.row_bytes + piece * kPieceBytes;
-      uint32_t bits = load(p, p.metadata + in_values * p.row_mask_bytes + piece * kMaskBytes, piece);
+      uint32_t bits = load(p, p.metadata + in_values * p.row_mask_bytes + piece * kMaskBytes, piece, p.w_aligned);
 #pragma unroll 1
       for (int64_t c = column; bits != 0; ++c, bits >>= 1) {
         if ((bits & 1) == 0) continue;

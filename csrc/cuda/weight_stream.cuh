@@ -1,14 +1,9 @@
-// y = x W^T + bias for few rows of x, W being kept blocks of any kind: W's values are one stream of bytes, dealt to all warps equally.
+// y = x W^T + bias for few rows of x, W being kept blocks of any kind: bound by the bytes of W.
 //
-//   piece   16 bytes of the values of a row of a block
-//   tile    32 rows of a line of blocks, all pieces of each: lane 4g + t has the rows g, g + 8, g + 16 and g + 24
-//   step    4 pieces of each of these rows, one for each t: what a warp copies to shared memory, and multiplies, at a time
-//
-//   tiles   |--------|--------|--|--|--------------|    the sums of a tile that several warps share are added by the first of them in the
-//   warps   0     1     2     3     4     5     6       threadblock, those of several threadblocks by `join`, always in this order
-//
-// A warp copies ahead by stages of its own and waits for no other until it has done its share, however many tiles that is. If the lines'
-// starts are out of order then pieces cannot be counted through all tiles, and the warps take whole tiles by turns.
+// A warp takes its share of the tiles (stream_tiles.cuh) a step at a time: lane 4g + t has piece t of the rows g, g + 8, g + 16 and g + 24.
+// It copies ahead by stages of its own in shared memory, on into the next tile, and waits for no other warp until its share is done. Sums
+// of a tile that several warps of a threadblock share are then added in the order of the warps, those of several threadblocks by `join`,
+// in theirs: they depend on the sizes and on the index alone.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,154 +11,16 @@
 #include <cstdint>
 #include <ptx.cuh>
 
-#include "block_lines.cuh"
-#include "deal.cuh"
 #include "elements.cuh"
 #include "kernels.h"
+#include "stream_tiles.cuh"
 
 namespace bitmask::cuda::streaming {
 
 constexpr int kLanes = 32;
 constexpr unsigned int kAllLanes = 0xffffffff;
-constexpr int kTileRows = 32;  // of W
-constexpr int kLaneRows = 4;   // of these
-constexpr int kStepPieces = 4;
-constexpr int kPieceBytes = 16;
 constexpr int64_t kMostStreamRows = 16;  // of x
 constexpr int64_t kFlagBytes = 16;       // of the workspace, before the sums
-
-// What the kernels are told.
-struct Stream {
-  BlockIndex index;  // starts are null where W is one block
-  const uint8_t* values;
-  const uint8_t* metadata;  // null unless the values are 2:4
-  int64_t rows, cols, block_rows, block_cols;
-  const void* x;
-  const void* bias;
-  void* y;
-  int m;
-  const Fault* fault;
-  bool x_aligned;  // pieces of its rows, to 16 bytes
-  bool w_aligned;  // the same of W, and metadata to what a piece has of them; only if the values are 2:4
-
-  int64_t row_pieces, row_bytes, row_mask_bytes;  // of the values and the metadata of a row of a block
-  int64_t strips;                                 // tiles that a line is cut into
-  int64_t pieces;                                 // of all tiles
-  Deal deal;                                      // their steps, to threadblocks
-  int warps;                                      // of a threadblock
-  float* partials;     // [threadblocks][2][kRows][kTileRows]: of the tile that it has not begun, and of the one that it does not end
-  uint32_t* in_order;  // whether the lines' starts are
-};
-
-// Pieces of all tiles: what a threadblock takes, or a warp of it.
-struct Share {
-  int64_t begin, end;
-};
-
-__device__ __forceinline__ Share share_of(const Stream& p, int64_t threadblock) {
-  return {min(p.deal.begin(threadblock) * kStepPieces, p.pieces), min(p.deal.begin(threadblock + 1) * kStepPieces, p.pieces)};
-}
-
-__device__ __forceinline__ Share share_of(const Stream& p, const Share& threadblock, int warp) {
-  const Deal deal{0, (threadblock.end - threadblock.begin + kStepPieces - 1) / kStepPieces, p.warps};
-  return {min(threadblock.begin + deal.begin(warp) * kStepPieces, threadblock.end),
-          min(threadblock.begin + deal.begin(warp + 1) * kStepPieces, threadblock.end)};
-}
-
-// ---------------------------------------------------------------------------------------------------------------- tiles
-
-struct Line {
-  int64_t first, blocks;
-  bool sound;
-};
-
-__device__ __forceinline__ Line line_of(const Stream& p, int64_t line) {
-  if (p.index.starts == nullptr) return {0, 1, true};
-  const BlockLine walk(p.index, line);
-  return {walk.begin, walk.end - walk.begin, walk.sound};
-}
-
-struct Tile {
-  int64_t line, strip;
-  int64_t first;       // block of the line
-  int64_t begin, end;  // pieces: of all tiles, one after the other or, if starts are out of order, of this one
-};
-
-__device__ __forceinline__ Tile tile_of(const Stream& p, int64_t line, int64_t strip, const Line& blocks, bool in_order) {
-  const int64_t pieces = blocks.blocks * p.row_pieces;
-  const int64_t begin = in_order ? blocks.first * p.row_pieces * p.strips + strip * pieces : 0;
-  return {line, strip, blocks.first, begin, begin + pieces};
-}
-
-// The tile that has a piece, of lines that are in order: the last one that starts at or before its block.
-__device__ inline Tile tile_with(const Stream& p, int64_t piece) {
-  const int64_t block = piece / (p.row_pieces * p.strips);
-  int64_t line = 0;
-  if (p.index.starts != nullptr) {
-    for (int64_t end = p.index.lines; line + 1 < end;) {
-      const int64_t middle = line + (end - line) / 2;
-      (p.index.starts[middle] <= block ? line : end) = middle;
-    }
-  }
-  const Line blocks = line_of(p, line);
-  const int64_t strip = (piece - blocks.first * p.row_pieces * p.strips) / (blocks.blocks * p.row_pieces);
-  return tile_of(p, line, strip, blocks, true);
-}
-
-// What a warp does of a tile.
-struct Span {
-  Tile tile;
-  int64_t begin, end;  // pieces
-  bool begins, whole;  // the tile: none of it, or nothing but it, is done by another warp
-};
-
-// A warp's way through its share, tile by tile.
-struct Walk {
-  const Stream& p;
-  bool in_order;
-  int64_t last;    // in order: where the share ends
-  int64_t number;  // otherwise that of the tile
-  Tile tile;
-  int64_t begin, at, end;  // the warp's pieces of the tile; those from `at` on are left
-
-  // `warp`: of all warps, that are to take whole tiles by turns.
-  __device__ __forceinline__ Walk(const Stream& params, bool ordered, const Share& share, int64_t warp)
-      : p(params), in_order(ordered), last(share.end), number(warp), tile{}, begin(0), at(0), end(0) {
-    if (!in_order) {
-      number -= p.deal.blocks * p.warps;
-      advance();
-    } else if (share.begin < share.end) {
-      enter(share.begin);
-    }
-  }
-
-  __device__ __forceinline__ bool more() const { return at < end; }
-  __device__ __forceinline__ Span span() const { return {tile, begin, end, begin == tile.begin, begin == tile.begin && end == tile.end}; }
-
-  // To the next tile that has pieces, if there is one.
-  __device__ __forceinline__ void advance() {
-    at = end;
-    if (in_order) {
-      if (tile.end < last) enter(tile.end);
-      return;
-    }
-    while (at >= end) {
-      number += p.deal.blocks * p.warps;
-      if (number >= p.index.lines * p.strips) return;
-      const int64_t line = number / p.strips;
-      tile = tile_of(p, line, number % p.strips, line_of(p, line), false);
-      begin = at = tile.begin;
-      end = tile.end;
-    }
-  }
-
- private:
-  __device__ __forceinline__ void enter(int64_t piece) {
-    tile = tile_with(p, piece);
-    begin = at = piece;
-    end = min(tile.end, last);
-  }
-};
 
 // ---------------------------------------------------------------------------------------------------------------- arithmetic
 
@@ -305,7 +162,7 @@ struct alignas(16) WarpMemory {
 template <class Weight>
 struct Request {
   int64_t position, before;  // of the lane's block and of the one before it in the line, or -1
-  int64_t place;
+  int64_t place;             // or -1, if there is no such
   typename Weight::Mask masks[kLaneRows];
 };
 
@@ -346,26 +203,18 @@ struct Reader {
       request.position = p.index.positions[block];
       if (block > walk.tile.first) request.before = p.index.positions[block - 1];
       request.place = place_of(p.index, block);
-      if (!is_place(p.index, request.place)) request.place = request.position = -1;
+      if (!is_place(p.index, request.place)) request.place = -1;
     }
-    const uint8_t* mask = p.metadata + first_row(request) * p.row_mask_bytes + piece * Weight::kMaskBytes;
-#pragma unroll
-    for (int j = 0; j < kLaneRows; ++j) {
-      if (request.place >= 0 && j < rows) request.masks[j] = Weight::load(p, mask + 8 * j * p.row_mask_bytes, piece);
-    }
+    if (request.place >= 0) aligned() ? load_masks(request, true) : load_masks(request, false);
     return request;
   }
 
   __device__ __forceinline__ void copy(const Request<Weight>& request, Stage<Weight, kRows>& stage) const {
     const bool there = any() && request.place >= 0;
-    const uint8_t* values = p.values + first_row(request) * p.row_bytes + piece * kPieceBytes;
-#pragma unroll
-    for (int j = 0; j < kLaneRows; ++j) {
-      if (there && j < rows) Weight::copy(p, values + 8 * j * p.row_bytes, piece, stage.values[j][lane]);
-    }
-    const bool placed = request.position > request.before && request.position < limit();
+    if (there) aligned() ? copy_values(request, stage, true) : copy_values(request, stage, false);
+    const bool placed = there && request.position > request.before && request.position < limit();
     const int64_t inside = piece * Weight::kColumns, column = placed ? request.position * p.block_cols + inside : 0;
-    const int64_t columns = there && placed ? min(p.cols - column, p.block_cols - inside) : 0;
+    const int64_t columns = placed ? min(p.cols - column, p.block_cols - inside) : 0;
     const int left = static_cast<int>(max(min(columns, int64_t{Weight::kColumns}), int64_t{0}));
     copy_x(column, left, stage);
     uint32_t faulty = any() && !placed ? (1 << kLaneRows) - 1 : 0;
@@ -376,13 +225,33 @@ struct Reader {
     }
     if (lane == 0) {
       stage.ends = walk.at + kStepPieces >= walk.end;
-      stage.span = walk.span();
+      if (stage.ends) stage.span = walk.span();
     }
     stage.left[lane] = static_cast<int16_t>(left);
     stage.faulty[lane] = static_cast<uint16_t>(faulty);
   }
 
  private:
+  __device__ __forceinline__ bool aligned() const { return Weight::kMaskBytes == 0 || p.w_aligned; }
+
+  __device__ __forceinline__ void load_masks(Request<Weight>& request, bool aligned) const {
+    const uint8_t* source = p.metadata + first_row(request) * p.row_mask_bytes + piece * Weight::kMaskBytes;
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) {
+      if (j < rows) request.masks[j] = Weight::load(p, source, piece, aligned);
+      source += 8 * p.row_mask_bytes;
+    }
+  }
+
+  __device__ __forceinline__ void copy_values(const Request<Weight>& request, Stage<Weight, kRows>& stage, bool aligned) const {
+    const uint8_t* source = p.values + first_row(request) * p.row_bytes + piece * kPieceBytes;
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) {
+      if (j < rows) Weight::copy(p, source, piece, stage.values[j][lane], aligned);
+      source += 8 * p.row_bytes;
+    }
+  }
+
   // The lane's first one, of the rows of all blocks.
   __device__ __forceinline__ int64_t first_row(const Request<Weight>& request) const {
     return request.place * p.block_rows + walk.tile.strip * kTileRows + lane / 4;
@@ -422,6 +291,17 @@ struct Reader {
 };
 
 // ---------------------------------------------------------------------------------------------------------------- products
+
+// What it costs, in instructions of a warp for a step of 2 KB of values (sm_90a, counted in the machine code). Not timed. An H100's memory
+// delivers a step in 141 cycles, with metadata in 159, in which a multiprocessor issues 564 or 635 instructions:
+//
+//                       m = 1     4     8    16
+//   blocks, 16 bits       290   290   290   320     x comes from the second cache for each step: m / 32 as many bytes as the values have,
+//   blocks, float32       305   355   425   570     2:4 m / 16. At 16 rows that is the limit of 2:4 in 16 bits, 1.15 times the memory's
+//   2:4, 16 bits          490   490   490   540     time; that of 2:4 in float32 are instructions from 4 rows on.
+//   2:4, float32          550   655   790  1060
+//
+// Next to that, two launches and the loads that wait for each other (starts, positions, values; then sums): some 4 us for any weight.
 
 template <class Weight, int kRows>
 __device__ __forceinline__ void multiply_step(const Stage<Weight, kRows>& stage, int lane,

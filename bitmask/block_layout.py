@@ -11,6 +11,7 @@ edges may reach past it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,6 +66,38 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
     """Raise TypeError unless there are kernels for weights of this dtype."""
     if dtype not in LINEAR_DTYPES:
         raise TypeError(f"{name}: got dtype {dtype}, expected float32, bfloat16, float16 or float64")
+
+
+def check_size(name: str, size: int) -> int:
+    """The size as an int; raises TypeError or ValueError unless it is an integer of at least 0."""
+    try:
+        size = operator.index(size)
+    except TypeError:
+        raise TypeError(f"{name}: got {size!r}, expected an integer") from None
+    if size < 0:
+        raise ValueError(f"{name}: got {size}, expected at least 0")
+    return size
+
+
+def known_sizes(out_features: int | None, in_features: int | None) -> list[int | None]:
+    """What a caller knows of a weight's size, checked."""
+    known = {"out_features": out_features, "in_features": in_features}
+    return [None if size is None else check_size(name, size) for name, size in known.items()]
+
+
+def check_known_sizes(shape: tuple[int, int], expected: Sequence[int | None], prefix: str) -> None:
+    """Raise FormatError unless out_features and in_features are what is known of them."""
+    for name, size, known in zip(("out_features", "in_features"), shape, expected, strict=True):
+        if known is not None and size != known:
+            raise FormatError(f"{prefix}dense_shape: got {name} {size}, expected {known}")
+
+
+def parts_of(state_dict: Mapping[str, Any], names: Sequence[str], prefix: str) -> dict[str, Any]:
+    """The parts of a layer; raises FormatError if one is missing."""
+    missing = [prefix + name for name in names if prefix + name not in state_dict]
+    if missing:
+        raise FormatError(f"{missing[0]}: not in the state_dict, expected {', '.join(names)} and perhaps bias")
+    return {name: state_dict[prefix + name] for name in names}
 
 
 def check_parts(parts: Mapping[str, Any], prefix: str) -> tuple[int, int]:

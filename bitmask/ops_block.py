@@ -129,7 +129,7 @@ def bsr_linear_backward_values(
 
 
 def _linear(*args: Any) -> Tensor:
-    return _product(torch.ops.bitmask.bsr_linear.default, _check_linear, args)
+    return _product(torch.ops.bitmask.bsr_linear.default, check_linear, args)
 
 
 def _backward_input(*args: Any) -> Tensor:
@@ -215,18 +215,19 @@ def _check_transpose(crow_indices: Tensor, col_indices: Tensor, cols_of_blocks: 
         raise FormatError(f"col_indices: got size {list(col_indices.shape)}, expected [blocks]")
 
 
-def _check_linear(
+def check_linear(
     x: Tensor,
     values: Tensor,
     crow_indices: Tensor,
     col_indices: Tensor,
     out_features: int,
     bias: Tensor | None,
-    ccol_indices: Tensor | None,
-    row_indices: Tensor | None,
-    order: Tensor | None,
-    allow_tf32: bool,
+    ccol_indices: Tensor | None = None,
+    row_indices: Tensor | None = None,
+    order: Tensor | None = None,
+    allow_tf32: bool = False,
 ) -> None:
+    """Raise unless these are the arguments of a product, for all that can be seen without looking at indices."""
     parts = {"ccol_indices": ccol_indices, "row_indices": row_indices, "order": order}
     transposed = {name: part for name, part in parts.items() if part is not None}
     _check_tensors(
@@ -314,7 +315,7 @@ def _fake_linear(
     allow_tf32: bool = False,
 ) -> Tensor:
     transposed = (ccol_indices, row_indices, order)
-    _check_linear(x, values, crow_indices, col_indices, out_features, bias, *transposed, allow_tf32)
+    check_linear(x, values, crow_indices, col_indices, out_features, bias, *transposed, allow_tf32)
     return x.new_empty([*x.shape[:-1], out_features])
 
 

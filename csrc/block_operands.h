@@ -108,6 +108,15 @@ inline BlockOperands linear_operands(const Tensor& x, int32_t dtype, int64_t blo
   return {dtype, sizes, parts_by_row(sizes, crow_indices, col_indices, blocks), std::nullopt};
 }
 
+// The kept blocks of a weight whose blocks are 2:4, checked but for what the metadata hold: rows of blocks are rows of a 2:4 matrix.
+inline TwoFourParts two_four_blocks_of(const Tensor& values, const Tensor& metadata) {
+  check_linear_dtype("values", dtype_of(values));
+  if (values.dim() != 3) fail("values: got size ", to_text(values.sizes()), ", expected [blocks, block rows, block columns / 2]");
+  TwoFourParts parts = two_four_parts_of(values, metadata);
+  check_block_shape("values", values.sizes(), parts.sizes[1], parts.sizes[2]);
+  return parts;
+}
+
 // Adds the transposed index, all of which must be there, or nothing.
 inline void add_transposed(BlockOperands& operands, const std::optional<Tensor>& ccol_indices, const std::optional<Tensor>& row_indices,
                            const std::optional<Tensor>& order) {

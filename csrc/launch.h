@@ -22,6 +22,11 @@ namespace bitmask {
 
 using Named = std::pair<const char*, const Tensor*>;
 
+// How kernels call a dtype, that of values, that products are of.
+inline cuda::LinearDtype linear_dtype_of(int32_t dtype) {
+  return by_linear_dtype(dtype, cuda::kFloat32, cuda::kBfloat16, cuda::kFloat16, cuda::kFloat64);
+}
+
 // Where an op runs: the GPU of its tensors, made the current one for as long as this lives, and torch's current stream on it.
 class Launch {
  public:

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "block_index.h"
+#include "block_launch.h"
 #include "block_operands.h"
 #include "checks.h"
 #include "cuda/kernels.h"
@@ -28,15 +29,6 @@ namespace {
 using torch::headeronly::IntHeaderOnlyArrayRef;
 
 // ------------------------------------------------------------------------------------------------------------ operands
-
-cuda::BlockIndex index_of(const BlockParts& parts) {
-  const int64_t* const order = parts.order ? data_of(*parts.order) : nullptr;
-  return {data_of(parts.starts), data_of(parts.positions), order, parts.lines, parts.blocks(), parts.limit};
-}
-
-cuda::LinearDtype linear_dtype(int32_t dtype) {
-  return by_linear_dtype(dtype, cuda::kFloat32, cuda::kBfloat16, cuda::kFloat16, cuda::kFloat64);
-}
 
 int64_t* mutable_entries(const Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); }
 
@@ -60,36 +52,6 @@ void prove_transposed(const Launch& on, const BlockParts& by_row, const BlockPar
 }
 
 // ------------------------------------------------------------------------------------------------------------- products
-
-void multiply(const Launch& on, const cuda::BlockParams& params) {
-  const cuda::Device device = on.device();
-  const cuda::BlockPlan plan = cuda::plan_block(params, device);
-  const Tensor workspace = on.bytes(plan.workspace_bytes);
-  const auto run = plan.way == cuda::BlockWay::kStream      ? cuda::block_stream
-                   : plan.way == cuda::BlockWay::kMultiply  ? cuda::block_multiply
-                   : plan.way == cuda::BlockWay::kWarpgroup ? cuda::block_warpgroup
-                                                            : cuda::block_cores;
-  on.check(run(params, device, workspace.mutable_data_ptr(), on.stream()));
-}
-
-// Of contiguous operands. What they share with the other products is filled in.
-cuda::BlockParams params_of(const BlockOperands& operands, const Tensor& values, const Tensor& x, const Tensor& y, bool allow_tf32) {
-  const BlockSizes& sizes = operands.sizes;
-  cuda::BlockParams params{};
-  params.index = index_of(operands.index);
-  params.values = values.const_data_ptr();
-  params.rows = sizes.rows;
-  params.cols = sizes.cols;
-  params.block_rows = sizes.block_rows;
-  params.block_cols = sizes.block_cols;
-  params.transposed = operands.index.order.has_value();
-  params.x = x.const_data_ptr();
-  params.y = y.mutable_data_ptr();
-  params.m = rows_of(x);
-  params.dtype = linear_dtype(operands.dtype);
-  params.tf32 = allow_tf32;
-  return params;
-}
 
 Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow_indices, const Tensor& col_indices, int64_t out_features,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& ccol_indices, const std::optional<Tensor>& row_indices,
@@ -178,7 +140,7 @@ Tensor bsr_linear_backward_values(const Tensor& grad, const Tensor& x, const Ten
     params.g = g.const_data_ptr();
     params.x = rows.const_data_ptr();
     params.m = rows_of(x);
-    params.dtype = linear_dtype(operands.dtype);
+    params.dtype = linear_dtype_of(operands.dtype);
     params.tf32 = allow_tf32;
     params.fault = verdict.word();
     sample(on, params);

@@ -24,10 +24,6 @@
 namespace bitmask {
 namespace {
 
-cuda::LinearDtype linear_dtype_of(const Element& element) {
-  return by_linear_dtype(element.dtype, cuda::kFloat32, cuda::kBfloat16, cuda::kFloat16, cuda::kFloat64);
-}
-
 // ------------------------------------------------------------------------------------------------------------- the codec
 
 std::tuple<Tensor, Tensor> pack_24(const Tensor& dense, bool prune, bool keep_negative_zero) {
@@ -115,7 +111,7 @@ void prune_24(const Tensor& tensor, bool transposable) {
   const Geometry g = geometry(tensor.sizes());
   launch("prune_24", {{"tensor", &tensor}}, [&](const Launch& on) {
     void* const data = tensor.mutable_data_ptr();
-    on.check(transposable ? cuda::prune_24_transposable(data, g, linear_dtype_of(element), on.stream())
+    on.check(transposable ? cuda::prune_24_transposable(data, g, linear_dtype_of(element.dtype), on.stream())
                           : cuda::prune_24(data, g, element.width, element.zero_test, magnitude, on.stream()));
   });
 }
@@ -133,7 +129,7 @@ cuda::TwoFourParams params_of(const TwoFourParts& weight, const Tensor& x, const
   params.bias = bias ? bias->const_data_ptr() : nullptr;
   params.y = y.mutable_data_ptr();
   params.m = geometry(x.sizes()).rows;
-  params.dtype = linear_dtype_of(weight.element);
+  params.dtype = linear_dtype_of(weight.element.dtype);
   return params;
 }
 

@@ -18,6 +18,9 @@ struct BlockLine {
     if (!sound) begin = end = 0;
   }
 
+  // One that needs no proof.
+  __device__ __forceinline__ BlockLine(int64_t begin, int64_t end) : begin(begin), end(end), sound(true) {}
+
   // Whether block i of the line may lie at this position, its own.
   __device__ __forceinline__ bool holds(const BlockIndex& index, int64_t i, int64_t position) const {
     return position >= 0 && position < index.limit && (i == begin || index.positions[i - 1] < position);

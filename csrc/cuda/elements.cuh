@@ -36,6 +36,10 @@ struct Element<kBfloat16> {
   __device__ static float widen(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
   __device__ static uint16_t narrow(float value) { return ptx::float_to_bfloat16(value); }
   __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { ptx::mma_bfloat16(d, a, b); }
+  template <int kSelector>
+  __device__ static void multiply_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t codes) {
+    ptx::mma_sparse_bfloat16<kSelector>(d, a, b, codes);
+  }
 };
 
 template <>
@@ -45,6 +49,10 @@ struct Element<kFloat16> {
   __device__ static float widen(uint16_t bits) { return ptx::half_to_float(bits); }
   __device__ static uint16_t narrow(float value) { return ptx::float_to_half(value); }
   __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { ptx::mma_float16(d, a, b); }
+  template <int kSelector>
+  __device__ static void multiply_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t codes) {
+    ptx::mma_sparse_float16<kSelector>(d, a, b, codes);
+  }
 };
 
 // A NaN in every float dtype that has one; all bits but the sign.

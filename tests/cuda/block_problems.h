@@ -329,4 +329,13 @@ inline void test_sample(const SampleKernel& kernel, const SampleProblem& problem
   check_sample(problem, run_sample(kernel, problem, device, skews));
 }
 
+// Checks that no element of a result is a number.
+inline void check_all_nan(const Format& format, const Bytes& bytes) {
+  int64_t numbers = 0;
+  for (size_t at = 0; at < bytes.size(); at += static_cast<size_t>(format.width)) {
+    numbers += !std::isnan(format.decode(format.load(bytes.data() + at)));
+  }
+  check(numbers == 0, "%" PRId64 " elements are numbers", numbers);
+}
+
 }  // namespace bitmask::testing

@@ -200,7 +200,7 @@ inline void run_product(BlockSubject& subject, const BlockWeight& weight, const 
       kernels.multiply_transposed(stored.matrix(), call.begin, call.end, some, last - first, sums, subject.scratch.data());
     } else {
       const auto multiply = call.way == kBlockStream ? kernels.stream : kernels.multiply;
-      multiply(stored.matrix(), call.begin, call.end, some, last - first, call.biased ? offsets.data() : nullptr, sums,
+      multiply(stored.matrix(), call.begin, call.end, some, last - first, call.biased ? offsets.data() : nullptr, sums, y_cols,
                subject.scratch.data());
     }
   });

@@ -115,6 +115,63 @@ inline void mma_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
   twin::exchange<MultiplyMatrix<half_to_float>>("mma.f16", ~0u, mine, site);
 }
 
+// PTX ISA, "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types": a is unpacked by its codes; then as above. Codes that mean
+// nothing are an error, but for those of lanes that the selector passes over.
+template <float (*kToFloat)(uint16_t)>
+struct MultiplySparse {
+  const uint32_t* a;
+  const uint32_t* b;
+  float* d;
+  uint32_t codes;
+  int selector;
+
+  static float element(uint32_t pair, int i) { return kToFloat(static_cast<uint16_t>(pair >> (16 * i))); }
+
+  // Columns 4 group to 4 group + 3 of which row r has its stored columns 2 group and 2 group + 1.
+  static uint32_t code_of(MultiplySparse* const (&lanes)[twin::kLanes], int r, int group) {
+    const MultiplySparse& holder = *lanes[4 * (r % 8) + 2 * lanes[0]->selector + group / 4];
+    const uint32_t code = holder.codes >> (16 * (r / 8) + 4 * (group % 4)) & 15;
+    if ((code & 3) >= code >> 2) twin::fail("mma.sp: code %u of row %d, columns %d to %d", code, r, 4 * group, 4 * group + 3);
+    return code;
+  }
+
+  static void combine(MultiplySparse* const (&lanes)[twin::kLanes], uint32_t) {
+    double stored[16][16], b[32][8], d[16][8];
+    for (int lane = 0; lane < twin::kLanes; ++lane) {
+      const int group = lane / 4, column = 2 * (lane % 4);
+      for (int i = 0; i < 2; ++i) {
+        for (int j = 0; j < 4; ++j) {
+          stored[group + 8 * (j % 2)][column + i + 8 * (j / 2)] = element(lanes[lane]->a[j], i);
+          b[column + i + 8 * j][group] = element(lanes[lane]->b[j], i);
+        }
+        for (int j = 0; j < 2; ++j) d[group + 8 * j][column + i] = lanes[lane]->d[2 * j + i];
+      }
+    }
+    for (int m = 0; m < 16; ++m) {
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t code = code_of(lanes, m, k / 2), column = k % 2 == 0 ? code & 3 : code >> 2;
+        for (int n = 0; n < 8; ++n) d[m][n] += stored[m][k] * b[4 * static_cast<uint32_t>(k / 2) + column][n];
+      }
+    }
+    for (int lane = 0; lane < twin::kLanes; ++lane) {
+      const int group = lane / 4, column = 2 * (lane % 4);
+      for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = static_cast<float>(d[group + 8 * (i / 2)][column + i % 2]);
+    }
+  }
+};
+
+template <int kSelector>
+void mma_sparse_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t codes, BITMASK_TWIN_SITE) {
+  MultiplySparse<bfloat16_to_float> mine{a, b, d, codes, kSelector};
+  twin::exchange<MultiplySparse<bfloat16_to_float>>(kSelector == 0 ? "mma.sp.bf16, 0" : "mma.sp.bf16, 1", ~0u, mine, site);
+}
+
+template <int kSelector>
+void mma_sparse_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t codes, BITMASK_TWIN_SITE) {
+  MultiplySparse<half_to_float> mine{a, b, d, codes, kSelector};
+  twin::exchange<MultiplySparse<half_to_float>>(kSelector == 0 ? "mma.sp.f16, 0" : "mma.sp.f16, 1", ~0u, mine, site);
+}
+
 inline uint32_t round_to_tfloat32(float value) {
   const uint32_t bits = __float_as_uint(value);
   if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fffffff;
@@ -187,6 +244,8 @@ inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
   }
   return result;
 }
+
+inline const uint8_t* opaque(const uint8_t* pointer) { return pointer; }
 
 inline void pause(BITMASK_TWIN_SITE) { twin::yield_waiting("pause", site); }
 

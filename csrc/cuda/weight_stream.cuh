@@ -1,0 +1,623 @@
+// y = x W^T + bias for few rows of x, W being kept blocks of any kind: W's values are one stream of bytes, dealt to all warps equally.
+//
+//   piece   16 bytes of the values of a row of a block
+//   tile    32 rows of a line of blocks, all pieces of each: lane 4g + t has the rows g, g + 8, g + 16 and g + 24
+//   step    4 pieces of each of these rows, one for each t: what a warp copies to shared memory, and multiplies, at a time
+//
+//   tiles   |--------|--------|--|--|--------------|    the sums of a tile that several warps share are added by the first of them in the
+//   warps   0     1     2     3     4     5     6       threadblock, those of several threadblocks by `join`, always in this order
+//
+// A warp copies ahead by stages of its own and waits for no other until it has done its share, however many tiles that is. If the lines'
+// starts are out of order then pieces cannot be counted through all tiles, and the warps take whole tiles by turns.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <ptx.cuh>
+
+#include "block_lines.cuh"
+#include "elements.cuh"
+#include "kernels.h"
+
+namespace bitmask::cuda::streaming {
+
+constexpr int kLanes = 32;
+constexpr unsigned int kAllLanes = 0xffffffff;
+constexpr int kTileRows = 32;  // of W
+constexpr int kLaneRows = 4;   // of these
+constexpr int kStepPieces = 4;
+constexpr int kPieceBytes = 16;
+constexpr int kStages = 3;               // steps of a warp that are in shared memory
+constexpr int64_t kMostStreamRows = 16;  // of x
+constexpr int64_t kFlagBytes = 16;       // of the workspace, before the sums
+
+// What the kernels are told.
+struct Stream {
+  BlockIndex index;  // starts are null where W is one block
+  const uint8_t* values;
+  const uint8_t* metadata;  // null unless the values are 2:4
+  int64_t rows, cols, block_rows, block_cols;
+  const void* x;
+  const void* bias;
+  void* y;
+  int m;
+  const Fault* fault;
+  bool x_aligned;  // pieces of its rows, to 16 bytes
+  bool w_aligned;  // the same of W, and metadata to what a piece has of them; only if the values are 2:4
+
+  int64_t row_pieces, row_bytes, row_mask_bytes;  // of the values and the metadata of a row of a block
+  int64_t strips;                                 // tiles that a line is cut into
+  int64_t pieces;                                 // of all tiles
+  int threadblocks, warps;
+  float* partials;     // [threadblocks][2][kRows][kTileRows]: of the tile that it has not begun, and of the one that it does not end
+  uint32_t* in_order;  // whether the lines' starts are
+
+  // Where the share of a threadblock or warp begins, of as many as there are.
+  __device__ __forceinline__ int64_t begin(int64_t share, int64_t shares) const {
+    const int64_t steps = (pieces + kStepPieces - 1) / kStepPieces;
+    return min(steps * share / shares * kStepPieces, pieces);
+  }
+  __device__ __forceinline__ int64_t share_of(int64_t piece, int64_t shares) const {
+    const int64_t steps = (pieces + kStepPieces - 1) / kStepPieces;
+    return ((piece / kStepPieces + 1) * shares - 1) / steps;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------- tiles
+
+struct Line {
+  int64_t first, blocks;
+  bool sound;
+};
+
+__device__ __forceinline__ Line line_of(const Stream& p, int64_t line) {
+  if (p.index.starts == nullptr) return {0, 1, true};
+  const BlockLine walk(p.index, line);
+  return {walk.begin, walk.end - walk.begin, walk.sound};
+}
+
+struct Tile {
+  int64_t line, strip;
+  int64_t first;       // block of the line
+  int64_t begin, end;  // pieces: of all tiles, one after the other or, if starts are out of order, of this one
+};
+
+__device__ __forceinline__ Tile tile_of(const Stream& p, int64_t line, int64_t strip, const Line& blocks, bool in_order) {
+  const int64_t pieces = blocks.blocks * p.row_pieces;
+  const int64_t begin = in_order ? blocks.first * p.row_pieces * p.strips + strip * pieces : 0;
+  return {line, strip, blocks.first, begin, begin + pieces};
+}
+
+// The tile that has a piece, of lines that are in order: the last one that starts at or before its block.
+__device__ inline Tile tile_with(const Stream& p, int64_t piece) {
+  const int64_t block = piece / (p.row_pieces * p.strips);
+  int64_t line = 0;
+  if (p.index.starts != nullptr) {
+    for (int64_t end = p.index.lines; line + 1 < end;) {
+      const int64_t middle = line + (end - line) / 2;
+      (p.index.starts[middle] <= block ? line : end) = middle;
+    }
+  }
+  const Line blocks = line_of(p, line);
+  const int64_t strip = (piece - blocks.first * p.row_pieces * p.strips) / (blocks.blocks * p.row_pieces);
+  return tile_of(p, line, strip, blocks, true);
+}
+
+// A warp's way through its share, tile by tile.
+struct Walk {
+  const Stream& p;
+  bool in_order;
+  int64_t next;  // in order: where the share ends, otherwise the number of the tile
+  Tile tile;
+  int64_t at, end;  // pieces of the tile that are left
+
+  __device__ __forceinline__ Walk(const Stream& params, bool ordered, int64_t share)
+      : p(params), in_order(ordered), next(share), tile{}, at(0), end(0) {
+    const int64_t shares = int64_t{p.threadblocks} * p.warps;
+    if (in_order) {
+      const int64_t first = p.begin(share, shares);
+      next = p.begin(share + 1, shares);
+      if (first < next) enter(first);
+    } else {
+      next -= shares;
+      advance();
+    }
+  }
+
+  __device__ __forceinline__ bool more() const { return at < end; }
+
+  // To the next tile that has pieces, if there is one.
+  __device__ __forceinline__ void advance() {
+    at = end;
+    if (in_order) {
+      if (tile.end < next) enter(tile.end);
+      return;
+    }
+    while (at >= end) {
+      next += int64_t{p.threadblocks} * p.warps;
+      if (next >= p.index.lines * p.strips) return;
+      const int64_t line = next / p.strips;
+      tile = tile_of(p, line, next % p.strips, line_of(p, line), false);
+      at = tile.begin;
+      end = tile.end;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void enter(int64_t piece) {
+    tile = tile_with(p, piece);
+    at = piece;
+    end = min(tile.end, next);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------- arithmetic
+
+// Four columns of a row of W or x, and the sums of a warp. The order of the columns is free in a dot product: a lane takes four that follow
+// each other for the pairs (2t, 2t + 1) and (2t + 8, 2t + 9) of mma.m16n8k16.
+//
+// kDtype  of W and x
+// kRows   of x: 8 or 16, since tensor cores do 8 for the price of one
+template <LinearDtype kDtype, int kRows>
+struct Arithmetic {
+  using Quad = uint2;
+  struct Sums {
+    float of[kLaneRows / 2][kRows / 8][4];
+  };
+
+  // Columns from `left` on become zeros.
+  static __device__ __forceinline__ void mask(Quad& quad, int left) {
+    quad.x = left <= 0 ? 0 : left == 1 ? quad.x & 0xffff : quad.x;
+    quad.y = left <= 2 ? 0 : left == 3 ? quad.y & 0xffff : quad.y;
+  }
+
+  // `x`: what lane 0 has of the first 8 rows; lane 4g + t has row g of each 8, which lie `stride` bytes apart.
+  static __device__ __forceinline__ void multiply(Sums& sums, const Quad (&w)[kLaneRows], const uint8_t* x, int stride, int lane) {
+#pragma unroll
+    for (int i = 0; i < kRows / 8; ++i) {
+      const Quad operand = *reinterpret_cast<const Quad*>(x + i * stride + lane * kPieceBytes);
+#pragma unroll
+      for (int j = 0; j < kLaneRows / 2; ++j) {
+        Element<kDtype>::multiply(sums.of[j][i], {w[2 * j].x, w[2 * j + 1].x, w[2 * j].y, w[2 * j + 1].y}, {operand.x, operand.y});
+      }
+    }
+  }
+
+  // Calls each(sum, row of x, which of the lane's rows of W) for the sums that this lane is to deliver.
+  template <typename Each>
+  static __device__ __forceinline__ void deliver(const Sums& sums, int lane, const Each& each) {
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) {
+#pragma unroll
+      for (int i = 0; i < kRows / 8; ++i) {
+        each(sums.of[j / 2][i][2 * (j % 2)], 8 * i + 2 * (lane % 4), j);
+        each(sums.of[j / 2][i][2 * (j % 2) + 1], 8 * i + 2 * (lane % 4) + 1, j);
+      }
+    }
+  }
+};
+
+// On CUDA cores, for any number of rows of x: each lane multiplies what it has of W with all rows, which other lanes have copied.
+template <int kRows>
+struct Arithmetic<kFloat32, kRows> {
+  using Quad = float4;
+  struct Sums {
+    float of[kLaneRows][kRows];
+  };
+
+  static __device__ __forceinline__ void mask(Quad& quad, int left) {
+    if (left <= 0) quad.x = 0;
+    if (left <= 1) quad.y = 0;
+    if (left <= 2) quad.z = 0;
+    if (left <= 3) quad.w = 0;
+  }
+
+  static __device__ __forceinline__ void multiply(Sums& sums, const Quad (&w)[kLaneRows], const uint8_t* x, int stride, int lane) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const Quad operand = *reinterpret_cast<const Quad*>(x + i / 8 * stride + (i % 8 * 4 + lane % 4) * kPieceBytes);
+#pragma unroll
+      for (int j = 0; j < kLaneRows; ++j) {
+        float& sum = sums.of[j][i];
+        sum = fmaf(w[j].x, operand.x, sum);
+        sum = fmaf(w[j].y, operand.y, sum);
+        sum = fmaf(w[j].z, operand.z, sum);
+        sum = fmaf(w[j].w, operand.w, sum);
+      }
+    }
+  }
+
+  template <typename Each>
+  static __device__ __forceinline__ void deliver(const Sums& sums, int lane, const Each& each) {
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        float sum = sums.of[j][i] + __shfl_xor_sync(kAllLanes, sums.of[j][i], 1);
+        sum += __shfl_xor_sync(kAllLanes, sum, 2);
+        if (i % 4 == lane % 4) each(sum, i, j);
+      }
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------- shared memory
+
+// Weight  how pieces hold W, with these members:
+//         kDtype, kColumns  of W, and how many columns a piece has
+//         Mask, kMaskBytes  what tells which columns these are, and how it lies in the metadata
+//         load              loads a mask
+//         is_sound          whether the mask is, for so many columns of a block
+//         copy              brings a piece to shared memory
+//         expand            makes quads of a piece
+//         settle            what becomes of a sum
+template <class Weight, int kRows>
+struct Stage {
+  static constexpr int kTiles = (kRows + 7) / 8;
+  static constexpr int kXPieces = Weight::kColumns * int{sizeof(typename Element<Weight::kDtype>::Stored)} / kPieceBytes;
+
+  uint4 values[kLaneRows][kLanes];
+  uint4 x[kTiles][kXPieces][kLanes];  // lane 4g + t: of row g of each 8
+  int16_t left[kLanes];               // columns that W has of the piece, up to Weight::kColumns
+  uint16_t faulty[kLanes];            // bit j: row j of the lane
+  typename Weight::Mask masks[kLaneRows][kLanes];
+};
+
+// The sums of a tile that a warp has not done alone.
+template <int kRows>
+struct Part {
+  float sums[kRows][kTileRows];
+  Tile tile;
+};
+
+template <class Weight, int kRows>
+struct alignas(16) WarpMemory {
+  Stage<Weight, kRows> stages[kStages];
+  Part<kRows> parts[2];  // of the tile that the warp has not begun, and of the one that it does not end
+};
+
+// ---------------------------------------------------------------------------------------------------------------- copying
+
+// What a lane waits for longest, asked for a step before it is used.
+template <class Weight>
+struct Request {
+  int64_t position, before;  // of the lane's block and of the one before it in the line, or -1
+  int64_t place;
+  typename Weight::Mask masks[kLaneRows];
+};
+
+// A warp's way through its share, ahead of the products.
+template <class Weight, int kRows>
+struct Reader {
+  using Stored = typename Element<Weight::kDtype>::Stored;
+  static constexpr int kXColumns = kPieceBytes / sizeof(Stored);
+
+  const Stream& p;
+  int lane;
+  Walk walk;
+  int64_t block, piece;  // the lane's, in the index and in a row of the block
+  int rows;              // how many the lane has that W has
+
+  __device__ __forceinline__ Reader(const Stream& params, const Walk& begin, int lane_)
+      : p(params), lane(lane_), walk(begin), block(0), piece(0), rows(0) {
+    find();
+  }
+
+  // Is there a piece for the lane?
+  __device__ __forceinline__ bool any() const { return walk.at + lane % 4 < walk.end; }
+
+  __device__ __forceinline__ void advance() {
+    walk.at += kStepPieces;
+    if (!walk.more()) {
+      walk.advance();
+      find();
+      return;
+    }
+    for (piece += kStepPieces; piece >= p.row_pieces; piece -= p.row_pieces) ++block;
+  }
+
+  __device__ __forceinline__ Request<Weight> request() const {
+    Request<Weight> request{0, -1, 0, {}};
+    if (!any()) return request;
+    if (p.index.starts != nullptr) {
+      request.position = p.index.positions[block];
+      if (block > walk.tile.first) request.before = p.index.positions[block - 1];
+      request.place = place_of(p.index, block);
+      if (!is_place(p.index, request.place)) request.place = request.position = -1;
+    }
+    const uint8_t* mask = p.metadata + first_row(request) * p.row_mask_bytes + piece * Weight::kMaskBytes;
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) {
+      if (request.place >= 0 && j < rows) request.masks[j] = Weight::load(p, mask + 8 * j * p.row_mask_bytes, piece);
+    }
+    return request;
+  }
+
+  __device__ __forceinline__ void copy(const Request<Weight>& request, Stage<Weight, kRows>& stage) const {
+    const bool there = any() && request.place >= 0;
+    const uint8_t* values = p.values + first_row(request) * p.row_bytes + piece * kPieceBytes;
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) {
+      if (there && j < rows) Weight::copy(p, values + 8 * j * p.row_bytes, piece, stage.values[j][lane]);
+    }
+    const bool placed = request.position > request.before && request.position < limit();
+    const int64_t inside = piece * Weight::kColumns, column = placed ? request.position * p.block_cols + inside : 0;
+    const int64_t columns = there && placed ? min(p.cols - column, p.block_cols - inside) : 0;
+    const int left = static_cast<int>(max(min(columns, int64_t{Weight::kColumns}), int64_t{0}));
+    copy_x(column, left, stage);
+    uint32_t faulty = any() && !placed ? (1 << kLaneRows) - 1 : 0;
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) {
+      if (there && j < rows && !Weight::is_sound(request.masks[j], p.block_cols - inside)) faulty |= 1u << j;
+      stage.masks[j][lane] = request.masks[j];
+    }
+    stage.left[lane] = static_cast<int16_t>(left);
+    stage.faulty[lane] = static_cast<uint16_t>(faulty);
+  }
+
+ private:
+  // The lane's first one, of the rows of all blocks.
+  __device__ __forceinline__ int64_t first_row(const Request<Weight>& request) const {
+    return request.place * p.block_rows + walk.tile.strip * kTileRows + lane / 4;
+  }
+
+  __device__ __forceinline__ int64_t limit() const { return p.index.starts == nullptr ? 1 : p.index.limit; }
+
+  __device__ __forceinline__ void find() {
+    if (!walk.more()) return;
+    const int64_t pieces = walk.at - walk.tile.begin + lane % 4;
+    block = walk.tile.first + pieces / p.row_pieces;
+    piece = pieces % p.row_pieces;
+    const int64_t inside = walk.tile.strip * kTileRows + lane / 4;
+    const int64_t left = min(p.block_rows, p.rows - walk.tile.line * p.block_rows) - inside;
+    rows = static_cast<int>(min(max(left + 7, int64_t{0}) / 8, int64_t{kLaneRows}));
+  }
+
+  // The lane's columns of its rows of x; zeros from `left` on, and in rows that x does not have.
+  __device__ __forceinline__ void copy_x(int64_t column, int left, Stage<Weight, kRows>& stage) const {
+#pragma unroll
+    for (int i = 0; i < Stage<Weight, kRows>::kTiles; ++i) {
+      const int row = 8 * i + lane / 4;
+      const Stored* const source = static_cast<const Stored*>(p.x) + (row < p.m && left > 0 ? row * p.cols + column : 0);
+#pragma unroll
+      for (int k = 0; k < Stage<Weight, kRows>::kXPieces; ++k) {
+        const int count = row < p.m ? max(min(left - k * kXColumns, kXColumns), 0) : 0;
+        uint4& target = stage.x[i][k][lane];
+        if (p.x_aligned) {
+          ptx::copy_async_16(&target, source + (count > 0 ? k * kXColumns : 0), count * static_cast<int>(sizeof(Stored)));
+        } else {
+#pragma unroll
+          for (int e = 0; e < kXColumns; ++e) reinterpret_cast<Stored*>(&target)[e] = e < count ? source[k * kXColumns + e] : Stored{0};
+        }
+      }
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------- products
+
+template <class Weight, int kRows>
+__device__ __forceinline__ void multiply_step(const Stage<Weight, kRows>& stage, int lane,
+                                              typename Arithmetic<Weight::kDtype, kRows>::Sums& sums) {
+  using A = Arithmetic<Weight::kDtype, kRows>;
+  constexpr int kQuads = Weight::kColumns / 4;
+  typename A::Quad quads[kLaneRows][kQuads];
+#pragma unroll
+  for (int j = 0; j < kLaneRows; ++j) Weight::expand(stage.values[j][lane], stage.masks[j][lane], quads[j]);
+  const int left = stage.left[lane];
+  if (left < Weight::kColumns) {
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) {
+#pragma unroll
+      for (int u = 0; u < kQuads; ++u) A::mask(quads[j][u], left - 4 * u);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kQuads; ++u) {
+    constexpr int kQuadBytes = 4 * sizeof(typename Element<Weight::kDtype>::Stored);
+    constexpr int kXQuads = kPieceBytes / kQuadBytes;  // of a piece of x
+    const uint8_t* const x = reinterpret_cast<const uint8_t*>(stage.x[0][u / kXQuads]) + u % kXQuads * kQuadBytes;
+    typename A::Quad rows[kLaneRows];
+#pragma unroll
+    for (int j = 0; j < kLaneRows; ++j) rows[j] = quads[j][u];
+    A::multiply(sums, rows, x, sizeof(stage.x[0]), lane);
+  }
+}
+
+// y of a row of W, from sum(i) for each row i of x. Does nothing for rows that W does not have.
+template <LinearDtype kDtype, typename Sum>
+__device__ __forceinline__ void write_row(const Stream& p, const Tile& tile, int tile_row, const Sum& sum) {
+  using E = Element<kDtype>;
+  using Stored = typename E::Stored;
+  const int64_t inside = tile.strip * kTileRows + tile_row, row = tile.line * p.block_rows + inside;
+  if (inside >= p.block_rows || row >= p.rows) return;
+  const float bias = p.bias == nullptr ? 0.0f : E::widen(static_cast<const Stored*>(p.bias)[row]);
+  const bool proven = is_proven(p.fault);
+  for (int i = 0; i < p.m; ++i) static_cast<Stored*>(p.y)[i * p.rows + row] = E::narrow(proven ? sum(i) + bias : not_a_number());
+}
+
+// ---------------------------------------------------------------------------------------------------------------- the kernels
+
+// What a warp has of a tile: its sums go to `part` and, if they are the whole tile's, to y.
+template <class Weight, int kRows>
+__device__ __forceinline__ void finish(const Stream& p, const Tile& tile, int64_t from, int64_t end, bool whole, uint32_t faulty,
+                                       const typename Arithmetic<Weight::kDtype, kRows>::Sums& sums, int lane, Part<kRows>& part) {
+  faulty |= __shfl_xor_sync(kAllLanes, faulty, 1);
+  faulty |= __shfl_xor_sync(kAllLanes, faulty, 2);
+  Arithmetic<Weight::kDtype, kRows>::deliver(sums, lane, [&](float sum, int i, int j) { part.sums[i][lane / 4 + 8 * j] = sum; });
+  part.tile = tile;
+  const bool is_faulty = (__shfl_sync(kAllLanes, faulty, 4 * (lane % 8)) >> (lane / 8) & 1) != 0;
+  __syncwarp();
+  for (int i = 0; i < p.m; ++i) {
+    float& sum = part.sums[i][lane];
+    sum = is_faulty ? not_a_number() : Weight::settle(p, tile, from, end, lane, i, sum);
+  }
+  if (whole) write_row<Weight::kDtype>(p, tile, lane, [&](int i) { return part.sums[i][lane]; });
+}
+
+// A warp's share: tiles that it does alone are written to y, the sums of others to its parts -> bit i: part i has some.
+template <class Weight, int kRows>
+__device__ __forceinline__ uint32_t stream_share(const Stream& p, bool in_order, int64_t share, int lane, WarpMemory<Weight, kRows>& own) {
+  const auto turn = [](int& stage) { stage = stage == kStages - 1 ? 0 : stage + 1; };
+  Walk here(p, in_order, share);
+  Reader<Weight, kRows> reader(p, here, lane);
+  Request<Weight> request = reader.request();
+  typename Arithmetic<Weight::kDtype, kRows>::Sums sums{};
+  const int64_t begin = here.at;
+  int64_t from = here.at;  // where the share of the tile begins
+  uint32_t faulty = 0, kept = 0;
+  int filled = 0, used = 0;  // stages
+  for (int ahead = 1; here.more(); ++ahead) {
+    if (reader.walk.more()) {
+      reader.copy(request, own.stages[filled]);
+      turn(filled);
+      reader.advance();
+      request = reader.request();
+    }
+    ptx::copy_async_commit();
+    if (ahead < kStages) continue;
+    ptx::copy_async_wait<kStages - 1>();
+    __syncwarp();
+    multiply_step<Weight, kRows>(own.stages[used], lane, sums);
+    faulty |= own.stages[used].faulty[lane];
+    turn(used);
+    here.at += kStepPieces;
+    if (!here.more()) {
+      const bool begins = !in_order || here.tile.begin >= begin, whole = begins && (!in_order || here.tile.end <= here.next);
+      finish<Weight, kRows>(p, here.tile, from, here.end, whole, faulty, sums, lane, own.parts[begins ? 1 : 0]);
+      if (!whole) kept |= begins ? 2 : 1;
+      sums = {};
+      faulty = 0;
+      here.advance();
+      from = here.at;
+    }
+    __syncwarp();  // before the stage is filled again
+  }
+  return kept;
+}
+
+// The sums of a tile that warps of the threadblock share, the warp being the first of these: its own, then those of the next ones.
+template <class Weight, int kRows>
+__device__ __forceinline__ void add_warps(const Stream& p, const WarpMemory<Weight, kRows>* warps, int warp, int lane,
+                                          const Part<kRows>& part) {
+  const int64_t threadblock = blockIdx.x, first = threadblock * p.warps, shares = int64_t{p.threadblocks} * p.warps;
+  const int64_t begin = p.begin(first, shares), end = p.begin(first + p.warps, shares);
+  const Tile tile = part.tile;
+  const auto sum_of = [&](int i) {
+    float sum = part.sums[i][lane];
+    for (int next = warp + 1; next < p.warps && p.begin(first + next, shares) < tile.end; ++next) {
+      if (p.begin(first + next, shares) < p.begin(first + next + 1, shares)) sum += warps[next].parts[0].sums[i][lane];
+    }
+    return sum;
+  };
+  if (tile.begin >= begin && tile.end <= end) {
+    write_row<Weight::kDtype>(p, tile, lane, sum_of);
+  } else {
+    float* const partial = p.partials + (2 * threadblock + (tile.begin >= begin)) * kRows * kTileRows + lane;
+    for (int i = 0; i < p.m; ++i) partial[i * kTileRows] = sum_of(i);
+  }
+}
+
+// Are all lines' starts in order? All threads of the block ask.
+__device__ __forceinline__ bool is_in_order(const Stream& p) {
+  bool sound = true;
+  for (int64_t line = threadIdx.x; line < p.index.lines; line += blockDim.x) sound &= line_of(p, line).sound;
+  return __syncthreads_and(sound) != 0;
+}
+
+// Half as many where the sums need the registers.
+template <class Weight, int kRows>
+constexpr int kMostWarps = sizeof(typename Arithmetic<Weight::kDtype, kRows>::Sums) > 128 ? 8 : 16;
+
+template <class Weight, int kRows>
+__global__ __launch_bounds__(kMostWarps<Weight, kRows>* kLanes, 1) void stream(const __grid_constant__ Stream p) {
+  WarpMemory<Weight, kRows>* const warps = ptx::dynamic_shared<WarpMemory<Weight, kRows>>();
+  const int warp = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
+  const bool in_order = is_in_order(p);
+  const int64_t shares = int64_t{p.threadblocks} * p.warps, first = int64_t{blockIdx.x} * p.warps;
+  // Out of order, the tiles that are dealt last go to as many threadblocks as there are.
+  const int64_t share = in_order ? first + warp : int64_t{warp} * p.threadblocks + blockIdx.x;
+  const uint32_t kept = stream_share<Weight, kRows>(p, in_order, share, lane, warps[warp]);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.in_order = in_order;
+  __syncthreads();
+  if ((kept & 1) != 0 && p.begin(share, shares) == p.begin(first, shares)) add_warps(p, warps, warp, lane, warps[warp].parts[0]);
+  if ((kept & 2) != 0) add_warps(p, warps, warp, lane, warps[warp].parts[1]);
+}
+
+constexpr int kJoinThreads = 128;
+
+// What `stream` has left of y: tiles that several threadblocks share, lines without blocks, and faulty starts.
+template <LinearDtype kDtype, int kRows>
+__global__ __launch_bounds__(kJoinThreads) void join(const __grid_constant__ Stream p) {
+  const int64_t row = int64_t{blockIdx.x} * kJoinThreads + threadIdx.x;
+  if (row >= p.rows) return;
+  const int64_t number = row / p.block_rows, inside = row % p.block_rows, strip = inside / kTileRows;
+  const int tile_row = static_cast<int>(inside % kTileRows);
+  const Line line = line_of(p, number);
+  const bool in_order = *p.in_order != 0;
+  const Tile tile = tile_of(p, number, strip, line, in_order);
+  if (tile.begin == tile.end) {
+    write_row<kDtype>(p, tile, tile_row, [&](int) { return line.sound ? 0.0f : not_a_number(); });
+    return;
+  }
+  if (!in_order) return;
+  const int64_t first = p.share_of(tile.begin, p.threadblocks), last = p.share_of(tile.end - 1, p.threadblocks);
+  if (first == last) return;
+  write_row<kDtype>(p, tile, tile_row, [&](int i) {
+    float sum = 0;
+    for (int64_t threadblock = first; threadblock <= last; ++threadblock) {
+      const bool any = p.begin(threadblock, p.threadblocks) < p.begin(threadblock + 1, p.threadblocks);
+      if (any) sum += p.partials[((2 * threadblock + (threadblock == first)) * kRows + i) * kTileRows + tile_row];
+    }
+    return sum;
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------- launching
+
+template <class Weight, int kRows>
+cudaError_t launch_stream(Stream p, const Device& device, void* workspace, cudaStream_t stream_of_work) {
+  const int64_t fit = device.shared_bytes / int64_t{sizeof(WarpMemory<Weight, kRows>)};
+  p.warps = static_cast<int>(fit < kMostWarps<Weight, kRows> ? fit : kMostWarps<Weight, kRows>);
+  if (p.warps == 0) return cudaErrorInvalidConfiguration;
+  const int64_t steps = (p.pieces + kStepPieces - 1) / kStepPieces;
+  p.threadblocks = static_cast<int>(steps == 0 ? 1 : steps < device.multiprocessors ? steps : device.multiprocessors);
+  p.in_order = static_cast<uint32_t*>(workspace);
+  p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + kFlagBytes);
+  // The limit is the kernel's, not the launch's: lowered, it would meet launches of other threads and those that a CUDA graph holds.
+  cudaError_t error = cudaFuncSetAttribute(stream<Weight, kRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned int>(p.threadblocks));
+  config.blockDim = dim3(static_cast<unsigned int>(p.warps * kLanes));
+  config.dynamicSmemBytes = sizeof(WarpMemory<Weight, kRows>) * static_cast<size_t>(p.warps);
+  config.stream = stream_of_work;
+  error = cudaLaunchKernelEx(&config, stream<Weight, kRows>, p);
+  if (error != cudaSuccess) return error;
+  config.gridDim = dim3(static_cast<unsigned int>((p.rows + kJoinThreads - 1) / kJoinThreads));
+  config.blockDim = dim3(kJoinThreads);
+  config.dynamicSmemBytes = 0;
+  return cudaLaunchKernelEx(&config, join<Weight::kDtype, kRows>, p);
+}
+
+inline int64_t stream_workspace_bytes(int64_t m, const Device& device) {
+  const int64_t rows = m <= 8 ? 8 : kMostStreamRows;
+  return kFlagBytes + int64_t{device.multiprocessors} * 2 * rows * kTileRows * static_cast<int64_t>(sizeof(float));
+}
+
+// Weight<kDtype>  the kind of W
+template <template <LinearDtype> class Weight>
+cudaError_t launch_stream(const Stream& p, LinearDtype dtype, const Device& device, void* workspace, cudaStream_t stream_of_work) {
+  if (p.rows == 0 || p.m == 0) return cudaSuccess;
+  const auto run = dtype == kBfloat16  ? p.m <= 8 ? launch_stream<Weight<kBfloat16>, 8> : launch_stream<Weight<kBfloat16>, 16>
+                   : dtype == kFloat16 ? p.m <= 8 ? launch_stream<Weight<kFloat16>, 8> : launch_stream<Weight<kFloat16>, 16>
+                   : p.m == 1          ? launch_stream<Weight<kFloat32>, 1>
+                   : p.m == 2          ? launch_stream<Weight<kFloat32>, 2>
+                   : p.m <= 4          ? launch_stream<Weight<kFloat32>, 4>
+                   : p.m <= 8          ? launch_stream<Weight<kFloat32>, 8>
+                                       : launch_stream<Weight<kFloat32>, 16>;
+  return run(p, device, workspace, stream_of_work);
+}
+
+}  // namespace bitmask::cuda::streaming

@@ -190,8 +190,8 @@ int64_t block_sample_cores_workspace_bytes(const BlockSampleParams& params, cons
 cudaError_t pack_24(const void* dense, const Geometry& g, int width, const ZeroTest& zero_test, Magnitude magnitude, bool prune,
                     void* values, uint8_t* metadata, Fault* fault, cudaStream_t stream);
 
-// Proves the rows [begin, end) of the metadata and writes them to dense [end - begin, cols], unless that is null. `fault` is set to kNoFault
-// first if `first` says that this is the first part of the weight. What is written for faulty metadata is worthless.
+// Proves the rows [begin, end) of the metadata and writes them to dense [end - begin, cols], unless that is null. `fault` is set to
+// kNoFault first if `first` says that this is the first part of the weight. What is written for faulty metadata is worthless.
 cudaError_t unpack_24(const TwoFourMatrix& w, int64_t begin, int64_t end, int width, void* dense, bool first, Fault* fault,
                       cudaStream_t stream);
 

@@ -37,4 +37,9 @@ else
   # Few rows of blocks of any size, gradients, and what compilers ask.
   run tests/test_block_ops.py \
     -k "not avx and not neon and (edges or reference or infinity or views or gradient or order or opcheck or compiles)"
+  # 2:4: its bits, what it refuses, gradients; neither modes of the CPU nor what takes gigabytes.
+  run tests/test_two_four_ops.py -k "not avx and not neon and not flushes and not 2_to and not harmless and \
+    (round_trip or elements or views or stored or largest or prune or refused or bad_ or mutated or gradients or opcheck or shrunk)"
+  run tests/test_two_four_linear.py -k "not avx and not neon and \
+    (zeros_and or views or same_as_reference or gradients_equal or opcheck or autocast or require_a_gradient)"
 fi

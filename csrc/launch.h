@@ -44,6 +44,16 @@ class Launch {
     return empty_on(aoti_torch_device_type_cuda(), index_, sizes, dtype);
   }
   Tensor bytes(int64_t count) const { return empty(std::vector<int64_t>{count}, aoti_torch_dtype_uint8()); }
+  // Contiguous from a multiple of 16 bytes on, as kernels want it that read so many at a time: `tensor` itself or a copy. What torch
+  // allocates begins so; views may begin anywhere.
+  Tensor aligned(const char* name, const Tensor& tensor) const {
+    const Tensor whole = contiguous(name, tensor);
+    if (reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0) return whole;
+    const Tensor copy = empty(whole.sizes(), dtype_of(whole));
+    check(cudaMemcpyAsync(copy.mutable_data_ptr(), whole.const_data_ptr(), static_cast<size_t>(nbytes(whole)), cudaMemcpyDeviceToDevice,
+                          stream_));
+    return copy;
+  }
   Tensor int64() const { return empty(std::vector<int64_t>{}, aoti_torch_dtype_int64()); }
 
   // Throws unless a call of the CUDA runtime or a launcher succeeded.

@@ -72,7 +72,7 @@ Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow_indi
     add_transposed(operands, ccol_indices, row_indices, order);
     const Tensor y = on.empty(with_last_size(x, out_features), operands.dtype);
     if (y.numel() == 0) return y;
-    const Tensor rows = contiguous("x", x), blocks = contiguous("values", values), offset = bias ? contiguous("bias", *bias) : rows;
+    const Tensor rows = on.aligned("x", x), blocks = on.aligned("values", values), offset = bias ? contiguous("bias", *bias) : rows;
     cuda::BlockParams params = params_of(operands, blocks, rows, y, allow_tf32);
     params.bias = bias ? offset.const_data_ptr() : nullptr;
     const Verdict verdict(on);
@@ -93,7 +93,7 @@ Tensor bsr_linear_backward_input(const Tensor& grad, const Tensor& values, const
     const BlockOperands operands = backward_input_operands(grad, values, ccol_indices, row_indices, order, in_features);
     const Tensor y = on.empty(with_last_size(grad, in_features), operands.dtype);
     if (y.numel() == 0) return y;
-    const Tensor rows = contiguous("grad", grad), blocks = contiguous("values", values);
+    const Tensor rows = on.aligned("grad", grad), blocks = on.aligned("values", values);
     cuda::BlockParams params = params_of(operands, blocks, rows, y, allow_tf32);
     const Verdict verdict(on);
     prove(on, operands.index, verdict);
@@ -128,7 +128,7 @@ Tensor bsr_linear_backward_values(const Tensor& grad, const Tensor& x, const Ten
       verdict.poison(values);
       return values;
     }
-    const Tensor g = contiguous("grad", grad), rows = contiguous("x", x);
+    const Tensor g = on.aligned("grad", grad), rows = on.aligned("x", x);
     cuda::BlockSampleParams params{};
     params.index = index_of(operands.index);
     params.lines = data_of(lines);

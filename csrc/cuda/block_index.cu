@@ -5,6 +5,10 @@
 //   order       0 2 5    1 3 4 6       by columns: where each block lies row by row
 //
 // Each thread proves what it alone can see wrong; together these are all that can be. What one proof relies on, an earlier kernel proved.
+//
+// On an H100 a launch takes 1 to 2 us of a stream, which hides what it does for up to some 100 000 blocks: a search is log2(lines) loads of
+// about 250 cycles in turn, 1.3 us for 512 lines. A schedule of n <= 4096 lines takes log2(n)^2 / 2 steps of about 60 cycles, those of more
+// than 2048 lines twice as many: 1.2 us for 256 lines, 5 us for 4096. Not timed.
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 

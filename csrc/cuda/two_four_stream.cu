@@ -27,9 +27,9 @@ struct TwoFourWeight {
 
   using Mask = uint16_t;  // bit c: column c of the piece is stored
 
-  static __device__ __forceinline__ Mask load(const Stream& p, const uint8_t* source, int64_t piece) {
+  static __device__ __forceinline__ Mask load(const Stream& p, const uint8_t* source, int64_t piece, bool aligned) {
     if (kMaskBytes == 1) return *source;
-    if (p.w_aligned) return *reinterpret_cast<const uint16_t*>(source);
+    if (aligned) return *reinterpret_cast<const uint16_t*>(source);
     const bool second = piece * kMaskBytes + 1 < p.row_mask_bytes;
     return static_cast<Mask>(second ? source[0] | source[1] << 8 : source[0]);
   }
@@ -41,8 +41,8 @@ struct TwoFourWeight {
     return fours == (columns >= kColumns ? all : all & ((1u << columns) - 1));
   }
 
-  static __device__ __forceinline__ void copy(const Stream& p, const uint8_t* source, int64_t piece, uint4& target) {
-    if (p.w_aligned) {
+  static __device__ __forceinline__ void copy(const Stream& p, const uint8_t* source, int64_t piece, uint4& target, bool aligned) {
+    if (aligned) {
       ptx::copy_async_16(&target, source);
     } else {
       const int64_t left = (p.row_bytes - piece * kPieceBytes) / kWidth;
@@ -57,7 +57,7 @@ struct TwoFourWeight {
   // what becomes a column: 0x10 is the group's first value, 0x32 the second one, 0x44 zero.
   static __device__ __forceinline__ void expand(const uint4& piece, Mask mask, uint2 (&quads)[4]) {
     const uint32_t values[4] = {piece.x, piece.y, piece.z, piece.w}, groups = mask & 0x7777;
-    // groups of masks:                               3   a   9   -  and  -   6   5   c
+    // The bytes are for the masks - 1001 1010 0011 and 1100 0101 0110 -, from the lowest one up.
     const uint32_t column0 = ptx::permute(0x10441044, 0x44441044, groups);
     const uint32_t column1 = ptx::permute(0x32104444, 0x44104444, groups);
     const uint32_t column2 = ptx::permute(0x44444444, 0x44323210, groups);
@@ -81,21 +81,21 @@ struct TwoFourWeight {
     }
   }
 
-  // The sum of the pieces [from, end) of a sound row of a tile with row i of x.
-  static __device__ __forceinline__ float settle(const Stream& p, const Tile& tile, int64_t from, int64_t end, int tile_row, int i,
-                                                 float sum) {
+  // The sum of a sound row of what a warp does of a tile with row i of x.
+  static __device__ __forceinline__ float settle(const Stream& p, const Span& span, int tile_row, int i, float sum) {
+    const Tile& tile = span.tile;
     const int64_t row = tile.strip * kTileRows + tile_row;
     if (fabsf(sum) <= 3.40282347e38f || row >= p.block_rows || tile.line * p.block_rows + row >= p.rows) return sum;
     sum = 0;
     const Stored* const x = static_cast<const Stored*>(p.x) + i * p.cols;
 #pragma unroll 1
-    for (int64_t at = from; at < end; ++at) {
+    for (int64_t at = span.begin; at < span.end; ++at) {
       const int64_t block = tile.first + (at - tile.begin) / p.row_pieces, piece = (at - tile.begin) % p.row_pieces;
       const bool whole = p.index.starts == nullptr;
       const int64_t column = (whole ? 0 : p.index.positions[block]) * p.block_cols + piece * kColumns;
       const int64_t in_values = (whole ? 0 : place_of(p.index, block)) * p.block_rows + row;
       const uint8_t* source = p.values + in_values * p.row_bytes + piece * kPieceBytes;
-      uint32_t bits = load(p, p.metadata + in_values * p.row_mask_bytes + piece * kMaskBytes, piece);
+      uint32_t bits = load(p, p.metadata + in_values * p.row_mask_bytes + piece * kMaskBytes, piece, p.w_aligned);
 #pragma unroll 1
       for (int64_t c = column; bits != 0; ++c, bits >>= 1) {
         if ((bits & 1) == 0) continue;
@@ -109,13 +109,15 @@ struct TwoFourWeight {
 
 }  // namespace
 
+bool two_four_stream_takes(const TwoFourParams& params, const Device&) { return params.dtype != kFloat64 && params.m <= kMostStreamRows; }
+
 int64_t two_four_stream_workspace_bytes(const TwoFourParams& params, const Device& device) {
   return streaming::stream_workspace_bytes(params.m, device);
 }
 
 cudaError_t two_four_stream(const TwoFourParams& params, const Device& device, void* workspace, cudaStream_t stream_of_work) {
-  if (params.dtype == kFloat64 || params.m > kMostStreamRows) return cudaErrorInvalidValue;
-  const int64_t width = params.dtype == kFloat32 ? 4 : 2;
+  if (!two_four_stream_takes(params, device)) return cudaErrorInvalidValue;
+  const int64_t width = width_of(params.dtype);
   const uintptr_t x = reinterpret_cast<uintptr_t>(params.x), values = reinterpret_cast<uintptr_t>(params.values);
   Stream p{};
   p.index = params.has_blocks() ? params.index : BlockIndex{nullptr, nullptr, nullptr, 1, 1, 1};

@@ -145,21 +145,24 @@ struct Multiply {
     static constexpr int kStep = kThreads / Tile::kRowChunks;
     static_assert(kStep % Tile::kPeriod == 0 && Tile::kRows % kStep == 0);
 
-    const uint8_t* from;  // where its first row is in the first slice that there may be
-    int left;             // of lines, from the thread's on
+    uintptr_t from;  // address of its first row in the first slice that there may be
+    int left;        // of lines, from the thread's on
 
     static __device__ __forceinline__ int row() { return thread() / Tile::kRowChunks; }
     static __device__ __forceinline__ int chunk() { return thread() % Tile::kRowChunks; }
+    static __device__ __forceinline__ void copy(uint8_t* place, uintptr_t address, bool there) {
+      ptx::copy_async_16(place, reinterpret_cast<const void*>(address), there ? kChunkBytes : 0);
+    }
 
     // Rows are lines, `stride` bytes apart.
     __device__ __forceinline__ void copy_lines(uint8_t* tile, const Slice* slices, int64_t Slice::* offset, int64_t stride) const {
       const Slice& slice = slices[chunk() / kWidth];  // which has kWidth chunks
       const bool there = chunk() % kWidth * kOfChunk < slice.depth;
-      const uint8_t* line = from + slice.*offset;
+      uintptr_t line = from + static_cast<uintptr_t>(slice.*offset);
       uint8_t* const place = tile + Tile::place(row(), chunk());
 #pragma unroll
-      for (int i = 0; i < Tile::kRows; i += kStep, line += kStep * stride) {
-        ptx::copy_async_16(place + i * Tile::kRowBytes, line, there && i < left ? kChunkBytes : 0);
+      for (int i = 0; i < Tile::kRows; i += kStep, line += static_cast<uintptr_t>(kStep * stride)) {
+        copy(place + i * Tile::kRowBytes, line, there && i < left);
       }
     }
 
@@ -170,26 +173,30 @@ struct Multiply {
       for (int i = 0; i < Tile::kRows; i += kStep) {
         const Slice& slice = slices[row() / kSliceDepth + i / kSliceDepth];
         const bool there = row() % kSliceDepth + i % kSliceDepth < slice.depth;
-        const uint8_t* const line = from + slice.*offset + i % kSliceDepth * stride;
-        ptx::copy_async_16(place + i * Tile::kRowBytes, line, there && left > 0 ? kChunkBytes : 0);
+        const uintptr_t line = from + static_cast<uintptr_t>(slice.*offset + i % kSliceDepth * stride);
+        copy(place + i * Tile::kRowBytes, line, there && left > 0);
       }
     }
   };
 
+  static __device__ __forceinline__ uintptr_t address(const void* array, int64_t offset) {
+    return reinterpret_cast<uintptr_t>(array) + static_cast<uintptr_t>(offset);
+  }
+
   __device__ __forceinline__ Copier<X> copier_of_x() const {
     using Copier = Copier<X>;
-    const uint8_t* const x = static_cast<const uint8_t*>(params.x) + row * p.x_stride;
-    return {x + Copier::row() * p.x_stride + Copier::chunk() % kWidth * kChunkBytes, rows - Copier::row()};
+    const int64_t first = (row + Copier::row()) * p.x_stride + Copier::chunk() % kWidth * kChunkBytes;
+    return {address(params.x, first), rows - Copier::row()};
   }
 
   __device__ __forceinline__ Copier<W> copier_of_w(int64_t first) const {
     using Copier = Copier<W>;
-    const uint8_t* const w = static_cast<const uint8_t*>(params.values);
     if constexpr (kTransposed) {
-      const int64_t line = first + Copier::chunk() * kOfChunk;
-      return {w + Copier::row() % kSliceDepth * p.w_stride + line * kWidth, lines - Copier::chunk() * kOfChunk};
+      const int line = Copier::chunk() * kOfChunk;
+      return {address(params.values, Copier::row() % kSliceDepth * p.w_stride + (first + line) * kWidth), lines - line};
     } else {
-      return {w + (first + Copier::row()) * p.w_stride + Copier::chunk() % kWidth * kChunkBytes, lines - Copier::row()};
+      const int64_t offset = (first + Copier::row()) * p.w_stride + Copier::chunk() % kWidth * kChunkBytes;
+      return {address(params.values, offset), lines - Copier::row()};
     }
   }
 

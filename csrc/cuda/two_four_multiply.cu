@@ -52,7 +52,7 @@ struct Multiply {
       const int matrix = lane() / 8, row = lane() % 8;
       values = ptx::opaque((first_row() + 8 * (matrix % 2) + row) * kValueRow + (matrix / 2 ^ row / 2 % 4) * 16);
       x = ptx::opaque((first_x_row() + row) * kXRow + (matrix ^ row) * 16);
-      metadata = ptx::opaque((first_row() + lane() / 4) * kMetadataRow + lane() % 4 * 2);
+      metadata = (first_row() + lane() / 4) * kMetadataRow + lane() % 4 * 2;
     }
   };
 

@@ -52,20 +52,20 @@ struct Multiply {
       const int matrix = lane() / 8, row = lane() % 8;
       values = ptx::opaque((first_row() + 8 * (matrix % 2) + row) * kValueRow + (matrix / 2 ^ row / 2 % 4) * 16);
       x = ptx::opaque((first_x_row() + row) * kXRow + (matrix ^ row) * 16);
-      metadata = ptx::opaque((first_row() + lane() / 4) * kMetadataRow + lane() % 4 * 2);
+      metadata = (first_row() + lane() / 4) * kMetadataRow + lane() % 4 * 2;
     }
   };
 
   // The codes that a lane brings: of 16 columns of the rows g and g + 8 of each fragment. `wrong` gathers faults of these rows, by halves.
   // `there`: whether the columns are in W.
-  static __device__ __forceinline__ void read_codes(const uint8_t* metadata, bool there, uint32_t (&codes)[T::kFragments],
+  static __device__ __forceinline__ void read_codes(const uint8_t* metadata, int at, bool there, uint32_t (&codes)[T::kFragments],
                                                     uint32_t (&wrong)[T::kFragments]) {
     uint32_t any = 0;
     uint32_t faults[T::kFragments];
 #pragma unroll
     for (int i = 0; i < T::kFragments; ++i) {
-      const uint32_t low = *reinterpret_cast<const uint16_t*>(metadata + 16 * i * kMetadataRow);
-      const uint32_t high = *reinterpret_cast<const uint16_t*>(metadata + (16 * i + 8) * kMetadataRow);
+      const uint32_t low = *reinterpret_cast<const uint16_t*>(metadata + at + 16 * i * kMetadataRow);
+      const uint32_t high = *reinterpret_cast<const uint16_t*>(metadata + at + (16 * i + 8) * kMetadataRow);
       codes[i] = there ? low | high << 16 : kSoundGroups;
       faults[i] = faults_of(codes[i]);
       wrong[i] |= faults[i];
@@ -84,8 +84,8 @@ struct Multiply {
   template <int kChunk>
   static __device__ __forceinline__ void multiply_chunk(const Stage& stage, const Operands& operands,
                                                         const uint32_t (&codes)[T::kFragments], Sums& sums) {
-    const uint8_t* const values = stage.values[0] + (operands.values ^ kChunk * kValueRow / 2);
-    const uint8_t* const x = stage.x[0] + (operands.x ^ kChunk * kXRow / 2);
+    const uint8_t* const values = stage.values + (operands.values ^ kChunk * kValueRow / 2);
+    const uint8_t* const x = stage.x + (operands.x ^ kChunk * kXRow / 2);
     uint32_t a[T::kFragments][4];
 #pragma unroll
     for (int i = 0; i < T::kFragments; ++i) ptx::load_matrix_x4(a[i], values + 16 * i * kValueRow);
@@ -147,7 +147,7 @@ struct Multiply {
       const bool more = stage + kStages - 1 < end;
       uint32_t codes[T::kFragments];
       if (stage >= begin) {
-        read_codes(shared.stages[slot].metadata[0] + operands.metadata, lane() % 4 < pieces - 4 * stage, codes, wrong);
+        read_codes(shared.stages[slot].metadata, operands.metadata, lane() % 4 < pieces - 4 * stage, codes, wrong);
         multiply_chunk<0>(shared.stages[slot], operands, codes, sums);
       }
       if (more) copier.copy(next);

@@ -98,9 +98,9 @@ struct Tiling {
   static constexpr int kYStride = kRows + 8;  // of y's rows in shared memory, elements: keeps stores in different banks
 
   struct Stage {
-    uint8_t values[kRows][kValueRow];
-    uint8_t x[kXRows][kXRow];
-    uint8_t metadata[kRows][kMetadataRow];
+    uint8_t values[kRows * kValueRow];
+    uint8_t x[kXRows * kXRow];
+    uint8_t metadata[kRows * kMetadataRow];
   };
   struct Shared {
     Stage stages[kStages];
@@ -116,6 +116,11 @@ struct Tiling {
 };
 
 // ---------------------------------------------------------------------------------------------------------------- copying
+
+// Of what is `bytes` past the beginning of an array, which may be null where it has no elements.
+__device__ __forceinline__ uintptr_t address(const void* array, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(array) + static_cast<uintptr_t>(bytes);
+}
 
 // The bytes of a chunk's metadata in a row, at most four.
 __device__ __forceinline__ uint32_t load_word(const uint8_t* bytes, int count, bool aligned) {
@@ -139,9 +144,9 @@ struct Copier {
 
   const TwoFourProduct& p;
   const int64_t* positions;     // of the line's blocks; null if W is one block
-  const uint8_t* x;             // where the thread's first piece is, in the first columns of W
-  const uint8_t* values;        // in the first block of the line
-  const uint8_t* metadata;      // likewise
+  uintptr_t x;                  // address: where the thread's first piece is, in the first columns of W
+  uintptr_t values;             // in the first block of the line
+  uintptr_t metadata;           // likewise
   int rows, x_rows;             // of the tile
   int blocks;                   // of the line
   int block, part;              // the chunk that comes next: in which block it is, which one of it
@@ -166,11 +171,9 @@ struct Copier {
         block((2 * stage + chunk()) / p.chunks),
         part((2 * stage + chunk()) % p.chunks) {
     const int64_t row = line.begin * p.params.block_rows + tile.row;
-    const uint8_t* const first_x = static_cast<const uint8_t*>(p.params.x) + (tile.x_row + row_of_x()) * p.params.cols * 2;
-    x = ptx::opaque(first_x + 16 * quarter());
-    values = static_cast<const uint8_t*>(p.params.values) + (row + row_of_w()) * p.row_bytes * kValueBytes + 16 * half();
-    values = ptx::opaque(values);
-    metadata = ptx::opaque(p.params.metadata + (row + row_of_metadata()) * p.row_bytes);
+    x = ptx::opaque(address(p.params.x, (tile.x_row + row_of_x()) * p.params.cols * 2 + 16 * quarter()));
+    values = ptx::opaque(address(p.params.values, (row + row_of_w()) * p.row_bytes * kValueBytes + 16 * half()));
+    metadata = ptx::opaque(address(p.params.metadata, (row + row_of_metadata()) * p.row_bytes));
     find();
   }
 
@@ -192,24 +195,26 @@ struct Copier {
   // `left`: columns of W from `col` on. Where there is none, no address is read.
   __device__ __forceinline__ void copy_x(Stage& stage, int col, int left) const {
     const int bytes = 8 * quarter() < left ? 16 : 0;
-    const uint8_t* src = x + 2 * static_cast<int64_t>(col);
-    uint8_t* const dst = stage.x[row_of_x()] + ((4 * chunk() + quarter()) ^ row_of_x() % 8) * 16;
+    uintptr_t src = x + static_cast<uintptr_t>(2 * static_cast<int64_t>(col));
+    uint8_t* dst = stage.x;
+    dst += row_of_x() * kXRow + ((4 * chunk() + quarter()) ^ row_of_x() % 8) * 16;
 #pragma unroll
     for (int i = 0; i < T::kXRows; i += kRowsOfX) {
-      if (row_of_x() + i < x_rows) ptx::copy_async_16(dst + i * kXRow, src, bytes);
-      src += 2 * kRowsOfX * p.params.cols;
+      if (row_of_x() + i < x_rows) ptx::copy_async_16(dst + i * kXRow, reinterpret_cast<const void*>(src), bytes);
+      src += static_cast<uintptr_t>(2 * kRowsOfX * p.params.cols);
     }
   }
 
   __device__ __forceinline__ void copy_values(Stage& stage, int64_t before, int left) const {
     const int columns = left - kPieceColumns * half();
     const int bytes = columns <= 0 ? 0 : columns < kPieceColumns ? columns : 16;  // two bytes for two columns
-    const uint8_t* src = values + kValueBytes * before;
-    uint8_t* const dst = stage.values[row_of_w()] + ((2 * chunk() + half()) ^ row_of_w() / 2 % 4) * 16;
+    uintptr_t src = values + static_cast<uintptr_t>(kValueBytes * before);
+    uint8_t* dst = stage.values;
+    dst += row_of_w() * kValueRow + ((2 * chunk() + half()) ^ row_of_w() / 2 % 4) * 16;
 #pragma unroll
     for (int i = 0; i < T::kRows; i += kRowsOfW) {
-      if (row_of_w() + i < rows) ptx::copy_async_16(dst + i * kValueRow, src, bytes);
-      src += kRowsOfW * kValueBytes * p.row_bytes;
+      if (row_of_w() + i < rows) ptx::copy_async_16(dst + i * kValueRow, reinterpret_cast<const void*>(src), bytes);
+      src += static_cast<uintptr_t>(kRowsOfW * kValueBytes * p.row_bytes);
     }
   }
 
@@ -218,7 +223,8 @@ struct Copier {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       if (row_of_metadata() + i * kRowsOfMetadata >= rows) continue;
-      words[i] = load_word(metadata + before + i * kRowsOfMetadata * p.row_bytes, count, p.words_aligned);
+      const uintptr_t src = metadata + static_cast<uintptr_t>(before + i * kRowsOfMetadata * p.row_bytes);
+      words[i] = load_word(reinterpret_cast<const uint8_t*>(src), count, p.words_aligned);
     }
   }
 
@@ -227,7 +233,7 @@ struct Copier {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       const int row = row_of_metadata() + i * kRowsOfMetadata;
-      if (row < T::kRows) *reinterpret_cast<uint32_t*>(stage.metadata[row] + 4 * chunk()) = words[i];
+      if (row < T::kRows) *reinterpret_cast<uint32_t*>(stage.metadata + row * kMetadataRow + 4 * chunk()) = words[i];
     }
   }
 };

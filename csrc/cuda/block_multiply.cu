@@ -275,16 +275,6 @@ __global__ __launch_bounds__(threads_of(kTileRows), resident_of(kTileRows, kAcro
 
 constexpr int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
-int width_of(LinearDtype dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-bool can_multiply(const BlockParams& params) {
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kChunkBytes == 0; };
-  const bool dtype = params.dtype == kBfloat16 || params.dtype == kFloat16 || (params.dtype == kFloat32 && params.tf32);
-  const bool blocks = params.block_rows > 0 && params.block_cols > 0 && params.block_rows % 16 == 0 && params.block_cols % 16 == 0;
-  return dtype && blocks && params.depth() < INT64_C(1) << 32 && params.depth() * width_of(params.dtype) % kChunkBytes == 0 &&
-         aligned(params.x) && aligned(params.values) && aligned(params.y);
-}
-
 // How a product is cut, and where parts of the workspace lie.
 struct Plan {
   int rows, across;  // of a tile
@@ -386,14 +376,22 @@ bool is_empty(const BlockParams& params) { return params.m == 0 || params.index.
 
 }  // namespace
 
+bool block_multiply_takes(const BlockParams& params, const Device&) {
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kChunkBytes == 0; };
+  const bool dtype = params.dtype == kBfloat16 || params.dtype == kFloat16 || (params.dtype == kFloat32 && params.tf32);
+  const bool blocks = params.block_rows > 0 && params.block_cols > 0 && params.block_rows % 16 == 0 && params.block_cols % 16 == 0;
+  return dtype && blocks && params.depth() < INT64_C(1) << 32 && params.depth() * width_of(params.dtype) % kChunkBytes == 0 &&
+         aligned(params.x) && aligned(params.values) && aligned(params.y);
+}
+
 int64_t block_multiply_workspace_bytes(const BlockParams& params, const Device& device) {
-  if (!can_multiply(params) || is_empty(params)) return 0;
+  if (!block_multiply_takes(params, device) || is_empty(params)) return 0;
   const Plan p = plan(params, device);
   return p.arrived_bytes + p.partials_bytes + p.schedule_bytes;
 }
 
 cudaError_t block_multiply(const BlockParams& params, const Device& device, void* workspace, cudaStream_t stream) {
-  if (!can_multiply(params)) return cudaErrorInvalidValue;
+  if (!block_multiply_takes(params, device)) return cudaErrorInvalidValue;
   if (is_empty(params)) return cudaSuccess;
   const Plan plan = cuda::plan(params, device);
   uint8_t* const scratch = static_cast<uint8_t*>(workspace);

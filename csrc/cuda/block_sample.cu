@@ -32,6 +32,12 @@ constexpr int kLeastStages = 4;  // that are worth a threadblock
 constexpr int kJoinStages = 12;  // that take as long as to join tiles that are shared
 constexpr int kTileBytes = 512;  // of shared memory, for what is known of a tile
 
+// Of a stage in shared memory: g, then x.
+constexpr int kDepthBytes = 64;  // of a column
+constexpr int kOperandBytes = kColumns * kDepthBytes;
+constexpr int kPlaceBytes = 2 * kOperandBytes;
+constexpr int kSharedBytes = kStages * kPlaceBytes + kTileBytes;
+
 // What the kernels are told.
 struct Sampling {
   BlockSampleParams p;
@@ -80,13 +86,9 @@ template <LinearDtype kDtype, int kSide>
 struct Sample {
   using Stored = typename Element<kDtype>::Stored;
   static constexpr int kWidth = sizeof(Stored);
-  static constexpr int kStageRows = 64 / kWidth;
-  static constexpr int kSteps = kStageRows * kWidth / kStepBytes;
+  static constexpr int kStageRows = kDepthBytes / kWidth;
   using G = OperandTile<kColumns, kWidth, false, false>;
   using X = OperandTile<kColumns, kWidth, false, true>;
-  static constexpr int kOperandBytes = kStageRows * X::kRowBytes;  // in a stage: g, then x
-  static constexpr int kPlaceBytes = 2 * kOperandBytes;            // of a stage in shared memory
-  static constexpr int kSharedBytes = kStages * kPlaceBytes + kTileBytes;
   static constexpr int kPieces = kColumns / kSide;  // of a tile
   static constexpr int kBlocksPerMultiprocessor = kSide == 128 ? 1 : 2;
 
@@ -211,7 +213,7 @@ struct Sample {
       const uint8_t *const g_stage = memory + from.offset, *const x_stage = g_stage + kOperandBytes;
 #pragma unroll
       for (int own = 0; own < kOwn; ++own) {
-        products[own].template add_stage<kSteps>(g_stage, g_origins[own], x_stage, x_origins[own]);
+        products[own].template add_stage<kDepthBytes / kStepBytes>(g_stage, g_origins[own], x_stage, x_origins[own]);
       }
       from.turn();
     }
@@ -264,18 +266,6 @@ int side_of(const BlockSampleParams& p) {
   return side;
 }
 
-int64_t width_of(LinearDtype dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-// Whether these are what the kernels can do.
-bool is_for_tensor_cores(const BlockSampleParams& p) {
-  const auto aligned = [&](const void* pointer, int64_t columns) {
-    return reinterpret_cast<uintptr_t>(pointer) % kChunkBytes == 0 && columns * width_of(p.dtype) % kChunkBytes == 0;
-  };
-  const bool dtype = p.dtype == kBfloat16 || p.dtype == kFloat16 || (p.dtype == kFloat32 && p.tf32);
-  const bool sides = p.block_rows > 0 && p.block_cols > 0 && p.block_rows % 16 == 0 && p.block_cols % 16 == 0;
-  return dtype && sides && aligned(p.g, p.rows) && aligned(p.x, p.cols) && aligned(p.values, 0);
-}
-
 struct Plan {
   int side;
   Deal deal;
@@ -285,9 +275,9 @@ struct Plan {
 
 Plan plan(const BlockSampleParams& p, const Device& device) {
   const int side = side_of(p);
-  const int64_t stage_rows = 64 / width_of(p.dtype), stages = p.m == 0 ? 1 : blocks_across(p.m, stage_rows);
-  const int64_t shared_bytes = Sample<kBfloat16, 16>::kSharedBytes, reserved = 1024;  // bytes that every threadblock takes besides
-  const int64_t fit = side < 128 && device.shared_bytes + reserved >= 2 * (shared_bytes + reserved) ? 2 : 1;
+  const int64_t stage_rows = kDepthBytes / width_of(p.dtype), stages = p.m == 0 ? 1 : blocks_across(p.m, stage_rows);
+  const int64_t reserved = 1024;  // bytes that every threadblock takes besides
+  const int64_t fit = side < 128 && device.shared_bytes + reserved >= 2 * (kSharedBytes + reserved) ? 2 : 1;
   const int64_t resident = device.multiprocessors * fit;
   const int64_t tiles = blocks_across(p.index.blocks * (p.block_rows / side) * (p.block_cols / side), kColumns / side);
   const int64_t units = tiles * stages;
@@ -301,13 +291,12 @@ Plan plan(const BlockSampleParams& p, const Device& device) {
 
 template <LinearDtype kDtype, int kSide>
 cudaError_t launch(const Sampling& sampling, cudaStream_t stream) {
-  constexpr int kBytes = Sample<kDtype, kSide>::kSharedBytes;
-  const cudaError_t error = cudaFuncSetAttribute(sample<kDtype, kSide>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const cudaError_t error = cudaFuncSetAttribute(sample<kDtype, kSide>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(sampling.deal.blocks));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kBytes;
+  config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, sample<kDtype, kSide>, sampling);
 }
@@ -322,14 +311,24 @@ cudaError_t launch(const Sampling& sampling, int side, cudaStream_t stream) {
 
 }  // namespace
 
+bool block_sample_takes(const BlockSampleParams& p, const Device& device) {
+  const auto aligned = [&](const void* pointer, int64_t columns) {
+    return reinterpret_cast<uintptr_t>(pointer) % kChunkBytes == 0 && columns * width_of(p.dtype) % kChunkBytes == 0;
+  };
+  const bool dtype = p.dtype == kBfloat16 || p.dtype == kFloat16 || (p.dtype == kFloat32 && p.tf32);
+  const bool sides = p.block_rows > 0 && p.block_cols > 0 && p.block_rows % 16 == 0 && p.block_cols % 16 == 0;
+  const bool memory = aligned(p.g, p.rows) && aligned(p.x, p.cols) && aligned(p.values, 0);
+  return dtype && sides && memory && device.shared_bytes >= kSharedBytes;
+}
+
 int64_t block_sample_workspace_bytes(const BlockSampleParams& params, const Device& device) {
-  if (!is_for_tensor_cores(params) || params.index.blocks == 0) return 0;
+  if (!block_sample_takes(params, device) || params.index.blocks == 0) return 0;
   const Plan p = plan(params, device);
   return p.arrived_bytes + p.partials_bytes;
 }
 
 cudaError_t block_sample(const BlockSampleParams& params, const Device& device, void* workspace, cudaStream_t stream) {
-  if (!is_for_tensor_cores(params)) return cudaErrorInvalidValue;
+  if (!block_sample_takes(params, device)) return cudaErrorInvalidValue;
   if (params.index.blocks == 0) return cudaSuccess;
   const Plan plan = cuda::plan(params, device);
   const int64_t down = params.block_rows / plan.side, across = params.block_cols / plan.side;

@@ -286,11 +286,38 @@ cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int
   return cudaLaunchKernelEx(&config, kernel, parameters);
 }
 
+// Calls run(tile) for tiles of the shape that takes least time: as many turns as the multiprocessor with most tiles has, each of them bound
+// by the bytes of its slots. tiles_of(tile): how many there are.
+template <bool kStacked, typename TilesOf, typename Run>
+cudaError_t run_shorter(const Device& device, const TilesOf& tiles_of, const Run& run) {
+  const auto time_of = [&](auto tile) { return blocks_across(tiles_of(tile), device.multiprocessors) * decltype(tile)::kSlotBytes; };
+  const Tile<kStacked, 256> wide{};
+  const Tile<kStacked, 128> narrow{};
+  return time_of(wide) <= time_of(narrow) ? run(wide) : run(narrow);
+}
+
+template <typename T>
+int64_t x_tiles_of(const BlockParams& params) {
+  return blocks_across(params.m, T::kAllColumns);
+}
+
+template <typename T>
+int64_t tiles_of(const BlockParams& params) {
+  return params.index.lines * (params.block_across() / T::kRows) * x_tiles_of<T>(params);
+}
+
+// Of a gradient, if tiles were full.
+template <typename T>
+int64_t tiles_of(const BlockSampleParams& params) {
+  const int64_t chunks = params.index.blocks * (params.block_cols / kChunk);
+  return params.block_rows / T::kRows * blocks_across(chunks, Chunks<T>::kMost);
+}
+
 template <typename T>
 cudaError_t launch_multiply(Product& product, const BlockParams& params, const Device& device, cudaStream_t stream) {
   product.parts = product.block_across / T::kRows;
-  product.x_tiles = blocks_across(params.m, T::kAllColumns);
-  product.tiles = product.index.lines * product.parts * product.x_tiles;
+  product.x_tiles = x_tiles_of<T>(params);
+  product.tiles = tiles_of<T>(params);
   const bool some = params.index.blocks > 0;  // otherwise the map of W is that of something else, and not used
   cudaError_t error =
       encode_tensor_map(&product.w, some ? params.values : params.x, some ? params.index.blocks * params.block_rows : params.m,
@@ -301,14 +328,6 @@ cudaError_t launch_multiply(Product& product, const BlockParams& params, const D
   const auto kernel = params.transposed ? (half ? multiply<T, kFloat16, true> : multiply<T, kBfloat16, true>)
                                         : (half ? multiply<T, kFloat16, false> : multiply<T, kBfloat16, false>);
   return launch(kernel, product, product.tiles, T::kSharedBytes, device, stream);
-}
-
-bool takes(const BlockParams& p, const Device& device) {
-  const bool typed = p.dtype == kBfloat16 || p.dtype == kFloat16;
-  const bool shaped = p.block_rows % 64 == 0 && p.block_cols % 64 == 0 && p.depth() > 0 && p.depth() % p.block_depth() == 0;
-  const bool placed = is_aligned(p.values) && is_aligned(p.x) && is_aligned(p.y) && p.across() % 8 == 0;
-  return device.warpgroups && typed && shaped && placed && p.depth() <= INT32_MAX && p.m <= INT32_MAX - kPanelRows &&
-         p.index.blocks <= INT32_MAX / p.block_rows;
 }
 
 template <typename T>
@@ -322,20 +341,20 @@ cudaError_t launch_sample(Sample& product, const BlockSampleParams& params, cons
   return launch(kernel, product, product.tiles, T::kSharedBytes, device, stream);
 }
 
-bool takes(const BlockSampleParams& p, const Device& device) {
-  const bool typed = p.dtype == kBfloat16 || p.dtype == kFloat16;
-  const bool shaped = p.block_rows % 64 == 0 && p.block_cols % 64 == 0 && p.rows % 8 == 0 && p.cols % 8 == 0;
-  const bool placed = is_aligned(p.values) && is_aligned(p.g) && is_aligned(p.x);
-  const bool sized = p.m > 0 && p.m <= INT32_MAX && p.rows <= INT32_MAX && p.cols <= INT32_MAX;
-  return device.warpgroups && typed && shaped && placed && sized;
-}
-
 }  // namespace
+
+bool block_warpgroup_takes(const BlockParams& p, const Device& device) {
+  const bool typed = p.dtype == kBfloat16 || p.dtype == kFloat16;
+  const bool shaped = p.block_rows % 64 == 0 && p.block_cols % 64 == 0 && p.depth() > 0 && p.depth() % p.block_depth() == 0;
+  const bool placed = is_aligned(p.values) && is_aligned(p.x) && is_aligned(p.y) && p.across() % 8 == 0;
+  return device.warpgroups && typed && shaped && placed && p.depth() <= INT32_MAX && p.m <= INT32_MAX - kPanelRows &&
+         p.index.blocks <= INT32_MAX / p.block_rows;
+}
 
 int64_t block_warpgroup_workspace_bytes(const BlockParams& params, const Device&) { return (params.index.lines * 4 + 15) / 16 * 16; }
 
 cudaError_t block_warpgroup(const BlockParams& params, const Device& device, void* workspace, cudaStream_t stream) {
-  if (!takes(params, device)) return cudaErrorInvalidValue;
+  if (!block_warpgroup_takes(params, device)) return cudaErrorInvalidValue;
   if (params.m == 0 || params.index.lines == 0) return cudaSuccess;
   int32_t* const schedule = static_cast<int32_t*>(workspace);
   const cudaError_t error = schedule_lines(params.index, schedule, stream);
@@ -351,18 +370,23 @@ cudaError_t block_warpgroup(const BlockParams& params, const Device& device, voi
   product.block_rows = params.block_rows;
   product.block_across = params.block_across();
   product.block_depth = params.block_depth();
-  const bool stacked = product.block_across % 128 == 0;
-  const int64_t high = product.index.lines * (product.block_across / (stacked ? 128 : 64));
-  const bool wide = high * blocks_across(params.m, stacked ? 256 : 512) >= device.multiprocessors;
-  const auto run = stacked ? (wide ? launch_multiply<Tile<true, 256>> : launch_multiply<Tile<true, 128>>)
-                           : (wide ? launch_multiply<Tile<false, 256>> : launch_multiply<Tile<false, 128>>);
-  return run(product, params, device, stream);
+  const auto count = [&](auto tile) { return tiles_of<decltype(tile)>(params); };
+  const auto run = [&](auto tile) { return launch_multiply<decltype(tile)>(product, params, device, stream); };
+  return product.block_across % 128 == 0 ? run_shorter<true>(device, count, run) : run_shorter<false>(device, count, run);
+}
+
+bool block_sample_warpgroup_takes(const BlockSampleParams& p, const Device& device) {
+  const bool typed = p.dtype == kBfloat16 || p.dtype == kFloat16;
+  const bool shaped = p.block_rows % 64 == 0 && p.block_cols % 64 == 0 && p.rows % 8 == 0 && p.cols % 8 == 0;
+  const bool placed = is_aligned(p.values) && is_aligned(p.g) && is_aligned(p.x);
+  const bool sized = p.m > 0 && p.m <= INT32_MAX && p.rows <= INT32_MAX && p.cols <= INT32_MAX;
+  return device.warpgroups && typed && shaped && placed && sized;
 }
 
 int64_t block_sample_warpgroup_workspace_bytes(const BlockSampleParams&, const Device&) { return 0; }
 
 cudaError_t block_sample_warpgroup(const BlockSampleParams& params, const Device& device, void*, cudaStream_t stream) {
-  if (!takes(params, device)) return cudaErrorInvalidValue;
+  if (!block_sample_warpgroup_takes(params, device)) return cudaErrorInvalidValue;
   if (params.index.blocks == 0) return cudaSuccess;
   Sample product = {};
   product.index = params.index;
@@ -374,12 +398,9 @@ cudaError_t block_sample_warpgroup(const BlockSampleParams& params, const Device
   product.block_rows = params.block_rows;
   product.block_cols = params.block_cols;
   product.chunks = static_cast<int>(params.block_cols / kChunk);
-  const bool stacked = product.block_rows % 128 == 0;
-  const int64_t high = params.index.blocks * (product.block_rows / (stacked ? 128 : 64));  // tiles that have a row of chunks each
-  const bool wide = high * product.chunks / (stacked ? 4 : 8) >= device.multiprocessors;
-  const auto run = stacked ? (wide ? launch_sample<Tile<true, 256>> : launch_sample<Tile<true, 128>>)
-                           : (wide ? launch_sample<Tile<false, 256>> : launch_sample<Tile<false, 128>>);
-  return run(product, params, device, stream);
+  const auto count = [&](auto tile) { return tiles_of<decltype(tile)>(params); };
+  const auto run = [&](auto tile) { return launch_sample<decltype(tile)>(product, params, device, stream); };
+  return product.block_rows % 128 == 0 ? run_shorter<true>(device, count, run) : run_shorter<false>(device, count, run);
 }
 
 }  // namespace bitmask::cuda

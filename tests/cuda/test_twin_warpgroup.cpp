@@ -150,7 +150,6 @@ void run_wrong(const std::function<void(Shared&, int)>& body) {
 }
 
 void test_errors() {
-  Mapped source(64, 64, 64);
   const auto multiply = [](Shared& shared, float (&d)[64]) {
     const uint64_t operand = ptx::operand_of(shared.a, 0, 1024);
     ptx::warpgroup_multiply_bfloat16<false, false>(d, operand, operand);
@@ -162,15 +161,18 @@ void test_errors() {
     });
   });
   check_dies("has not begun", [] { run_wrong([](Shared& shared, int) { ptx::barrier_arrive(reinterpret_cast<uint64_t*>(shared.a)); }); });
-  check_dies("before its copies", [&] {
+  check_dies("before its copies", [] {
+    Mapped source(64, 64, 64);
     for (int i = 0; i < 100; ++i) {  // until a launch has late ones
       run_wrong([&](Shared& shared, int thread) {
         if (thread == 0) ptx::copy_box(shared.a, &source.map, 0, 0, &shared.barrier);
       });
     }
   });
-  check_dies("not aligned to 128",
-             [&] { run_wrong([&](Shared& shared, int) { ptx::copy_box(shared.a + 64, &source.map, 0, 0, &shared.barrier); }); });
+  check_dies("not aligned to 128", [] {
+    Mapped source(64, 64, 64);
+    run_wrong([&](Shared& shared, int) { ptx::copy_box(shared.a + 64, &source.map, 0, 0, &shared.barrier); });
+  });
   check_dies("no wgmma.fence", [&] {
     run_wrong([&](Shared& shared, int) {
       float d[64] = {};

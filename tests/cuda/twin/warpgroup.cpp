@@ -49,7 +49,7 @@ void end_phase_if_complete(Barrier& state) {
 
 struct Box {
   uint8_t* shared;
-  const CUtensorMap* map;
+  CUtensorMap map;  // a kernel's parameter may be gone when the copy is done
   int32_t column, row;
   uint64_t* barrier;
 };
@@ -58,14 +58,14 @@ std::vector<Box>& under_way = *new std::vector<Box>;
 // "cp.async.bulk.tensor": what is outside of the matrix is zero.
 void do_copy(const Box& box) {
   acquire(box.barrier);
-  for (uint32_t i = 0; i < box.map->box_rows; ++i) {
+  for (uint32_t i = 0; i < box.map.box_rows; ++i) {
     uint16_t line[kLine / 2] = {};
     const int64_t row = int64_t{box.row} + i;
-    if (row >= 0 && row < static_cast<int64_t>(box.map->rows)) {
-      const uint16_t* const from = box.map->matrix + static_cast<uint64_t>(row) * box.map->stride / 2;
+    if (row >= 0 && row < static_cast<int64_t>(box.map.rows)) {
+      const uint16_t* const from = box.map.matrix + static_cast<uint64_t>(row) * box.map.stride / 2;
       for (int64_t j = 0; j < kLine / 2; ++j) {
         const int64_t column = box.column + j;
-        if (column >= 0 && column < static_cast<int64_t>(box.map->cols)) line[j] = from[column];
+        if (column >= 0 && column < static_cast<int64_t>(box.map.cols)) line[j] = from[column];
       }
     }
     for (uint32_t piece = 0; piece < kLine; piece += 16) {
@@ -76,7 +76,7 @@ void do_copy(const Box& box) {
   release(box.barrier);
   const Unwatched unwatched;
   Barrier& state = barrier_at("cp.async.bulk.tensor", box.barrier);
-  state.bytes -= static_cast<int32_t>(box.map->box_rows) * kLine;
+  state.bytes -= static_cast<int32_t>(box.map.box_rows) * kLine;
   end_phase_if_complete(state);
 }
 
@@ -85,14 +85,14 @@ bool do_some_copy(const uint64_t* barrier) {
   Box box{};
   {
     const Unwatched unwatched;
-    for (std::size_t i = 0; i < under_way.size() && box.map == nullptr; ++i) {
+    for (std::size_t i = 0; i < under_way.size() && box.shared == nullptr; ++i) {
       if (under_way[i].barrier != barrier) continue;
       box = under_way[i];
       under_way.erase(under_way.begin() + static_cast<std::ptrdiff_t>(i));
     }
   }
-  if (box.map != nullptr) do_copy(box);
-  return box.map != nullptr;
+  if (box.shared != nullptr) do_copy(box);
+  return box.shared != nullptr;
 }
 
 }  // namespace
@@ -136,7 +136,7 @@ void copy_box(void* shared, const CUtensorMap* map, int32_t column, int32_t row,
   if (offset_of(shared) % 128 != 0) fail("%s: target %p is not aligned to 128 bytes", name, shared);
   std::memset(shared, senseless_byte(), bytes);
   release(barrier);
-  const Box box{static_cast<uint8_t*>(shared), map, column, row, barrier};
+  const Box box{static_cast<uint8_t*>(shared), *map, column, row, barrier};
   if (copies_early()) {
     do_copy(box);
   } else {

@@ -32,6 +32,12 @@ constexpr int kLeastStages = 4;  // that are worth a threadblock
 constexpr int kJoinStages = 12;  // that take as long as to join tiles that are shared
 constexpr int kTileBytes = 512;  // of shared memory, for what is known of a tile
 
+// Of a stage in shared memory: g, then x.
+constexpr int kDepthBytes = 64;  // of a column
+constexpr int kOperandBytes = kColumns * kDepthBytes;
+constexpr int kPlaceBytes = 2 * kOperandBytes;
+constexpr int kSharedBytes = kStages * kPlaceBytes + kTileBytes;
+
 // What the kernels are told.
 struct Sampling {
   BlockSampleParams p;
@@ -54,8 +60,8 @@ __device__ Piece find_piece(const Sampling& s, int64_t piece) {
   const int64_t block = piece / (s.down * s.across), inside = piece % (s.down * s.across);
   if (block >= s.p.index.blocks) return {s.p.rows, s.p.cols, -1};
   const int64_t row = inside / s.across * kSide, col = inside % s.across * kSide;
-  const int64_t place = (block * s.p.block_rows + row) * s.p.block_cols + col, line = s.p.lines[block],
-                position = s.p.index.positions[block];
+  const int64_t place = (block * s.p.block_rows + row) * s.p.block_cols + col;
+  const int64_t line = s.p.lines[block], position = s.p.index.positions[block];
   const bool there = line >= 0 && line < s.p.index.lines && position >= 0 && position < s.p.index.limit;
   if (!there) return {s.p.rows, s.p.cols, place};
   return {line * s.p.block_rows + row, position * s.p.block_cols + col, place};
@@ -63,18 +69,26 @@ __device__ Piece find_piece(const Sampling& s, int64_t piece) {
 
 // ---------------------------------------------------------------------------------------------------------------- the product
 
+// What it costs on sm_90a: cycles of a multiprocessor for a stage of bfloat16, 256 columns of x by kSide of g in 32 rows, counted in the
+// SASS; where the second cache delivers 24 bytes a cycle to each, and mma.sync reaches 60% of what tensor cores can do. Not timed.
+//
+//   kSide                       128    64    32    16
+//   from the second cache      1040   950   830   760    24 KB to 18 KB: 256 columns of x, those of g for half to an eighth of the pieces
+//   shared memory               700   560   410   400    operands 512 to 256, copying the rest
+//   tensor cores                850   430   210   110
+//   instructions issued         360   280   240   210
+//
+// All are bound by the second cache, which is why neighbouring pieces share what is read of g. For m = 2048 and W [4096, 4096] that makes
+// 15 us (128) to 86 us (16) of density 0.1, and 38 us to 216 us of 0.25, and up to 8 us more where tiles are shared.
+//
 // kSide  of a piece
 template <LinearDtype kDtype, int kSide>
 struct Sample {
   using Stored = typename Element<kDtype>::Stored;
   static constexpr int kWidth = sizeof(Stored);
-  static constexpr int kStageRows = 64 / kWidth;
-  static constexpr int kSteps = kStageRows * kWidth / kStepBytes;
+  static constexpr int kStageRows = kDepthBytes / kWidth;
   using G = OperandTile<kColumns, kWidth, false, false>;
   using X = OperandTile<kColumns, kWidth, false, true>;
-  static constexpr int kOperandBytes = kStageRows * X::kRowBytes;  // in a stage: g, then x
-  static constexpr int kPlaceBytes = 2 * kOperandBytes;            // of a stage in shared memory
-  static constexpr int kSharedBytes = kStages * kPlaceBytes + kTileBytes;
   static constexpr int kPieces = kColumns / kSide;  // of a tile
   static constexpr int kBlocksPerMultiprocessor = kSide == 128 ? 1 : 2;
 
@@ -141,7 +155,7 @@ struct Sample {
     // `corner`: the first of the piece's columns, of `columns`.
     __device__ __forceinline__ Copier(const void* matrix, int64_t columns, int64_t corner, int64_t first_row, bool owner) : needed(owner) {
       const int64_t column = corner + chunk() * kColumnsOfChunk % kSide;
-      bytes = column < columns ? 16 : 0;
+      bytes = column < columns ? kChunkBytes : 0;
       next = reinterpret_cast<uintptr_t>(matrix) + static_cast<uintptr_t>(((first_row + row()) * columns + column) * kWidth);
     }
 
@@ -199,7 +213,7 @@ struct Sample {
       const uint8_t *const g_stage = memory + from.offset, *const x_stage = g_stage + kOperandBytes;
 #pragma unroll
       for (int own = 0; own < kOwn; ++own) {
-        products[own].template add_stage<kSteps>(g_stage, g_origins[own], x_stage, x_origins[own]);
+        products[own].template add_stage<kDepthBytes / kStepBytes>(g_stage, g_origins[own], x_stage, x_origins[own]);
       }
       from.turn();
     }
@@ -261,9 +275,9 @@ struct Plan {
 
 Plan plan(const BlockSampleParams& p, const Device& device) {
   const int side = side_of(p);
-  const int64_t stage_rows = 64 / width_of(p.dtype), stages = p.m == 0 ? 1 : blocks_across(p.m, stage_rows);
-  const int64_t shared_bytes = Sample<kBfloat16, 16>::kSharedBytes, reserved = 1024;  // bytes that every threadblock takes besides
-  const int64_t fit = side < 128 && device.shared_bytes + reserved >= 2 * (shared_bytes + reserved) ? 2 : 1;
+  const int64_t stage_rows = kDepthBytes / width_of(p.dtype), stages = p.m == 0 ? 1 : blocks_across(p.m, stage_rows);
+  const int64_t reserved = 1024;  // bytes that every threadblock takes besides
+  const int64_t fit = side < 128 && device.shared_bytes + reserved >= 2 * (kSharedBytes + reserved) ? 2 : 1;
   const int64_t resident = device.multiprocessors * fit;
   const int64_t tiles = blocks_across(p.index.blocks * (p.block_rows / side) * (p.block_cols / side), kColumns / side);
   const int64_t units = tiles * stages;
@@ -277,13 +291,12 @@ Plan plan(const BlockSampleParams& p, const Device& device) {
 
 template <LinearDtype kDtype, int kSide>
 cudaError_t launch(const Sampling& sampling, cudaStream_t stream) {
-  constexpr int kBytes = Sample<kDtype, kSide>::kSharedBytes;
-  const cudaError_t error = cudaFuncSetAttribute(sample<kDtype, kSide>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const cudaError_t error = cudaFuncSetAttribute(sample<kDtype, kSide>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(sampling.deal.blocks));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kBytes;
+  config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, sample<kDtype, kSide>, sampling);
 }
@@ -298,13 +311,14 @@ cudaError_t launch(const Sampling& sampling, int side, cudaStream_t stream) {
 
 }  // namespace
 
-bool block_sample_takes(const BlockSampleParams& p, const Device&) {
+bool block_sample_takes(const BlockSampleParams& p, const Device& device) {
   const auto aligned = [&](const void* pointer, int64_t columns) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && columns * width_of(p.dtype) % 16 == 0;
+    return reinterpret_cast<uintptr_t>(pointer) % kChunkBytes == 0 && columns * width_of(p.dtype) % kChunkBytes == 0;
   };
   const bool dtype = p.dtype == kBfloat16 || p.dtype == kFloat16 || (p.dtype == kFloat32 && p.tf32);
   const bool sides = p.block_rows > 0 && p.block_cols > 0 && p.block_rows % 16 == 0 && p.block_cols % 16 == 0;
-  return dtype && sides && aligned(p.g, p.rows) && aligned(p.x, p.cols) && aligned(p.values, 0);
+  const bool memory = aligned(p.g, p.rows) && aligned(p.x, p.cols) && aligned(p.values, 0);
+  return dtype && sides && memory && device.shared_bytes >= kSharedBytes;
 }
 
 int64_t block_sample_workspace_bytes(const BlockSampleParams& params, const Device& device) {
@@ -318,8 +332,7 @@ cudaError_t block_sample(const BlockSampleParams& params, const Device& device, 
   if (params.index.blocks == 0) return cudaSuccess;
   const Plan plan = cuda::plan(params, device);
   const int64_t down = params.block_rows / plan.side, across = params.block_cols / plan.side;
-  const int64_t step =
-      kThreads * kChunkBytes / kColumns;  // bytes of a column that are copied at a time: rows times the width of an element
+  const int64_t step = kThreads * kChunkBytes / kColumns;  // bytes of a column that threads copy at a time, whatever the dtype
   uint8_t* const scratch = static_cast<uint8_t*>(workspace);
   const Join join = {reinterpret_cast<uint32_t*>(scratch), reinterpret_cast<float4*>(scratch + plan.arrived_bytes)};
   const Sampling sampling = {params, down, across, plan.unit_rows, step * params.rows, step * params.cols, plan.deal, join};

@@ -6,9 +6,6 @@
 //                                                                columns, of which more use an operand of A more often, up to 256.
 //
 // For the gradient of W's values A is g^T and B consists of the columns of x that belong to some kept blocks of one line, side by side.
-//
-// Tiles are dealt to one block of threads for each multiprocessor in turns, there and back again, so that tiles of lines with many blocks,
-// which come first, are followed by those of lines with few.
 #include "block_warpgroup.cuh"
 
 #include <cuda_runtime.h>
@@ -22,11 +19,6 @@
 
 namespace bitmask::cuda {
 namespace {
-
-// The tile that is a block's `turn`-th, of those dealt there and back again.
-__device__ __forceinline__ int64_t dealt(int turn) {
-  return int64_t{turn} * gridDim.x + (turn % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-}
 
 // ---------------------------------------------------------------------------------------------------------------- y = x W^T, y = x W
 
@@ -234,19 +226,11 @@ __device__ __forceinline__ void store(const Sample& p, const Chunks<T>& tile, co
   }
 }
 
-__device__ __forceinline__ void poison_values(const Sample& p) {
-  const uint4 nan = make_uint4(0x7fff7fff, 0x7fff7fff, 0x7fff7fff, 0x7fff7fff);  // in both dtypes
-  const int64_t pieces = p.index.blocks * p.block_rows * p.block_cols / 8;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < pieces; i += int64_t{gridDim.x} * kThreads) {
-    reinterpret_cast<uint4*>(p.values)[i] = nan;
-  }
-}
-
 template <typename T, LinearDtype kDtype>
 __global__ __launch_bounds__(kThreads, 1) void sample(const __grid_constant__ Sample p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   if (!is_proven(p.fault)) {
-    poison_values(p);
+    fill_with_nan(p.values, p.index.blocks * p.block_rows * p.block_cols);
     return;
   }
   Pipeline<T> pipeline;

@@ -151,5 +151,12 @@ TEST_FAMILY(block_sample_warpgroup) {
   }
 }
 
+// A weight that claims a block more than it has: what the sanitizers see of the copies of boxes.
+PLANTED_ERROR(warpgroup_past_values, "heap-buffer-overflow") {
+  BlockProblem problem = make_product(cuda::kBfloat16, 64, {64, 64}, false, 2, 2, 0, 1, kIntegers);
+  problem.values.resize(3 * 64 * 64);
+  run_blocks(kKernel, problem, kDevices[0], false);
+}
+
 }  // namespace
 }  // namespace bitmask::testing

@@ -29,7 +29,7 @@ struct Product {
   CUtensorMap w;  // values as [blocks * block_rows, block_cols]
   CUtensorMap x;
   BlockIndex index;
-  const int32_t* schedule;  // lines in the order in which they are done
+  const int32_t* schedule;  // lines in the order in which they are done; null: as they come, each tile having a multiprocessor of its own
   const Fault* fault;
   const uint16_t* bias;
   uint16_t* y;
@@ -52,7 +52,8 @@ __device__ __forceinline__ Place place_of_tile(const Product& p, int64_t tile) {
   constexpr int64_t kPanel = kPanelRows / T::kAllColumns;
   const int64_t high = p.index.lines * p.parts, panel = tile / (high * kPanel), left = p.x_tiles - panel * kPanel;
   const int64_t wide = left < kPanel ? left : kPanel, inside = tile - panel * high * kPanel;
-  return {p.schedule[inside / wide / p.parts], inside / wide % p.parts * T::kRows, (panel * kPanel + inside % wide) * T::kAllColumns};
+  const int64_t turn = inside / wide / p.parts, line = p.schedule == nullptr ? turn : p.schedule[turn];
+  return {line, inside / wide % p.parts * T::kRows, (panel * kPanel + inside % wide) * T::kAllColumns};
 }
 
 // Sends the blocks of a line. Lanes prove 32 of them at a time.
@@ -298,7 +299,7 @@ int64_t tiles_of(const BlockSampleParams& params) {
 }
 
 template <typename T>
-cudaError_t launch_multiply(Product& product, const BlockParams& params, const Device& device, cudaStream_t stream) {
+cudaError_t launch_multiply(Product& product, const BlockParams& params, int32_t* schedule, const Device& device, cudaStream_t stream) {
   product.parts = product.block_across / T::kRows;
   product.x_tiles = x_tiles_of<T>(params);
   product.tiles = tiles_of<T>(params);
@@ -307,6 +308,10 @@ cudaError_t launch_multiply(Product& product, const BlockParams& params, const D
       encode_tensor_map(&product.w, some ? params.values : params.x, some ? params.index.blocks * params.block_rows : params.m,
                         some ? params.block_cols : params.depth(), params.transposed ? kDepth : T::kRows);
   if (error == cudaSuccess) error = encode_tensor_map(&product.x, params.x, params.m, params.depth(), T::kColumns);
+  if (error == cudaSuccess && product.tiles > device.multiprocessors) {
+    product.schedule = schedule;
+    error = schedule_lines(params.index, schedule, stream);
+  }
   if (error != cudaSuccess) return error;
   const bool half = params.dtype == kFloat16;
   const auto kernel = params.transposed ? (half ? multiply<T, kFloat16, true> : multiply<T, kBfloat16, true>)
@@ -348,12 +353,8 @@ int64_t block_warpgroup_workspace_bytes(const BlockParams& params, const Device&
 cudaError_t block_warpgroup(const BlockParams& params, const Device& device, void* workspace, cudaStream_t stream) {
   if (!takes(params, device)) return cudaErrorInvalidValue;
   if (params.m == 0 || params.index.lines == 0) return cudaSuccess;
-  int32_t* const schedule = static_cast<int32_t*>(workspace);
-  const cudaError_t error = schedule_lines(params.index, schedule, stream);
-  if (error != cudaSuccess) return error;
   Product product = {};
   product.index = params.index;
-  product.schedule = schedule;
   product.fault = params.fault;
   product.bias = static_cast<const uint16_t*>(params.bias);
   product.y = static_cast<uint16_t*>(params.y);
@@ -363,7 +364,9 @@ cudaError_t block_warpgroup(const BlockParams& params, const Device& device, voi
   product.block_across = params.block_across();
   product.block_depth = params.block_depth();
   const auto count = [&](auto tile) { return tiles_of<decltype(tile)>(params); };
-  const auto run = [&](auto tile) { return launch_multiply<decltype(tile)>(product, params, device, stream); };
+  const auto run = [&](auto tile) {
+    return launch_multiply<decltype(tile)>(product, params, static_cast<int32_t*>(workspace), device, stream);
+  };
   return product.block_across % 128 == 0 ? run_shorter<true>(device, count, run) : run_shorter<false>(device, count, run);
 }
 

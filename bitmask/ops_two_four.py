@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, library
 from torch.fx.node import has_side_effect
 
+from bitmask import native
 from bitmask.calls import (
     LINEAR_DTYPES,
     FormatError,
     call,
     call_past_autograd,
     check_flag,
-    check_on_cpu,
+    check_has_kernels,
     check_strided,
     check_tensors,
     refuse_frozen_gradient,
@@ -29,6 +30,9 @@ from bitmask.calls import (
 )
 from bitmask.ops import DTYPES, bitmask_sizes
 from bitmask.reference import stored_columns
+
+# Kinds of devices that have kernels here.
+DEVICES = frozenset({"cpu"} if native.cuda_missing else {"cpu", "cuda"})
 
 # Real dtypes that have a zero.
 TWO_FOUR_DTYPES = frozenset(
@@ -190,7 +194,7 @@ def _check_kind(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name}: got dtype {tensor.dtype}, expected bool, an integer or a real float dtype that has a zero"
         )
-    check_on_cpu(name, tensor, "2:4")
+    check_has_kernels(name, tensor, "2:4")
 
 
 def _check_packable(name: str, dense: Tensor) -> None:

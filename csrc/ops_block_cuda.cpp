@@ -32,36 +32,24 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 
 int64_t* mutable_entries(const Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); }
 
-// What kernels find wrong in an index.
-class IndexProof {
- public:
-  explicit IndexProof(const Launch& on) : on_(on), fault_(on.int64()) {}
-
-  // Proves all lines, and where an index by columns says that its blocks lie. Returns the line of each block.
-  Tensor prove(const BlockParts& parts) const {
-    const std::vector<int64_t> blocks{parts.blocks()};
-    const cuda::BlockIndex index = index_of(parts);
-    const Tensor lines = on_.empty(blocks, aoti_torch_dtype_int64());
-    on_.check(cuda::prove_block_index(index, mutable_entries(lines), fault(), on_.stream()));
-    if (parts.order) {
-      const Tensor workspace = on_.empty(blocks, aoti_torch_dtype_int64());
-      on_.check(cuda::prove_block_order(index, mutable_entries(lines), fault(), workspace.mutable_data_ptr(), on_.stream()));
-    }
-    return lines;
+// Proves all lines, and where an index by columns says that its blocks lie -> the line of each block.
+Tensor prove(const Launch& on, const BlockParts& parts, const Verdict& verdict) {
+  const std::vector<int64_t> blocks{parts.blocks()};
+  const cuda::BlockIndex index = index_of(parts);
+  const Tensor lines = on.empty(blocks, aoti_torch_dtype_int64());
+  on.check(cuda::prove_block_index(index, mutable_entries(lines), verdict.word(), on.stream()));
+  if (parts.order) {
+    const Tensor workspace = on.empty(blocks, aoti_torch_dtype_int64());
+    on.check(cuda::prove_block_order(index, data_of(lines), verdict.word(), workspace.mutable_data_ptr(), on.stream()));
   }
+  return lines;
+}
 
-  // Proves that an index has the blocks of one by rows, which need not be sound.
-  void prove_transposed(const BlockParts& by_row, const BlockParts& by_column) const {
-    on_.check(cudaMemsetAsync(fault(), 0xff, sizeof(cuda::Fault), on_.stream()));
-    on_.check(cuda::prove_transposed(index_of(by_row), index_of(by_column), fault(), on_.stream()));
-  }
-
-  cuda::Fault* fault() const { return static_cast<cuda::Fault*>(fault_.mutable_data_ptr()); }
-
- private:
-  const Launch& on_;
-  Tensor fault_;
-};
+// Proves that an index has the blocks of one by rows, whose lines whoever walks them proves.
+void prove_transposed(const Launch& on, const BlockParts& by_row, const BlockParts& by_column, const Verdict& verdict) {
+  on.check(cudaMemsetAsync(verdict.word(), 0xff, sizeof(cuda::Fault), on.stream()));  // kNoFault
+  on.check(cuda::prove_transposed(index_of(by_row), index_of(by_column), verdict.word(), on.stream()));
+}
 
 // ------------------------------------------------------------------------------------------------------------- products
 
@@ -87,10 +75,10 @@ Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow_indi
     const Tensor rows = contiguous("x", x), blocks = contiguous("values", values), offset = bias ? contiguous("bias", *bias) : rows;
     cuda::BlockParams params = params_of(operands, blocks, rows, y, allow_tf32);
     params.bias = bias ? offset.const_data_ptr() : nullptr;
-    const IndexProof proof(on);
+    const Verdict verdict(on);
     if (operands.transposed) {
-      proof.prove_transposed(operands.index, *operands.transposed);
-      params.fault = proof.fault();
+      prove_transposed(on, operands.index, *operands.transposed, verdict);
+      params.fault = verdict.word();
     }
     multiply(on, params);
     return y;
@@ -107,9 +95,9 @@ Tensor bsr_linear_backward_input(const Tensor& grad, const Tensor& values, const
     if (y.numel() == 0) return y;
     const Tensor rows = contiguous("grad", grad), blocks = contiguous("values", values);
     cuda::BlockParams params = params_of(operands, blocks, rows, y, allow_tf32);
-    const IndexProof proof(on);
-    proof.prove(operands.index);
-    params.fault = proof.fault();
+    const Verdict verdict(on);
+    prove(on, operands.index, verdict);
+    params.fault = verdict.word();
     multiply(on, params);
     return y;
   });
@@ -133,17 +121,17 @@ Tensor bsr_linear_backward_values(const Tensor& grad, const Tensor& x, const Ten
     const BlockSizes& sizes = operands.sizes;
     const Tensor values = on.empty(values_sizes(operands), operands.dtype);
     if (values.numel() == 0) return values;
-    const IndexProof proof(on);
-    const Tensor lines = proof.prove(operands.index);
+    const Verdict verdict(on);
+    const Tensor lines = prove(on, operands.index, verdict);
     if (rows_of(x) == 0) {
       on.check(cudaMemsetAsync(values.mutable_data_ptr(), 0, static_cast<size_t>(nbytes(values)), on.stream()));
-      on.check(cuda::poison(values.mutable_data_ptr(), nbytes(values), proof.fault(), on.stream()));
+      verdict.poison(values);
       return values;
     }
     const Tensor g = contiguous("grad", grad), rows = contiguous("x", x);
     cuda::BlockSampleParams params{};
     params.index = index_of(operands.index);
-    params.lines = mutable_entries(lines);
+    params.lines = data_of(lines);
     params.values = values.mutable_data_ptr();
     params.rows = sizes.rows;
     params.cols = sizes.cols;
@@ -154,7 +142,7 @@ Tensor bsr_linear_backward_values(const Tensor& grad, const Tensor& x, const Ten
     params.m = rows_of(x);
     params.dtype = linear_dtype_of(operands.dtype);
     params.tf32 = allow_tf32;
-    params.fault = proof.fault();
+    params.fault = verdict.word();
     sample(on, params);
     return values;
   });

@@ -55,7 +55,7 @@ struct LineStages {
     place = place_of(p.index, i);
     sound = walk.holds(p.index, i, position) && is_place(p.index, place);
     j = 0;
-    end = least(p.block_depth(), p.depth() - position * p.block_depth());
+    if (sound) end = least(p.block_depth(), p.depth() - position * p.block_depth());
     return sound;
   }
 
@@ -195,7 +195,7 @@ __global__ __launch_bounds__(kThreads) void multiply_few_rows(const __grid_const
     while (sound && i < walk.end) {
       const int64_t position = p.index.positions[i], place = place_of(p.index, i);
       sound = walk.holds(p.index, i, position) && is_place(p.index, place);
-      const int64_t k = position * p.block_depth() + j;
+      const int64_t k = sound ? position * p.block_depth() + j : 0;
       if (sound && k < p.depth() && inside < p.block_across()) {
         const Sum w =
             E::widen(values[place * p.block_rows * p.block_cols + (p.transposed ? j * p.block_cols + inside : inside * p.block_cols + j)]);

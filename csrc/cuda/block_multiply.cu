@@ -28,18 +28,18 @@ constexpr int kBatch = 32;  // slices that a warp finds at a time
 constexpr int kMostStages = 4;
 constexpr int kMostParts = 8;    // of a tile
 constexpr int kLeastStages = 4;  // of a line, on average, that are worth a threadblock
+constexpr int kMostWaves = 16;   // of threadblocks, before the order of lines no longer matters
 
 // What the kernels are told.
 struct Product {
   BlockParams params;
   int64_t x_stride, w_stride, y_stride;  // bytes, between rows of x, of a block and of y
   const int32_t* schedule;               // [lines]; null: any order will do
-  int64_t strips;                        // of all lines
-  int strips_of_line;
-  int stages;         // that the ring holds
-  uint32_t slices;    // of a block
-  bool whole_chunks;  // whether y's rows are aligned to 16 bytes
-  Deal deal;          // a tile's stages are its parts here: where they begin depends on the line
+  uint32_t strips, strips_of_line;       // strips: of all lines
+  uint32_t slices;                       // of a block
+  int stages;                            // that the ring holds
+  bool whole_chunks;                     // whether y's rows are aligned to 16 bytes
+  Deal deal;                             // its stages are parts of a tile: where they begin depends on the line
   Join join;
 };
 
@@ -50,6 +50,9 @@ struct Slice {
   int depth;  // that there is: less than all past the edge of W, 0 past the end of the line
 };
 
+// Tiles of so many rows of x may be shared by threadblocks.
+constexpr int kFewRows = 64;
+
 constexpr int threads_of(int rows) { return rows == 256 ? 256 : 128; }
 
 // Threadblocks that a multiprocessor is to hold: what registers allow.
@@ -57,20 +60,31 @@ constexpr int resident_of(int rows, int across) { return rows < 256 ? 3 : 128 / 
 
 // ---------------------------------------------------------------------------------------------------------------- a tile
 
+// What a stage of bfloat16 or float16 costs a multiprocessor of an H100, in cycles: mma.sync at 60% of the peak; bytes that shared memory
+// takes and gives, 128 a cycle; bytes of the second cache, of whose 5.5 TB/s a multiprocessor gets 24 a cycle; instructions counted in the
+// SASS, for each of four schedulers. Not timed. The second cache sets the pace: x is copied anew for each line, as lines have other blocks.
+//
+//   rows x across     256 x 128   256 x 64   128 x 32   128 x 16   64 x 128   64 x 64   64 x 32   64 x 16
+//   tensor cores           1706        853        213        107        427       213       107        53
+//   shared memory          1408       1088        416        336        576       384       288       208
+//   second cache           2048       1707        853        768       1024       683       512       427
+//   instructions            574        436        169        156        215       158       120       128
+//
 // kTileRows    rows of x
 // kAcross      columns of y: of a line, or of a strip of it
 // kTransposed  whether the depth of a block is its rows
 template <int kTileRows, int kAcross, LinearDtype kDtype, bool kTransposed>
 struct Multiply {
   static constexpr int kWidth = sizeof(typename Element<kDtype>::Stored);
+  static constexpr bool kShared = kTileRows == kFewRows;
   static constexpr int kOfChunk = kChunkBytes / kWidth;  // elements
   static constexpr int kThreads = threads_of(kTileRows);
   static constexpr int kWarpAcross = kAcross < 32 ? kAcross : kAcross < 128 ? 32 : 64;
   static constexpr int kWarpRows = kTileRows * kAcross / (kThreads / 32) / kWarpAcross;
   static constexpr int kStageSlices = kStageBytes / (kSliceDepth * kWidth);
   static constexpr int kBatchStages = kBatch / kStageSlices;
-  using X = OperandTile<kTileRows, kWidth, true>;
-  using W = OperandTile<kAcross, kWidth, !kTransposed>;
+  using X = OperandTile<kTileRows, kWidth, true, false>;
+  using W = OperandTile<kAcross, kWidth, !kTransposed, true>;
   static constexpr int kPlaceBytes = X::kBytes + W::kBytes;  // of a stage in the ring
   using Sums = WarpProduct<kDtype, X, W, kWarpRows, kWarpAcross>;
 
@@ -91,15 +105,15 @@ struct Multiply {
       : p(product), line(product.params.index, number) {
     if (line.end - line.begin > params.index.limit) line.sound = false;  // some position comes twice
     const int64_t first = strip * kAcross;
-    row = segment.tile / p.strips * kTileRows;
+    row = int64_t{static_cast<uint32_t>(segment.tile) / p.strips} * kTileRows;
     column = number * params.block_across() + first;
     rows = at_most(params.m - row, kTileRows);
     columns = at_most(params.across() - column, at_most(params.block_across() - first, kAcross));
     lines = at_most(params.block_across() - first, kAcross);
     const int64_t slices = line.sound ? (line.end - line.begin) * p.slices : 0;
-    const int64_t stages = (slices + kStageSlices - 1) / kStageSlices;
-    begin = static_cast<int>(stages * segment.begin / p.deal.stages);
-    end = static_cast<int>(stages * segment.end / p.deal.stages);
+    const int stages = static_cast<int>((slices + kStageSlices - 1) / kStageSlices), parts = static_cast<int>(p.deal.stages);
+    begin = kShared ? stages * static_cast<int>(segment.begin) / parts : 0;
+    end = kShared ? stages * static_cast<int>(segment.end) / parts : stages;
   }
 
   // Slice `number` of the line; lowers `line.sound` if it cannot be.
@@ -129,7 +143,7 @@ struct Multiply {
   template <typename Tile>
   struct Copier {
     static constexpr int kStep = kThreads / Tile::kRowChunks;
-    static_assert(Tile::turn(kStep) == 0 && Tile::kRows % kStep == 0);
+    static_assert(kStep % Tile::kPeriod == 0 && Tile::kRows % kStep == 0);
 
     const uint8_t* from;  // where its first row is in the first slice that there may be
     int left;             // of lines, from the thread's on
@@ -224,11 +238,11 @@ struct Multiply {
     using E = Element<kDtype>;
     using Stored = typename E::Stored;
     const int first = warp_column(), left = columns - first;
-    const Stored* const bias = params.bias == nullptr ? nullptr : static_cast<const Stored*>(params.bias) + column + first;
-    if (!sound || bias != nullptr) {
-      sums.for_each([&](float& sum, int i) {
-        if (i < left) sum = sound ? sum + E::widen(bias[i]) : not_a_number();
-      });
+    if (left <= 0) return;
+    if (!sound) sums.add_term([](int) { return not_a_number(); });
+    if (params.bias != nullptr) {
+      const Stored* const bias = static_cast<const Stored*>(params.bias) + column + first;
+      sums.add_term([&](int i) { return E::widen(bias[i < left ? i : left - 1]); });
     }
     uint8_t* const y = static_cast<uint8_t*>(params.y) + (row + warp_row()) * p.y_stride + (column + first) * kWidth;
     uint8_t* const scratch = ring + thread() / 32 * Sums::kScratchBytes;
@@ -239,15 +253,19 @@ struct Multiply {
     Sums sums;
     multiply_stages(sums, strip);
     const bool sound = __syncthreads_or(!line.sound) == 0;
-    if (!sound) sums.for_each([](float& sum, int) { sum = not_a_number(); });  // for all who share the tile
-    if (p.join.template add<kThreads>(p.deal, segment, sums.sums)) store(sums, is_proven(params.fault));
+    if (!sound) sums.add_term([](int) { return not_a_number(); });
+    if constexpr (kShared) {
+      if (!p.join.template add<kThreads>(p.deal, segment, sums.sums)) return;
+    }
+    store(sums, is_proven(params.fault));
   }
 };
 
 template <int kTileRows, int kAcross, LinearDtype kDtype, bool kTransposed>
 __global__ __launch_bounds__(threads_of(kTileRows), resident_of(kTileRows, kAcross)) void multiply(const Product p) {
-  const Segment segment = p.deal.segment(blockIdx.x, int64_t{blockIdx.x} + 1);
-  const int64_t strip = segment.tile % p.strips, rank = strip / p.strips_of_line;
+  const uint32_t parts = kTileRows == kFewRows ? static_cast<uint32_t>(p.deal.stages) : 1;
+  const Segment segment{blockIdx.x / parts, blockIdx.x % parts, blockIdx.x % parts + 1};
+  const uint32_t strip = static_cast<uint32_t>(segment.tile) % p.strips, rank = strip / p.strips_of_line;
   const int64_t line = p.schedule == nullptr ? rank : p.schedule[rank], strip_of_line = strip % p.strips_of_line;
   Multiply<kTileRows, kAcross, kDtype, kTransposed> tile(p, segment, line, strip_of_line);
   if (tile.columns > 0) tile.run(segment, strip_of_line);
@@ -256,16 +274,6 @@ __global__ __launch_bounds__(threads_of(kTileRows), resident_of(kTileRows, kAcro
 // ---------------------------------------------------------------------------------------------------------------- launching
 
 constexpr int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
-
-int width_of(LinearDtype dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-bool can_multiply(const BlockParams& params) {
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kChunkBytes == 0; };
-  const bool dtype = params.dtype == kBfloat16 || params.dtype == kFloat16 || (params.dtype == kFloat32 && params.tf32);
-  const bool blocks = params.block_rows > 0 && params.block_cols > 0 && params.block_rows % 16 == 0 && params.block_cols % 16 == 0;
-  return dtype && blocks && params.depth() < INT64_C(1) << 32 && params.depth() * width_of(params.dtype) % kChunkBytes == 0 &&
-         aligned(params.x) && aligned(params.values) && aligned(params.y);
-}
 
 // How a product is cut, and where parts of the workspace lie.
 struct Plan {
@@ -293,7 +301,7 @@ void plan_shared(const Device& device, Plan* plan) {
 // Tiles of few or of many rows of x, whichever makes the busiest multiprocessor copy less.
 void plan_rows(const BlockParams& params, const Device& device, Plan* plan) {
   int64_t least = INT64_MAX;
-  for (const int rows : {64, plan->across < 64 ? 128 : 256}) {
+  for (const int rows : {kFewRows, plan->across < 64 ? 128 : 256}) {
     const int64_t tiles = blocks_across(params.m, rows) * plan->strips;
     const int64_t copied = blocks_across(tiles, device.multiprocessors) * (rows + plan->across);
     if (copied >= least) continue;
@@ -306,9 +314,10 @@ void plan_rows(const BlockParams& params, const Device& device, Plan* plan) {
 // The one table of tiles: they depend on sizes alone, and on the GPU.
 Plan plan(const BlockParams& params, const Device& device) {
   Plan plan = {};
+  const int64_t across = params.across() < params.block_across() ? params.across() : params.block_across();
   plan.across = 16;
-  while (plan.across < 128 && plan.across < params.block_across()) plan.across *= 2;
-  plan.strips_of_line = blocks_across(params.block_across(), plan.across);
+  while (plan.across < 128 && plan.across < across) plan.across *= 2;
+  plan.strips_of_line = blocks_across(across, plan.across);
   plan.strips = plan.strips_of_line * params.index.lines;
   plan_rows(params, device, &plan);
   plan_shared(device, &plan);
@@ -316,9 +325,10 @@ Plan plan(const BlockParams& params, const Device& device) {
   const int64_t bytes = params.index.blocks / params.index.lines * params.block_depth() * width_of(params.dtype);
   const int64_t worth = bytes / kStageBytes / kLeastStages, wanted = 2 * int64_t{device.multiprocessors} / plan.tiles;
   const int64_t parts = worth < wanted ? worth : wanted;
-  plan.parts = static_cast<int>(parts < 1 ? 1 : parts < kMostParts ? parts : kMostParts);
+  plan.parts = static_cast<int>(plan.rows != kFewRows || parts < 1 ? 1 : parts < kMostParts ? parts : kMostParts);
   const int64_t threadblocks = plan.tiles * plan.parts;
-  plan.scheduled = threadblocks > int64_t{device.multiprocessors} * plan.resident;
+  const int64_t wave = int64_t{device.multiprocessors} * plan.resident;
+  plan.scheduled = threadblocks > wave && threadblocks <= kMostWaves * wave;
   if (plan.parts > 1) {
     plan.arrived_bytes = round_up(threadblocks * sizeof(uint32_t), 16);
     plan.partials_bytes = threadblocks * 2 * plan.rows * plan.across * sizeof(float);
@@ -331,16 +341,16 @@ using Kernel = void (*)(Product);
 
 template <LinearDtype kDtype, bool kTransposed>
 Kernel kernel_of(const Plan& plan) {
-  const bool few = plan.rows == 64;
+  const bool few = plan.rows == kFewRows;
   switch (plan.across) {
     case 16:
-      return few ? multiply<64, 16, kDtype, kTransposed> : multiply<128, 16, kDtype, kTransposed>;
+      return few ? multiply<kFewRows, 16, kDtype, kTransposed> : multiply<128, 16, kDtype, kTransposed>;
     case 32:
-      return few ? multiply<64, 32, kDtype, kTransposed> : multiply<128, 32, kDtype, kTransposed>;
+      return few ? multiply<kFewRows, 32, kDtype, kTransposed> : multiply<128, 32, kDtype, kTransposed>;
     case 64:
-      return few ? multiply<64, 64, kDtype, kTransposed> : multiply<256, 64, kDtype, kTransposed>;
+      return few ? multiply<kFewRows, 64, kDtype, kTransposed> : multiply<256, 64, kDtype, kTransposed>;
     default:
-      return few ? multiply<64, 128, kDtype, kTransposed> : multiply<256, 128, kDtype, kTransposed>;
+      return few ? multiply<kFewRows, 128, kDtype, kTransposed> : multiply<256, 128, kDtype, kTransposed>;
   }
 }
 
@@ -366,14 +376,22 @@ bool is_empty(const BlockParams& params) { return params.m == 0 || params.index.
 
 }  // namespace
 
+bool block_multiply_takes(const BlockParams& params, const Device&) {
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kChunkBytes == 0; };
+  const bool dtype = params.dtype == kBfloat16 || params.dtype == kFloat16 || (params.dtype == kFloat32 && params.tf32);
+  const bool blocks = params.block_rows > 0 && params.block_cols > 0 && params.block_rows % 16 == 0 && params.block_cols % 16 == 0;
+  return dtype && blocks && params.depth() < INT64_C(1) << 32 && params.depth() * width_of(params.dtype) % kChunkBytes == 0 &&
+         aligned(params.x) && aligned(params.values) && aligned(params.y);
+}
+
 int64_t block_multiply_workspace_bytes(const BlockParams& params, const Device& device) {
-  if (!can_multiply(params) || is_empty(params)) return 0;
+  if (!block_multiply_takes(params, device) || is_empty(params)) return 0;
   const Plan p = plan(params, device);
   return p.arrived_bytes + p.partials_bytes + p.schedule_bytes;
 }
 
 cudaError_t block_multiply(const BlockParams& params, const Device& device, void* workspace, cudaStream_t stream) {
-  if (!can_multiply(params)) return cudaErrorInvalidValue;
+  if (!block_multiply_takes(params, device)) return cudaErrorInvalidValue;
   if (is_empty(params)) return cudaSuccess;
   const Plan plan = cuda::plan(params, device);
   uint8_t* const scratch = static_cast<uint8_t*>(workspace);
@@ -382,8 +400,8 @@ cudaError_t block_multiply(const BlockParams& params, const Device& device, void
   product.x_stride = params.depth() * width_of(params.dtype);
   product.w_stride = params.block_cols * width_of(params.dtype);
   product.y_stride = params.across() * width_of(params.dtype);
-  product.strips = plan.strips;
-  product.strips_of_line = static_cast<int>(plan.strips_of_line);
+  product.strips = static_cast<uint32_t>(plan.strips);
+  product.strips_of_line = static_cast<uint32_t>(plan.strips_of_line);
   product.stages = plan.stages;
   product.slices = static_cast<uint32_t>(params.block_depth() / kSliceDepth);
   product.whole_chunks = product.y_stride % kChunkBytes == 0;
@@ -392,6 +410,12 @@ cudaError_t block_multiply(const BlockParams& params, const Device& device, void
   if (plan.parts > 1) {
     const cudaError_t error = cudaMemsetAsync(scratch, 0, static_cast<size_t>(plan.arrived_bytes), stream);
     if (error != cudaSuccess) return error;
+  }
+  if (plan.scheduled) {
+    int32_t* const schedule = reinterpret_cast<int32_t*>(scratch + plan.arrived_bytes + plan.partials_bytes);
+    const cudaError_t error = schedule_lines(params.index, schedule, stream);
+    if (error != cudaSuccess) return error;
+    product.schedule = schedule;
   }
   const bool transposed = params.transposed;
   const Kernel kernel = params.dtype == kFloat32    ? kernel_of<kFloat32>(plan, transposed)

@@ -16,6 +16,7 @@
 #include <ptx.cuh>
 
 #include "block_lines.cuh"
+#include "block_tiles.cuh"
 #include "deal.cuh"
 #include "elements.cuh"
 #include "kernels.h"
@@ -34,75 +35,12 @@ constexpr int kTileBytes = 512;  // of shared memory, for what is known of a til
 // What the kernels are told.
 struct Sampling {
   BlockSampleParams p;
-  int64_t down, across;        // pieces of a block
-  int64_t unit_rows;           // of g and x in a unit of the deal
-  int64_t g_stride, x_stride;  // bytes of a row
+  int64_t down, across;    // pieces of a block
+  int64_t unit_rows;       // of g and x in a unit of the deal
+  int64_t g_step, x_step;  // bytes from a row to the next one that a thread copies
   Deal deal;
   Join join;
 };
-
-// ---------------------------------------------------------------------------------------------------------------- elements
-
-// What tensor cores multiply at a time: kDepth rows of stages.
-template <LinearDtype kDtype>
-struct Tensor {
-  static constexpr int kDepth = 16;
-
-  // Row r of a stage has its 16-byte chunks in this order: chunk ^ turn. So eight rows of one chunk lie in banks of their own.
-  static __device__ __forceinline__ int turn(int row) { return row % 8; }
-
-  // Where the lane reads what it needs of the 16 columns `sixteenth`, from the beginning of a stage's operand on. Lane 8 i + j names a row
-  // of matrix i: the matrices are columns 0 and 8 of rows 0 to 7, then of rows 8 to 15.
-  template <int kRowBytes>
-  static __device__ __forceinline__ int place(int lane, int sixteenth) {
-    return (lane % 8 + lane / 16 * 8) * kRowBytes + 16 * ((2 * sixteenth + lane / 8 % 2) ^ turn(lane % 8));
-  }
-
-  // Columns 0 and 8 of the first half of the rows, then of the second.
-  template <int kRowBytes>
-  static __device__ __forceinline__ void load(uint32_t (&r)[4], const uint8_t* memory) {
-    ptx::load_matrix_x4_transposed(r, memory);
-  }
-
-  static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    Element<kDtype>::multiply(d, a, b);
-  }
-};
-
-// The same, rounded to tf32.
-template <>
-struct Tensor<kFloat32> {
-  static constexpr int kDepth = 8;
-
-  // Four rows of two chunks lie in banks of their own.
-  static __device__ __forceinline__ int turn(int row) { return 2 * (row % 4); }
-
-  template <int kRowBytes>
-  static __device__ __forceinline__ int place(int lane, int sixteenth) {
-    const int g = lane / 4, t = lane % 4;
-    return t * kRowBytes + 16 * ((4 * sixteenth + g / 4) ^ turn(t)) + 4 * (g % 4);
-  }
-
-  template <int kRowBytes>
-  static __device__ __forceinline__ void load(uint32_t (&r)[4], const uint8_t* memory) {
-    const uint8_t* const right = reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(memory) ^ 32);  // 8 columns: two chunks
-    r[0] = ptx::round_to_tfloat32(*reinterpret_cast<const float*>(memory));
-    r[1] = ptx::round_to_tfloat32(*reinterpret_cast<const float*>(right));
-    r[2] = ptx::round_to_tfloat32(*reinterpret_cast<const float*>(memory + 4 * kRowBytes));
-    r[3] = ptx::round_to_tfloat32(*reinterpret_cast<const float*>(right + 4 * kRowBytes));
-  }
-
-  static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    ptx::mma_tfloat32(d, a, b);
-  }
-};
-
-__device__ __forceinline__ void store_pair(uint16_t* target, uint16_t first, uint16_t second) {
-  *reinterpret_cast<ushort2*>(target) = make_ushort2(first, second);
-}
-__device__ __forceinline__ void store_pair(float* target, float first, float second) {
-  *reinterpret_cast<float2*>(target) = make_float2(first, second);
-}
 
 // ---------------------------------------------------------------------------------------------------------------- pieces
 
@@ -129,13 +67,14 @@ __device__ Piece find_piece(const Sampling& s, int64_t piece) {
 template <LinearDtype kDtype, int kSide>
 struct Sample {
   using Stored = typename Element<kDtype>::Stored;
-  using Operand = Tensor<kDtype>;
   static constexpr int kWidth = sizeof(Stored);
   static constexpr int kStageRows = 64 / kWidth;
-  static constexpr int kRowBytes = kColumns * kWidth;  // of one operand in a stage
-  static constexpr int kOperandBytes = kStageRows * kRowBytes;
-  static constexpr int kStageBytes = 2 * kOperandBytes;  // g, then x
-  static constexpr int kSharedBytes = kStages * kStageBytes + kTileBytes;
+  static constexpr int kSteps = kStageRows * kWidth / kStepBytes;
+  using G = OperandTile<kColumns, kWidth, false, false>;
+  using X = OperandTile<kColumns, kWidth, false, true>;
+  static constexpr int kOperandBytes = kStageRows * X::kRowBytes;  // in a stage: g, then x
+  static constexpr int kPlaceBytes = 2 * kOperandBytes;            // of a stage in shared memory
+  static constexpr int kSharedBytes = kStages * kPlaceBytes + kTileBytes;
   static constexpr int kPieces = kColumns / kSide;  // of a tile
   static constexpr int kBlocksPerMultiprocessor = kSide == 128 ? 1 : 2;
 
@@ -143,10 +82,11 @@ struct Sample {
   static constexpr int kHeight = kSide < 64 ? kSide : kSide / 2;
   static constexpr int kWide = kSide < 64 ? kSide : 64;
   static constexpr int kOwn = kPieces > kWarps ? kPieces / kWarps : 1;
-  static constexpr int kA = kHeight / 16, kB = kWide / 16;  // operands of the instruction, those of x by two
-  static constexpr int kFours = kOwn * kA * kB * 2;         // sums of a thread
-  static constexpr int kWarpsAcross = kSide / kWide;        // of a piece
-  static constexpr int kWarpsDown = kSide / kHeight;        // the same
+  static constexpr int kWarpsAcross = kSide / kWide;  // of a piece
+  static constexpr int kWarpsDown = kSide / kHeight;  // the same
+  using Product = WarpProduct<kDtype, G, X, kHeight, kWide>;
+  using Sums = float[kOwn * Product::kFours][4];  // of all products of a thread
+  static_assert(kWarps * Product::kScratchBytes <= kStages * kPlaceBytes);
   static_assert(kPieces * kWarpsAcross * kWarpsDown == kWarps * kOwn);
 
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
@@ -159,6 +99,7 @@ struct Sample {
 
   // What all threads know of the tile at hand, behind the stages.
   struct Tile {
+    int64_t last;  // where the units of the threadblock end
     Segment segment;
     Piece pieces[kPieces];
 
@@ -171,12 +112,12 @@ struct Sample {
   static_assert(sizeof(Tile) <= kTileBytes);
 
   static __device__ __forceinline__ Tile& tile() {
-    return *reinterpret_cast<Tile*>(ptx::dynamic_shared<uint8_t>() + kStages * kStageBytes);
+    return *reinterpret_cast<Tile*>(ptx::dynamic_shared<uint8_t>() + kStages * kPlaceBytes);
   }
 
-  static __device__ void begin_tile(const Sampling& s, int64_t unit, int64_t last) {
+  static __device__ void begin_tile(const Sampling& s, int64_t unit) {
     __syncthreads();  // nobody needs the tile before
-    const Segment segment = s.deal.segment(unit, last);
+    const Segment segment = s.deal.segment(unit, tile().last);
     if (threadIdx.x == 0) tile().segment = segment;
     if (threadIdx.x < kPieces) tile().pieces[threadIdx.x] = find_piece<kSide>(s, segment.tile * kPieces + threadIdx.x);
     __syncthreads();
@@ -184,34 +125,32 @@ struct Sample {
 
   // What a thread copies of one operand: one chunk of some rows of a stage.
   struct Copier {
-    static constexpr int kChunks = kRowBytes / 16;    // of a row
+    static constexpr int kChunks = X::kRowChunks;     // of a row
     static constexpr int kRows = kThreads / kChunks;  // that the threads copy at a time
-    static constexpr int kColumnsOfChunk = 16 / kWidth;
+    static constexpr int kColumnsOfChunk = kChunkBytes / kWidth;
 
     uintptr_t next;  // address, in the row that the thread copies next
-    int64_t step;    // from there to the row after
     int bytes;       // of a chunk that are there: all or none; of those past the edges of W there are zeros
     bool needed;     // else nothing is copied
 
     static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / kChunks; }
     static __device__ __forceinline__ int chunk() { return static_cast<int>(threadIdx.x) % kChunks; }
     static __device__ __forceinline__ int piece() { return chunk() * kColumnsOfChunk / kSide; }
-    static __device__ __forceinline__ int place() { return row() * kRowBytes + 16 * (chunk() ^ Operand::turn(row())); }
+    static __device__ __forceinline__ int place() { return X::place(row(), chunk()); }
 
     // `corner`: the first of the piece's columns, of `columns`.
-    __device__ __forceinline__ Copier(const void* matrix, int64_t row_bytes, int64_t columns, int64_t corner, int64_t first_row, bool owner)
-        : step(kRows * row_bytes), needed(owner) {
+    __device__ __forceinline__ Copier(const void* matrix, int64_t columns, int64_t corner, int64_t first_row, bool owner) : needed(owner) {
       const int64_t column = corner + chunk() * kColumnsOfChunk % kSide;
       bytes = column < columns ? 16 : 0;
-      next = reinterpret_cast<uintptr_t>(matrix) + static_cast<uintptr_t>((first_row + row()) * row_bytes + column * kWidth);
+      next = reinterpret_cast<uintptr_t>(matrix) + static_cast<uintptr_t>(((first_row + row()) * columns + column) * kWidth);
     }
 
     // Asks for a stage, which has so many rows.
-    __device__ __forceinline__ void copy(uint8_t* operand, int rows) {
+    __device__ __forceinline__ void copy(uint8_t* operand, int rows, int64_t step) {
 #pragma unroll
       for (int i = 0; i < kStageRows; i += kRows) {
         if (needed) {
-          ptx::copy_async_16(operand + place() + i * kRowBytes, reinterpret_cast<const void*>(next), row() + i < rows ? bytes : 0);
+          ptx::copy_async_16(operand + place() + i * X::kRowBytes, reinterpret_cast<const void*>(next), row() + i < rows ? bytes : 0);
         }
         next += static_cast<uintptr_t>(step);
       }
@@ -221,55 +160,31 @@ struct Sample {
   // A stage in shared memory, each by turns.
   struct Ring {
     int offset = 0;
-    __device__ __forceinline__ void turn() { offset = offset == (kStages - 1) * kStageBytes ? 0 : offset + kStageBytes; }
+    __device__ __forceinline__ void turn() { offset = offset == (kStages - 1) * kPlaceBytes ? 0 : offset + kPlaceBytes; }
   };
 
-  static __device__ __forceinline__ void multiply_stage(const uint8_t* stage, const int (&a_places)[kOwn][kA],
-                                                        const int (&b_places)[kOwn][kB], float (&sums)[kFours][4]) {
-#pragma unroll
-    for (int row = 0; row < kStageRows; row += Operand::kDepth) {
-#pragma unroll
-      for (int own = 0; own < kOwn; ++own) {
-        uint32_t a[kA][4], b[kB][4];
-#pragma unroll
-        for (int i = 0; i < kA; ++i) Operand::template load<kRowBytes>(a[i], stage + a_places[own][i] + row * kRowBytes);
-#pragma unroll
-        for (int j = 0; j < kB; ++j) Operand::template load<kRowBytes>(b[j], stage + kOperandBytes + b_places[own][j] + row * kRowBytes);
-#pragma unroll
-        for (int i = 0; i < kA; ++i) {
-#pragma unroll
-          for (int j = 0; j < 2 * kB; ++j) {
-            Operand::multiply(sums[(own * kA + i) * 2 * kB + j], a[i], {b[j / 2][j % 2], b[j / 2][j % 2 + 2]});
-          }
-        }
-      }
-    }
-  }
-
-  static __device__ __forceinline__ void multiply_segment(const Sampling& s, float (&sums)[kFours][4]) {
+  static __device__ __forceinline__ void multiply_segment(const Sampling& s, Product (&products)[kOwn]) {
     uint8_t* const memory = ptx::dynamic_shared<uint8_t>();
-    int a_places[kOwn][kA], b_places[kOwn][kB];
+    int g_origins[kOwn], x_origins[kOwn];
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
-      const int first_a = (tile().owner_of(own_piece() + own) * kSide + top()) / 16, first_b = ((own_piece() + own) * kSide + left()) / 16;
-#pragma unroll
-      for (int i = 0; i < kA; ++i) a_places[own][i] = Operand::template place<kRowBytes>(lane(), first_a + i);
-#pragma unroll
-      for (int j = 0; j < kB; ++j) b_places[own][j] = Operand::template place<kRowBytes>(lane(), first_b + j);
+      const int piece = own_piece() + own;
+      g_origins[own] = G::origin(lane(), tile().owner_of(piece) * kSide + top());
+      x_origins[own] = X::origin(lane(), piece * kSide + left());
     }
-
     const int64_t first_row = tile().segment.begin * s.unit_rows, end = tile().segment.end * s.unit_rows;
     const int64_t rows = (end < s.p.m ? end : s.p.m) - first_row;
     const int stages = static_cast<int>((rows + kStageRows - 1) / kStageRows);
     const int last_rows = static_cast<int>(rows - int64_t{stages - 1} * kStageRows);
     const Piece piece = tile().pieces[Copier::piece()];
-    Copier g(s.p.g, s.g_stride, s.p.rows, piece.row, first_row, tile().owner_of(Copier::piece()) == Copier::piece());
-    Copier x(s.p.x, s.x_stride, s.p.cols, piece.col, first_row, true);
+    Copier g(s.p.g, s.p.rows, piece.row, first_row, tile().owner_of(Copier::piece()) == Copier::piece());
+    Copier x(s.p.x, s.p.cols, piece.col, first_row, true);
     Ring to, from;
     const auto copy = [&](int stage) {
       if (stage < stages) {
-        g.copy(memory + to.offset, stage == stages - 1 ? last_rows : kStageRows);
-        x.copy(memory + to.offset + kOperandBytes, stage == stages - 1 ? last_rows : kStageRows);
+        const int rows = stage == stages - 1 ? last_rows : kStageRows;
+        g.copy(memory + to.offset, rows, s.g_step);
+        x.copy(memory + to.offset + kOperandBytes, rows, s.x_step);
       }
       ptx::copy_async_commit();
       to.turn();
@@ -281,44 +196,43 @@ struct Sample {
       ptx::copy_async_wait<kStages - 2>();
       __syncthreads();
       copy(stage + kStages - 1);
-      multiply_stage(memory + from.offset, a_places, b_places, sums);
+      const uint8_t *const g_stage = memory + from.offset, *const x_stage = g_stage + kOperandBytes;
+#pragma unroll
+      for (int own = 0; own < kOwn; ++own) {
+        products[own].template add_stage<kSteps>(g_stage, g_origins[own], x_stage, x_origins[own]);
+      }
       from.turn();
     }
   }
 
+  static __device__ __forceinline__ int at_most(int64_t count, int most) { return count < most ? static_cast<int>(count) : most; }
+
   // Rounds and stores: zero past the edges of W.
-  static __device__ __forceinline__ void store(const Sampling& s, const float (&sums)[kFours][4]) {
+  static __device__ __forceinline__ void store(const Sampling& s, Product (&products)[kOwn]) {
     const bool sound = is_proven(s.p.fault);
-    const int g = lane() / 4, t = lane() % 4;
+    uint8_t* const scratch = ptx::dynamic_shared<uint8_t>() + warp() * Product::kScratchBytes;
+    __syncthreads();  // all stages have been multiplied
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
       const Piece piece = tile().pieces[own_piece() + own];
       if (piece.place < 0) continue;
-      const int64_t row = top() + g, col = left() + 2 * t;
-      Stored* const target = static_cast<Stored*>(s.p.values) + piece.place + row * s.p.block_cols + col;
-#pragma unroll
-      for (int i = 0; i < 2 * kA; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2 * kB; ++j) {
-          const float (&four)[4] = sums[(own * kA + i / 2) * 2 * kB + j];
-          const bool inner = piece.row + row + 8 * i < s.p.rows && piece.col + col + 8 * j < s.p.cols;
-          const float first = !sound ? not_a_number() : inner ? four[i % 2 * 2] : 0;
-          const float second = !sound ? not_a_number() : inner ? four[i % 2 * 2 + 1] : 0;
-          store_pair(target + 8 * i * s.p.block_cols + 8 * j, Element<kDtype>::narrow(first), Element<kDtype>::narrow(second));
-        }
-      }
+      products[own].clear_past(at_most(s.p.rows - piece.row - top(), kHeight), at_most(s.p.cols - piece.col - left(), kWide));
+      if (!sound) products[own].add_term([](int) { return not_a_number(); });
+      Stored* const target = static_cast<Stored*>(s.p.values) + piece.place + top() * s.p.block_cols + left();
+      products[own].store(scratch, reinterpret_cast<uint8_t*>(target), s.p.block_cols * kWidth, kHeight, kWide, true);
     }
   }
 
   static __device__ __forceinline__ void run(const Sampling& s) {
-    const int64_t last = s.deal.begin(blockIdx.x + 1);
-    for (int64_t unit = s.deal.begin(blockIdx.x); unit < last;) {
-      begin_tile(s, unit, last);
-      float sums[kFours][4] = {};
-      multiply_segment(s, sums);
-      if (s.join.add<kThreads>(s.deal, tile().segment, sums)) store(s, sums);
-      unit += tile().segment.end - tile().segment.begin;
-    }
+    if (threadIdx.x == 0) tile().last = s.deal.begin(blockIdx.x + 1);
+    int64_t unit = s.deal.begin(blockIdx.x);
+    do {
+      begin_tile(s, unit);
+      Product products[kOwn];
+      multiply_segment(s, products);
+      if (s.join.add<kThreads>(s.deal, tile().segment, reinterpret_cast<Sums&>(products))) store(s, products);
+      unit = tile().segment.tile * s.deal.stages + tile().segment.end;
+    } while (unit < tile().last);
   }
 };
 
@@ -336,18 +250,6 @@ int side_of(const BlockSampleParams& p) {
   int side = 128;
   while (p.block_rows % side != 0 || p.block_cols % side != 0) side /= 2;
   return side;
-}
-
-int64_t width_of(LinearDtype dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-// Whether these are what the kernels can do.
-bool is_for_tensor_cores(const BlockSampleParams& p) {
-  const auto aligned = [&](const void* pointer, int64_t columns) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && columns * width_of(p.dtype) % 16 == 0;
-  };
-  const bool dtype = p.dtype == kBfloat16 || p.dtype == kFloat16 || (p.dtype == kFloat32 && p.tf32);
-  const bool sides = p.block_rows > 0 && p.block_cols > 0 && p.block_rows % 16 == 0 && p.block_cols % 16 == 0;
-  return dtype && sides && aligned(p.g, p.rows) && aligned(p.x, p.cols) && aligned(p.values, 0);
 }
 
 struct Plan {
@@ -396,20 +298,31 @@ cudaError_t launch(const Sampling& sampling, int side, cudaStream_t stream) {
 
 }  // namespace
 
+bool block_sample_takes(const BlockSampleParams& p, const Device&) {
+  const auto aligned = [&](const void* pointer, int64_t columns) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && columns * width_of(p.dtype) % 16 == 0;
+  };
+  const bool dtype = p.dtype == kBfloat16 || p.dtype == kFloat16 || (p.dtype == kFloat32 && p.tf32);
+  const bool sides = p.block_rows > 0 && p.block_cols > 0 && p.block_rows % 16 == 0 && p.block_cols % 16 == 0;
+  return dtype && sides && aligned(p.g, p.rows) && aligned(p.x, p.cols) && aligned(p.values, 0);
+}
+
 int64_t block_sample_workspace_bytes(const BlockSampleParams& params, const Device& device) {
-  if (!is_for_tensor_cores(params) || params.index.blocks == 0) return 0;
+  if (!block_sample_takes(params, device) || params.index.blocks == 0) return 0;
   const Plan p = plan(params, device);
   return p.arrived_bytes + p.partials_bytes;
 }
 
 cudaError_t block_sample(const BlockSampleParams& params, const Device& device, void* workspace, cudaStream_t stream) {
-  if (!is_for_tensor_cores(params)) return cudaErrorInvalidValue;
+  if (!block_sample_takes(params, device)) return cudaErrorInvalidValue;
   if (params.index.blocks == 0) return cudaSuccess;
   const Plan plan = cuda::plan(params, device);
-  const int64_t down = params.block_rows / plan.side, across = params.block_cols / plan.side, width = width_of(params.dtype);
+  const int64_t down = params.block_rows / plan.side, across = params.block_cols / plan.side;
+  const int64_t step =
+      kThreads * kChunkBytes / kColumns;  // bytes of a column that are copied at a time: rows times the width of an element
   uint8_t* const scratch = static_cast<uint8_t*>(workspace);
   const Join join = {reinterpret_cast<uint32_t*>(scratch), reinterpret_cast<float4*>(scratch + plan.arrived_bytes)};
-  const Sampling sampling = {params, down, across, plan.unit_rows, params.rows * width, params.cols * width, plan.deal, join};
+  const Sampling sampling = {params, down, across, plan.unit_rows, step * params.rows, step * params.cols, plan.deal, join};
   if (plan.arrived_bytes > 0) {
     const cudaError_t error = cudaMemsetAsync(join.arrived, 0, static_cast<size_t>(plan.arrived_bytes), stream);
     if (error != cudaSuccess) return error;

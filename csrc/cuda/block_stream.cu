@@ -37,20 +37,25 @@ struct BlockWeight {
     quads[0] = {__uint_as_float(piece.x), __uint_as_float(piece.y), __uint_as_float(piece.z), __uint_as_float(piece.w)};
   }
 
-  static __device__ __forceinline__ float settle(const Stream&, const Tile&, int64_t, int64_t, int, int, float sum) { return sum; }
+  static __device__ __forceinline__ float settle(const Stream&, const Span&, int, int, float sum) { return sum; }
 };
 
 }  // namespace
+
+bool block_stream_takes(const BlockParams& params, const Device&) {
+  const int64_t width = width_of(params.dtype);
+  const bool pieces = params.block_cols * width % kPieceBytes == 0 && reinterpret_cast<uintptr_t>(params.values) % kPieceBytes == 0;
+  return !params.transposed && params.dtype != kFloat64 && params.m <= kMostStreamRows && pieces;
+}
 
 int64_t block_stream_workspace_bytes(const BlockParams& params, const Device& device) {
   return streaming::stream_workspace_bytes(params.m, device);
 }
 
 cudaError_t block_stream(const BlockParams& params, const Device& device, void* workspace, cudaStream_t stream_of_work) {
-  const int64_t width = params.dtype == kFloat32 ? 4 : 2;
-  const uintptr_t x = reinterpret_cast<uintptr_t>(params.x), values = reinterpret_cast<uintptr_t>(params.values);
-  if (params.transposed || params.dtype == kFloat64 || params.m > kMostStreamRows) return cudaErrorInvalidValue;
-  if (params.block_cols * width % kPieceBytes != 0 || values % kPieceBytes != 0) return cudaErrorInvalidValue;
+  if (!block_stream_takes(params, device)) return cudaErrorInvalidValue;
+  const int64_t width = width_of(params.dtype);
+  const uintptr_t x = reinterpret_cast<uintptr_t>(params.x);
   Stream p{};
   p.index = params.index;
   p.values = static_cast<const uint8_t*>(params.values);

@@ -26,46 +26,49 @@ constexpr int kStepBytes = 32;
 // kLines       a multiple of 16 and a power of two
 // kWidth       bytes of an element
 // kDepthAlong  whether a row is a line, or else one element of depth of all lines
-template <int kLines, int kWidth, bool kDepthAlong>
+// kIsB         whether it is operand b of the instructions, or else a
+template <int kLines, int kWidth, bool kDepthAlong, bool kIsB>
 struct OperandTile {
   static constexpr int kBytes = kLines * kStageBytes;
   static constexpr int kRowBytes = kDepthAlong ? kStageBytes : kLines * kWidth;
   static constexpr int kRows = kBytes / kRowBytes;
   static constexpr int kRowChunks = kRowBytes / kChunkBytes;
   static constexpr int kRowsOfBanks = kRowChunks < 8 ? 8 / kRowChunks : 1;  // rows that fill all banks, or a row that fills them
-  static constexpr int kTurns = kRowChunks < 8 ? kRowChunks : 8;
   static constexpr bool kByWords = !kDepthAlong && kWidth == 4;
+  static constexpr int kTurns = (kRowChunks < 8 ? kRowChunks : 8) / (kByWords ? 2 : 1);
+  static constexpr int kPeriod = kRowsOfBanks * kTurns;  // rows after which turns are the same
 
   // Words are read from two chunks of four rows at a time, hence turns by two.
-  static __host__ __device__ constexpr int turn(int row) {
-    return kByWords ? 2 * (row / kRowsOfBanks % (kTurns / 2)) : row / kRowsOfBanks % kTurns;
-  }
+  static __host__ __device__ constexpr int turn(int row) { return row / kRowsOfBanks % kTurns * (kByWords ? 2 : 1); }
   // Bytes from the beginning of the tile.
   static __host__ __device__ constexpr int place(int row, int chunk) { return row * kRowBytes + kChunkBytes * (chunk ^ turn(row)); }
 
-  // Where a lane begins to read operands of the lines from `first` on, and from there where those of another 16 lines and of another step
-  // are. `first` is a multiple of as many lines as are read from it on.
+  // Where a lane begins to read operands of the lines from `first` on, and from there where those so many lines and steps on are. `first`
+  // is a multiple of as many lines as are read from it on.
   static __host__ __device__ constexpr int origin(int lane, int first) {
-    return kByWords      ? place(lane % 4, (first + lane / 4) / 4) + lane / 4 % 4 * 4
-           : kDepthAlong ? place(first + lane % 16, lane / 16)
-                         : place(8 * (lane / 16) + lane % 8, first / 8 + lane / 8 % 2);
+    if (kByWords) return place(lane % 4, (first + lane / 4) / 4) + lane / 4 % 4 * 4;
+    const int lines = 8 * (lane / (kIsB ? 16 : 8) % 2), half = lane / (kIsB ? 8 : 16) % 2;  // that the lane points ldmatrix to
+    return kDepthAlong ? place(first + lines + lane % 8, half) : place(8 * half + lane % 8, (first + lines) / 8);
   }
-  static __host__ __device__ constexpr int operand(int origin, int sixteen, int step) {
-    return kDepthAlong ? (origin ^ step * kStepBytes) + sixteen * 16 * kRowBytes
-                       : (origin ^ sixteen * 16 * kWidth) + step * (kStepBytes / kWidth) * kRowBytes;
+  static __host__ __device__ constexpr int operand(int origin, int lines, int step) {
+    if (kDepthAlong) return (origin ^ step * kStepBytes) + lines * kRowBytes;
+    const int bytes = lines * kWidth;  // within 128 of them chunks turn
+    return (origin ^ bytes % 128) + bytes / 128 * 128 + step * (kStepBytes / kWidth) * kRowBytes;
   }
 
-  // A step of 16 lines: r[i + 2 j] is of the lines 8 i ... 8 i + 7 and of half j of the step, as instructions want it of a; (r[i], r[i +
-  // 2]) as they want it of b for 8 lines.
+  // A step of 16 lines: of each eight of them, each half of the step. Of a the lines come in turn first, of b the halves, so that what an
+  // instruction takes is in registers side by side: r as a, (r[0], r[1]) as b for the first eight lines, (r[2], r[3]) for the others.
   static __device__ __forceinline__ void load(const uint8_t* tile, int origin, int sixteen, int step, uint32_t (&r)[4]) {
-    const int at = operand(origin, sixteen, step);
     if constexpr (kByWords) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) r[i] = *reinterpret_cast<const uint32_t*>(tile + (at ^ i % 2 * 8 * kWidth) + i / 2 * 4 * kRowBytes);
+      for (int i = 0; i < 4; ++i) {
+        const int lines = kIsB ? i / 2 : i % 2, half = kIsB ? i % 2 : i / 2;
+        r[i] = *reinterpret_cast<const uint32_t*>(tile + operand(origin, 16 * sixteen + 8 * lines, step) + half * 4 * kRowBytes);
+      }
     } else if constexpr (kDepthAlong) {
-      ptx::load_matrix_x4(r, tile + at);
+      ptx::load_matrix_x4(r, tile + operand(origin, 16 * sixteen, step));
     } else {
-      ptx::load_matrix_x4_transposed(r, tile + at);
+      ptx::load_matrix_x4_transposed(r, tile + operand(origin, 16 * sixteen, step));
     }
     if constexpr (kWidth == 4) {
 #pragma unroll
@@ -95,10 +98,11 @@ struct WarpProduct {
     }
   }
 
-  // Adds the product of a stage, of what lies from these origins on.
+  // Adds the product of a stage, of what lies from these origins on, or of as many steps as it has.
+  template <int kSteps = kStageBytes / kStepBytes>
   __device__ __forceinline__ void add_stage(const uint8_t* a_tile, int a_origin, const uint8_t* b_tile, int b_origin) {
 #pragma unroll
-    for (int step = 0; step < kStageBytes / kStepBytes; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
       uint32_t a[kAs][4], b[kBs][4];
 #pragma unroll
       for (int i = 0; i < kAs; ++i) A::load(a_tile, a_origin, i, step, a[i]);
@@ -108,19 +112,31 @@ struct WarpProduct {
       for (int i = 0; i < kAs; ++i) {
 #pragma unroll
         for (int j = 0; j < 2 * kBs; ++j) {
-          const uint32_t pair[2] = {b[j / 2][j % 2], b[j / 2][j % 2 + 2]};
+          const uint32_t pair[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
           multiply(sums[i * 2 * kBs + j], a[i], pair);
         }
       }
     }
   }
 
-  // Calls change(sum, column) for each sum, with its line of B.
-  template <typename Change>
-  __device__ __forceinline__ void for_each(const Change& change) {
+  // Adds term(line of B) to the sums of that line.
+  template <typename Term>
+  __device__ __forceinline__ void add_term(const Term& term) {
+#pragma unroll
+    for (int i = 0; i < 4 * kBs; ++i) {
+      const float value = term(i / 2 * 8 + static_cast<int>(threadIdx.x % 4) * 2 + i % 2);
+#pragma unroll
+      for (int j = 0; j < 2 * kAs; ++j) sums[j / 2 * 2 * kBs + i / 2][j % 2 * 2 + i % 2] += value;
+    }
+  }
+
+  // Leaves nothing of the sums past so many lines of A and of B.
+  __device__ __forceinline__ void clear_past(int a_lines, int b_lines) {
 #pragma unroll
     for (int i = 0; i < 4 * kFours; ++i) {
-      change(sums[i / 4][i % 4], i / 4 % (2 * kBs) * 8 + static_cast<int>(threadIdx.x % 4) * 2 + i % 2);
+      const int a = i / 4 / (2 * kBs) * 16 + i / 2 % 2 * 8 + static_cast<int>(threadIdx.x % 32) / 4;
+      const int b = i / 4 % (2 * kBs) * 8 + static_cast<int>(threadIdx.x % 4) * 2 + i % 2;
+      if (a >= a_lines || b >= b_lines) sums[i / 4][i % 4] = 0;
     }
   }
 

@@ -319,14 +319,6 @@ cudaError_t launch_multiply(Product& product, const BlockParams& params, int32_t
   return launch(kernel, product, product.tiles, T::kSharedBytes, device, stream);
 }
 
-bool takes(const BlockParams& p, const Device& device) {
-  const bool typed = p.dtype == kBfloat16 || p.dtype == kFloat16;
-  const bool shaped = p.block_rows % 64 == 0 && p.block_cols % 64 == 0 && p.depth() > 0 && p.depth() % p.block_depth() == 0;
-  const bool placed = is_aligned(p.values) && is_aligned(p.x) && is_aligned(p.y) && p.across() % 8 == 0;
-  return device.warpgroups && typed && shaped && placed && p.depth() <= INT32_MAX && p.m <= INT32_MAX - kPanelRows &&
-         p.index.blocks <= INT32_MAX / p.block_rows;
-}
-
 template <typename T>
 cudaError_t launch_sample(Sample& product, const BlockSampleParams& params, const Device& device, cudaStream_t stream) {
   product.parts = product.block_rows / T::kRows;
@@ -338,20 +330,20 @@ cudaError_t launch_sample(Sample& product, const BlockSampleParams& params, cons
   return launch(kernel, product, product.tiles, T::kSharedBytes, device, stream);
 }
 
-bool takes(const BlockSampleParams& p, const Device& device) {
-  const bool typed = p.dtype == kBfloat16 || p.dtype == kFloat16;
-  const bool shaped = p.block_rows % 64 == 0 && p.block_cols % 64 == 0 && p.rows % 8 == 0 && p.cols % 8 == 0;
-  const bool placed = is_aligned(p.values) && is_aligned(p.g) && is_aligned(p.x);
-  const bool sized = p.m > 0 && p.m <= INT32_MAX && p.rows <= INT32_MAX && p.cols <= INT32_MAX;
-  return device.warpgroups && typed && shaped && placed && sized;
-}
-
 }  // namespace
+
+bool block_warpgroup_takes(const BlockParams& p, const Device& device) {
+  const bool typed = p.dtype == kBfloat16 || p.dtype == kFloat16;
+  const bool shaped = p.block_rows % 64 == 0 && p.block_cols % 64 == 0 && p.depth() > 0 && p.depth() % p.block_depth() == 0;
+  const bool placed = is_aligned(p.values) && is_aligned(p.x) && is_aligned(p.y) && p.across() % 8 == 0;
+  return device.warpgroups && typed && shaped && placed && p.depth() <= INT32_MAX && p.m <= INT32_MAX - kPanelRows &&
+         p.index.blocks <= INT32_MAX / p.block_rows;
+}
 
 int64_t block_warpgroup_workspace_bytes(const BlockParams& params, const Device&) { return (params.index.lines * 4 + 15) / 16 * 16; }
 
 cudaError_t block_warpgroup(const BlockParams& params, const Device& device, void* workspace, cudaStream_t stream) {
-  if (!takes(params, device)) return cudaErrorInvalidValue;
+  if (!block_warpgroup_takes(params, device)) return cudaErrorInvalidValue;
   if (params.m == 0 || params.index.lines == 0) return cudaSuccess;
   Product product = {};
   product.index = params.index;
@@ -370,10 +362,18 @@ cudaError_t block_warpgroup(const BlockParams& params, const Device& device, voi
   return product.block_across % 128 == 0 ? run_shorter<true>(device, count, run) : run_shorter<false>(device, count, run);
 }
 
+bool block_sample_warpgroup_takes(const BlockSampleParams& p, const Device& device) {
+  const bool typed = p.dtype == kBfloat16 || p.dtype == kFloat16;
+  const bool shaped = p.block_rows % 64 == 0 && p.block_cols % 64 == 0 && p.rows % 8 == 0 && p.cols % 8 == 0;
+  const bool placed = is_aligned(p.values) && is_aligned(p.g) && is_aligned(p.x);
+  const bool sized = p.m > 0 && p.m <= INT32_MAX && p.rows <= INT32_MAX && p.cols <= INT32_MAX;
+  return device.warpgroups && typed && shaped && placed && sized;
+}
+
 int64_t block_sample_warpgroup_workspace_bytes(const BlockSampleParams&, const Device&) { return 0; }
 
 cudaError_t block_sample_warpgroup(const BlockSampleParams& params, const Device& device, void*, cudaStream_t stream) {
-  if (!takes(params, device)) return cudaErrorInvalidValue;
+  if (!block_sample_warpgroup_takes(params, device)) return cudaErrorInvalidValue;
   if (params.index.blocks == 0) return cudaSuccess;
   Sample product = {};
   product.index = params.index;

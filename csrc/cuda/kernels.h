@@ -41,6 +41,9 @@ cudaError_t poison(void* data, int64_t bytes, const Fault* fault, cudaStream_t s
 // Dtypes that products are of, as cpu::LinearDtype; float64 has kernels for blocks alone.
 enum LinearDtype { kFloat32, kBfloat16, kFloat16, kFloat64 };
 
+// Bytes of an element.
+constexpr int64_t width_of(LinearDtype dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
 // y [m, rows] = x [m, cols] W^T + bias [rows], all of one dtype, summed in fp32 in an order that depends on the sizes alone. `bias` may be
 // null. A faulty row of W gives NaN in its column of y, since a kernel cannot throw.
 struct LinearParams {
@@ -165,7 +168,10 @@ struct BlockPlan {
 BlockPlan plan_block(const BlockParams& params, const Device& device);
 BlockPlan plan_block_sample(const BlockSampleParams& params, const Device& device);
 
-// Each needs params to be what the plans choose it for, or returns cudaErrorInvalidValue. Beside each the bytes of its workspace.
+// Each does what the function beside it says that it takes, and returns cudaErrorInvalidValue for anything else. The cores take everything.
+bool block_stream_takes(const BlockParams& params, const Device& device);
+bool block_multiply_takes(const BlockParams& params, const Device& device);
+bool block_warpgroup_takes(const BlockParams& params, const Device& device);
 cudaError_t block_stream(const BlockParams& params, const Device& device, void* workspace, cudaStream_t stream);
 cudaError_t block_multiply(const BlockParams& params, const Device& device, void* workspace, cudaStream_t stream);
 cudaError_t block_warpgroup(const BlockParams& params, const Device& device, void* workspace, cudaStream_t stream);
@@ -175,6 +181,8 @@ int64_t block_multiply_workspace_bytes(const BlockParams& params, const Device& 
 int64_t block_warpgroup_workspace_bytes(const BlockParams& params, const Device& device);
 int64_t block_cores_workspace_bytes(const BlockParams& params, const Device& device);
 
+bool block_sample_takes(const BlockSampleParams& params, const Device& device);
+bool block_sample_warpgroup_takes(const BlockSampleParams& params, const Device& device);
 cudaError_t block_sample(const BlockSampleParams& params, const Device& device, void* workspace, cudaStream_t stream);
 cudaError_t block_sample_warpgroup(const BlockSampleParams& params, const Device& device, void* workspace, cudaStream_t stream);
 cudaError_t block_sample_cores(const BlockSampleParams& params, const Device& device, void* workspace, cudaStream_t stream);
@@ -190,8 +198,8 @@ int64_t block_sample_cores_workspace_bytes(const BlockSampleParams& params, cons
 cudaError_t pack_24(const void* dense, const Geometry& g, int width, const ZeroTest& zero_test, Magnitude magnitude, bool prune,
                     void* values, uint8_t* metadata, Fault* fault, cudaStream_t stream);
 
-// Proves the rows [begin, end) of the metadata and writes them to dense [end - begin, cols], unless that is null. `fault` is set to kNoFault
-// first if `first` says that this is the first part of the weight. What is written for faulty metadata is worthless.
+// Proves the rows [begin, end) of the metadata and writes them to dense [end - begin, cols], unless that is null. `fault` is set to
+// kNoFault first if `first` says that this is the first part of the weight. What is written for faulty metadata is worthless.
 cudaError_t unpack_24(const TwoFourMatrix& w, int64_t begin, int64_t end, int width, void* dense, bool first, Fault* fault,
                       cudaStream_t stream);
 
@@ -232,6 +240,9 @@ struct TwoFourPlan {
 
 TwoFourPlan plan_two_four(const TwoFourParams& params, const Device& device);
 
+// Each does what the function beside it says that it takes, as those for blocks.
+bool two_four_stream_takes(const TwoFourParams& params, const Device& device);
+bool two_four_multiply_takes(const TwoFourParams& params, const Device& device);
 cudaError_t two_four_stream(const TwoFourParams& params, const Device& device, void* workspace, cudaStream_t stream);
 cudaError_t two_four_multiply(const TwoFourParams& params, const Device& device, void* workspace, cudaStream_t stream);
 int64_t two_four_stream_workspace_bytes(const TwoFourParams& params, const Device& device);

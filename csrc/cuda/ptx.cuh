@@ -134,10 +134,13 @@ __device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_
   return result;
 }
 
-// The same pointer, of which the compiler does not know how it came about: it keeps it, where it would else compute it anew in a loop.
-__device__ __forceinline__ const uint8_t* opaque(const uint8_t* pointer) {
-  asm volatile("" : "+l"(pointer));
-  return pointer;
+// The same value, of which the compiler does not know how it came about. It keeps a pointer that it would else compute anew in a loop, and
+// computes anew what it would else keep in registers.
+template <typename T>
+__device__ __forceinline__ T opaque(T value) {
+  if constexpr (sizeof(T) == 4) asm volatile("" : "+r"(value));
+  if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(value));
+  return value;
 }
 
 // Lets others run while waiting for them.

@@ -21,48 +21,78 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------------- the product
 
+// What a stage of a tile of 256 x 128 costs on an H100, in cycles of a multiprocessor; dense, wgmma takes 1024 at its peak. Counted in the
+// SASS for sm_90a. Not timed.
+//
+//   second cache        1450    34 KB, if each multiprocessor gets 24 bytes a cycle (5.5 TB/s)
+//   tensor cores  830 - 1160    512 mma.sp; mma.sync reaches 62% of wgmma's peak, and mma.sp between 1.4 and 2 times mma.sync's rate
+//   shared memory       1100    ldmatrix 770, metadata 60, copying 270
+//   instructions        1020    512 of each of 8 warps; 64 of them are mma.sp
+//
+// So at best this is about as fast as the dense product of cuBLAS, which has wgmma and copies to several multiprocessors at once; on sm_80,
+// where cuBLAS has mma.sync, it is bound by the same things, and dense takes 2048 cycles.
+//
+// T       the tiling
+// kDtype  of x, W and y
 template <class T, LinearDtype kDtype>
 struct Multiply {
   static constexpr int kFours = T::kFragments * T::kTiles;
   using Stage = typename T::Stage;
   using Sums = float[kFours][4];  // [fragment of W][eight rows of x], as mma.sp has them
 
-  // Where a lane's operands are.
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
   static __device__ __forceinline__ int first_row() { return static_cast<int>(threadIdx.x / 32) / T::kXWarps * T::kFragments * 16; }
   static __device__ __forceinline__ int first_x_row() { return static_cast<int>(threadIdx.x / 32) % T::kXWarps * T::kTiles * 8; }
 
+  // Where a lane's operands are: bytes from the beginning of each part of a stage, in its first chunk.
+  struct Operands {
+    int values, x, metadata;
+
+    __device__ __forceinline__ Operands() {
+      const int matrix = lane() / 8, row = lane() % 8;
+      values = ptx::opaque((first_row() + 8 * (matrix % 2) + row) * kValueRow + (matrix / 2 ^ row / 2 % 4) * 16);
+      x = ptx::opaque((first_x_row() + row) * kXRow + (matrix ^ row) * 16);
+      metadata = ptx::opaque((first_row() + lane() / 4) * kMetadataRow + lane() % 4 * 2);
+    }
+  };
+
   // The codes that a lane brings: of 16 columns of the rows g and g + 8 of each fragment. `wrong` gathers faults of these rows, by halves.
   // `there`: whether the columns are in W.
-  static __device__ __forceinline__ void read_codes(const Stage& stage, bool there, uint32_t (&codes)[T::kFragments],
+  static __device__ __forceinline__ void read_codes(const uint8_t* metadata, bool there, uint32_t (&codes)[T::kFragments],
                                                     uint32_t (&wrong)[T::kFragments]) {
-    const uint8_t* const first = stage.metadata[first_row() + lane() / 4] + lane() % 4 * 2;
+    uint32_t any = 0;
+    uint32_t faults[T::kFragments];
 #pragma unroll
     for (int i = 0; i < T::kFragments; ++i) {
-      const uint32_t low = *reinterpret_cast<const uint16_t*>(first + 16 * i * sizeof(stage.metadata[0]));
-      const uint32_t high = *reinterpret_cast<const uint16_t*>(first + (16 * i + 8) * sizeof(stage.metadata[0]));
-      uint32_t bits = there ? low | high << 16 : kSoundGroups;
-      const uint32_t faults = faults_of(bits);
-      if (faults != 0) bits = repair(bits, faults);
-      wrong[i] |= faults;
-      codes[i] = codes_of(bits);
+      const uint32_t low = *reinterpret_cast<const uint16_t*>(metadata + 16 * i * kMetadataRow);
+      const uint32_t high = *reinterpret_cast<const uint16_t*>(metadata + (16 * i + 8) * kMetadataRow);
+      codes[i] = there ? low | high << 16 : kSoundGroups;
+      faults[i] = faults_of(codes[i]);
+      wrong[i] |= faults[i];
+      any |= faults[i];
     }
+    if (any != 0) {
+#pragma unroll
+      for (int i = 0; i < T::kFragments; ++i) codes[i] = repair(codes[i], faults[i]);
+    }
+#pragma unroll
+    for (uint32_t& bits : codes) bits = codes_of(bits);
   }
 
-  // A chunk of a stage, whose codes the lanes with t / 2 == kChunk bring.
+  // A chunk of a stage, whose codes the lanes with t / 2 == kChunk bring. The swizzle flips bits, so that the second chunk's pieces are
+  // where those of the first are, one bit flipped.
   template <int kChunk>
-  static __device__ __forceinline__ void multiply_chunk(const Stage& stage, const uint32_t (&codes)[T::kFragments], Sums& sums) {
-    const int matrix = lane() / 8, row = lane() % 8;
-    const int piece_of_w = (2 * kChunk + matrix / 2) ^ row / 2 % 4, piece_of_x = (4 * kChunk + matrix) ^ row;
-    const uint8_t* const w = stage.values[first_row() + 8 * (matrix % 2) + row] + 16 * piece_of_w;
-    const uint8_t* const x = stage.x[first_x_row() + row] + 16 * piece_of_x;
+  static __device__ __forceinline__ void multiply_chunk(const Stage& stage, const Operands& operands,
+                                                        const uint32_t (&codes)[T::kFragments], Sums& sums) {
+    const uint8_t* const values = stage.values[0] + (operands.values ^ kChunk * kValueRow / 2);
+    const uint8_t* const x = stage.x[0] + (operands.x ^ kChunk * kXRow / 2);
     uint32_t a[T::kFragments][4];
 #pragma unroll
-    for (int i = 0; i < T::kFragments; ++i) ptx::load_matrix_x4(a[i], w + 16 * i * sizeof(stage.values[0]));
+    for (int i = 0; i < T::kFragments; ++i) ptx::load_matrix_x4(a[i], values + 16 * i * kValueRow);
 #pragma unroll
     for (int tile = 0; tile < T::kTiles; ++tile) {
       uint32_t b[4];
-      ptx::load_matrix_x4(b, x + 8 * tile * sizeof(stage.x[0]));
+      ptx::load_matrix_x4(b, x + 8 * tile * kXRow);
 #pragma unroll
       for (int i = 0; i < T::kFragments; ++i) {
         Element<kDtype>::template multiply_sparse<kChunk>(sums[i * T::kTiles + tile], a[i], b, codes[i]);
@@ -86,9 +116,10 @@ struct Multiply {
   }
 
   // The blocks of a tile's line, none if it is faulty. All threads call it, each proves some.
-  static __device__ __forceinline__ BlockLine prove_line(const Product& p, int64_t index) {
+  static __device__ __forceinline__ BlockLine prove_line(const TwoFourProduct& p, int64_t index) {
     if (!p.params.has_blocks()) return BlockLine(0, 1);
     BlockLine line(p.params.index, index);
+#pragma unroll 1
     for (int64_t i = line.begin + threadIdx.x; i < line.end; i += kThreads) {
       line.sound = line.sound && line.holds(p.params.index, i, p.params.index.positions[i]);
     }
@@ -98,13 +129,15 @@ struct Multiply {
   }
 
   // The sums of a segment.
-  static __device__ __forceinline__ void multiply_segment(const Product& p, const Tile& tile, const Segment& s, Sums& sums) {
+  static __device__ __forceinline__ void multiply_segment(const TwoFourProduct& p, const Segment& s, Sums& sums) {
+    const TwoFourTile tile = T::tile_of(p, s.tile);
     typename T::Shared& shared = *ptx::dynamic_shared<typename T::Shared>();
     const BlockLine line = prove_line(p, tile.line);
     const int pieces = static_cast<int>(line.end - line.begin) * p.pieces, stages = (pieces + 3) / 4;
     const bool dealt = !p.params.has_blocks();
     const int begin = dealt ? static_cast<int>(s.begin) : 0, end = dealt && s.end < stages ? static_cast<int>(s.end) : stages;
     Copier<T> copier(p, tile, line, begin);
+    const Operands operands;
     uint32_t wrong[T::kFragments] = {};
     int slot = 1;  // of the stage that is multiplied, once the first ones are on their way
     for (int stage = begin - (kStages - 1); stage < end; ++stage) {
@@ -112,14 +145,14 @@ struct Multiply {
       __syncthreads();
       Stage& next = shared.stages[slot == 0 ? kStages - 1 : slot - 1];
       const bool more = stage + kStages - 1 < end;
+      uint32_t codes[T::kFragments];
+      if (stage >= begin) {
+        read_codes(shared.stages[slot].metadata[0] + operands.metadata, lane() % 4 < pieces - 4 * stage, codes, wrong);
+        multiply_chunk<0>(shared.stages[slot], operands, codes, sums);
+      }
       if (more) copier.copy(next);
       ptx::copy_async_commit();
-      if (stage >= begin) {
-        uint32_t codes[T::kFragments];
-        read_codes(shared.stages[slot], lane() % 4 < pieces - 4 * stage, codes, wrong);
-        multiply_chunk<0>(shared.stages[slot], codes, sums);
-        multiply_chunk<1>(shared.stages[slot], codes, sums);
-      }
+      if (stage >= begin) multiply_chunk<1>(shared.stages[slot], operands, codes, sums);
       if (more) copier.keep(next);
       slot = slot + 1 == kStages ? 0 : slot + 1;
     }
@@ -128,7 +161,7 @@ struct Multiply {
   }
 
   // Adds the bias, rounds, turns the tile and stores it.
-  static __device__ __forceinline__ void store(const Product& p, const Tile& tile, const Sums& sums) {
+  static __device__ __forceinline__ void store(const TwoFourProduct& p, const TwoFourTile& tile, const Sums& sums) {
     const TwoFourParams& params = p.params;
     uint16_t* const turned = ptx::dynamic_shared<uint16_t>();  // [kXRows][kYStride]
     const int64_t row_of_w = tile.row_of_w(p), left = params.rows - row_of_w;
@@ -161,14 +194,13 @@ struct Multiply {
   }
 
   // All segments of a threadblock.
-  static __device__ __forceinline__ void run(const Product& p) {
+  static __device__ __forceinline__ void run(const TwoFourProduct& p) {
     const int64_t last = p.deal.begin(blockIdx.x + 1);
     for (int64_t unit = p.deal.begin(blockIdx.x); unit < last;) {
-      const Segment s = p.deal.segment(unit, last);
-      const Tile tile = T::tile_of(p, s.tile);
       Sums sums = {};
-      multiply_segment(p, tile, s, sums);
-      if (p.join.add<kThreads>(p.deal, s, sums)) store(p, tile, sums);
+      multiply_segment(p, p.deal.segment(unit, last), sums);
+      const Segment s = p.deal.segment(ptx::opaque(unit), last);  // anew, lest it takes registers meanwhile
+      if (p.join.add<kThreads>(p.deal, s, sums)) store(p, T::tile_of(p, s.tile), sums);
       unit += s.end - s.begin;
     }
   }
@@ -178,7 +210,7 @@ template <class T>
 constexpr int kBlocksPerMultiprocessor = T::kFragments * T::kTiles > 16 ? 1 : 2;  // whose sums fit in registers
 
 template <class T, LinearDtype kDtype>
-__global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>) void multiply(const Product p) {
+__global__ __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>) void multiply(const TwoFourProduct p) {
   Multiply<T, kDtype>::run(p);
 }
 
@@ -189,8 +221,8 @@ struct Kernels {
   int rows, x_rows;
   int64_t shared_bytes;
   int blocks_per_multiprocessor;
-  void (*bfloat16)(Product);
-  void (*float16)(Product);
+  void (*bfloat16)(TwoFourProduct);
+  void (*float16)(TwoFourProduct);
 };
 
 template <int kRows, int kXRows>
@@ -220,7 +252,8 @@ struct Plan {
   const Kernels* kernels;
   int64_t row_tiles, x_tiles;
   Deal deal;
-  int64_t arrived_bytes, partials_bytes;  // parts of the workspace
+  bool scheduled;                                         // whether it is worth it to deal long lines first
+  int64_t arrived_bytes, partials_bytes, schedule_bytes;  // parts of the workspace
 };
 
 Plan plan(const TwoFourParams& params, const Device& device) {
@@ -248,36 +281,38 @@ Plan plan(const TwoFourParams& params, const Device& device) {
     plan.arrived_bytes = blocks_across(plan.deal.blocks * static_cast<int64_t>(sizeof(uint32_t)), 16) * 16;
     plan.partials_bytes = plan.deal.blocks * 2 * kernels.rows * kernels.x_rows * static_cast<int64_t>(sizeof(float));
   }
+  plan.scheduled = params.has_blocks() && tiles > resident;
+  if (plan.scheduled) plan.schedule_bytes = blocks_across(lines * static_cast<int64_t>(sizeof(int32_t)), 16) * 16;
   return plan;
 }
 
 bool is_empty(const TwoFourParams& params) { return params.m == 0 || params.rows == 0; }
 
-// Whether the kernels can read what they are given 16 bytes at a time, and count it as they do.
-bool is_suitable(const TwoFourParams& params) {
+}  // namespace
+
+// What the kernels can read 16 bytes at a time, and count as they do.
+bool two_four_multiply_takes(const TwoFourParams& params, const Device&) {
+  if ((params.dtype != kBfloat16 && params.dtype != kFloat16) || params.index.order != nullptr) return false;
   constexpr int64_t kMost = int64_t{1} << 30;
   const auto at = [](const void* array) { return reinterpret_cast<uintptr_t>(array) % 16; };
-  const bool sizes = params.has_blocks() ? params.block_cols % kChunkColumns == 0 && params.block_rows % 16 == 0 &&
+  const bool sizes = params.has_blocks() ? params.block_cols > 0 && params.block_cols % kChunkColumns == 0 && params.block_rows % 16 == 0 &&
                                                params.block_cols < kMost && params.block_rows < kMost / params.block_cols
                                          : params.cols % kPieceColumns == 0;
   return sizes && params.cols < kMost && params.cols % 8 == 0 && at(params.x) == 0 && at(params.values) == 0;
 }
 
-}  // namespace
-
 int64_t two_four_multiply_workspace_bytes(const TwoFourParams& params, const Device& device) {
   if (is_empty(params)) return 0;
   const Plan p = plan(params, device);
-  return p.arrived_bytes + p.partials_bytes;
+  return p.arrived_bytes + p.partials_bytes + p.schedule_bytes;
 }
 
 cudaError_t two_four_multiply(const TwoFourParams& params, const Device& device, void* workspace, cudaStream_t stream) {
-  if ((params.dtype != kBfloat16 && params.dtype != kFloat16) || params.index.order != nullptr) return cudaErrorInvalidValue;
+  if (!two_four_multiply_takes(params, device)) return cudaErrorInvalidValue;
   if (is_empty(params)) return cudaSuccess;
-  if (!is_suitable(params)) return cudaErrorInvalidValue;
   const Plan plan = cuda::plan(params, device);
   uint8_t* const scratch = static_cast<uint8_t*>(workspace);
-  Product product = {};
+  TwoFourProduct product = {};
   product.params = params;
   product.cols = static_cast<int>(params.cols);
   product.block_cols = static_cast<int>(params.block_cols);
@@ -294,6 +329,12 @@ cudaError_t two_four_multiply(const TwoFourParams& params, const Device& device,
   if (plan.arrived_bytes > 0) {
     const cudaError_t error = cudaMemsetAsync(scratch, 0, static_cast<size_t>(plan.arrived_bytes), stream);
     if (error != cudaSuccess) return error;
+  }
+  if (plan.scheduled) {
+    int32_t* const schedule = reinterpret_cast<int32_t*>(scratch + plan.arrived_bytes + plan.partials_bytes);
+    const cudaError_t error = schedule_lines(params.index, schedule, stream);
+    if (error != cudaSuccess) return error;
+    product.schedule = schedule;
   }
   const auto kernel = params.dtype == kFloat16 ? plan.kernels->float16 : plan.kernels->bfloat16;
   const int shared_bytes = static_cast<int>(plan.kernels->shared_bytes);

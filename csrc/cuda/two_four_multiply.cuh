@@ -21,8 +21,11 @@ namespace bitmask::cuda {
 constexpr int kThreads = 256;
 constexpr int kStages = 3;  // two are on their way while one is multiplied
 constexpr int kChunkColumns = 32;
-constexpr int kPieceColumns = 16;  // whose codes a lane brings
-constexpr int kValueBytes = 8;     // for a byte of metadata
+constexpr int kPieceColumns = 16;                      // whose codes a lane brings
+constexpr int kValueBytes = 8;                         // for a byte of metadata
+constexpr int kMetadataRow = 2 * kChunkColumns / 8;    // bytes of a row in a stage
+constexpr int kValueRow = kMetadataRow * kValueBytes;  // likewise
+constexpr int kXRow = 2 * kChunkColumns * 2;           // likewise
 
 // ---------------------------------------------------------------------------------------------------------------- metadata
 
@@ -55,59 +58,60 @@ __device__ __forceinline__ uint32_t codes_of(uint32_t bits) {
 // ---------------------------------------------------------------------------------------------------------------- the work
 
 // What the kernels are told. Columns fit in 32 bits, so does a block's metadata.
-struct Product {
+struct TwoFourProduct {
   TwoFourParams params;
   int cols, block_cols;
-  int chunks;          // that cover a row of a block
-  int pieces;          // of kPieceColumns, of such a row
-  int64_t row_bytes;   // of its metadata; values take kValueBytes as many
-  int block_bytes;     // of a block's metadata, if there are blocks
-  bool words_aligned;  // metadata of chunks, to 4 bytes
-  bool y_aligned;      // its rows, to 16 bytes
-  int64_t row_tiles;   // of a line
-  int64_t x_tiles;     // of x
-  Deal deal;           // blocks: a tile is one stage, however long its line may be
+  int chunks;               // that cover a row of a block
+  int pieces;               // of kPieceColumns, of such a row
+  int64_t row_bytes;        // of its metadata; values take kValueBytes as many
+  int block_bytes;          // of a block's metadata, if there are blocks
+  bool words_aligned;       // metadata of chunks, to 4 bytes
+  bool y_aligned;           // its rows, to 16 bytes
+  int64_t row_tiles;        // of a line
+  int64_t x_tiles;          // of x
+  const int32_t* schedule;  // [lines]: in which order they are dealt; null: any will do
+  Deal deal;                // blocks: a tile is one stage, however long its line may be
   Join join;
 };
 
 // Rows of W times rows of x, and the whole line or, without blocks, all of W's columns.
-struct Tile {
+struct TwoFourTile {
   int64_t line;
   int64_t row;    // in each block of the line, the first one
-  int64_t x_row;  // the first one
+  int64_t x_row;  // of x, the first one
+  int rows;       // that the blocks have of those of the tile; they may be past W
+  int x_rows;     // that x has
 
-  int rows;    // of W, of those that a tile may have: they may still be past W
-  int x_rows;  // of x, likewise
-
-  __device__ __forceinline__ int64_t row_of_w(const Product& p) const { return line * p.params.block_rows + row; }
+  __device__ __forceinline__ int64_t row_of_w(const TwoFourProduct& p) const { return line * p.params.block_rows + row; }
 };
 
-// How a threadblock's tile is divided among its warps.
+// How a threadblock's tile is divided among its warps, and how it lies in shared memory.
+//
+// kTileRows   rows of W
+// kTileXRows  rows of x
 template <int kTileRows, int kTileXRows>
 struct Tiling {
-  static constexpr int kRows = kTileRows;    // of W
-  static constexpr int kXRows = kTileXRows;  // of x
-  static constexpr int kRowWarps = kRows <= 64 ? 1 : kRows / 64;
-  static constexpr int kXWarps = kThreads / 32 / kRowWarps;
-  static constexpr int kFragments = kRows / kRowWarps / 16;  // rows of W that a warp takes, in sixteens
-  static constexpr int kTiles = kXRows / kXWarps / 8;        // rows of x that it takes, in eights
-  static constexpr int kYStride = kRows + 8;                 // of y's rows in shared memory, elements: keeps stores in different banks
+  static constexpr int kRows = kTileRows, kXRows = kTileXRows;
+  static constexpr int kFragments = kRows == 16 ? 1 : kRows * kXRows <= 128 * 128 ? 2 : 4;  // rows of W that a warp takes, in sixteens
+  static constexpr int kXWarps = kThreads / 32 / (kRows / 16 / kFragments);                 // that share these rows
+  static constexpr int kTiles = kXRows / kXWarps / 8;                                       // rows of x that a warp takes, in eights
+  static constexpr int kYStride = kRows + 8;  // of y's rows in shared memory, elements: keeps stores in different banks
 
   struct Stage {
-    uint8_t values[kRows][64];
-    uint8_t x[kXRows][128];
-    uint8_t metadata[kRows][8];
+    uint8_t values[kRows][kValueRow];
+    uint8_t x[kXRows][kXRow];
+    uint8_t metadata[kRows][kMetadataRow];
   };
   struct Shared {
     Stage stages[kStages];
   };
   static_assert(kXRows * kYStride * sizeof(uint16_t) <= sizeof(Shared), "a tile of y lies where the stages did");
 
-  static __device__ __forceinline__ Tile tile_of(const Product& p, int64_t index) {
+  static __device__ __forceinline__ TwoFourTile tile_of(const TwoFourProduct& p, int64_t index) {
     const int64_t row = index / p.x_tiles % p.row_tiles * kRows, x_row = index % p.x_tiles * kXRows;
     const int64_t rows = p.params.block_rows - row, x_rows = p.params.m - x_row;
-    return {index / p.x_tiles / p.row_tiles, row, x_row, static_cast<int>(rows < kRows ? rows : kRows),
-            static_cast<int>(x_rows < kXRows ? x_rows : kXRows)};
+    const int64_t rank = index / p.x_tiles / p.row_tiles, line = p.schedule == nullptr ? rank : p.schedule[rank];
+    return {line, row, x_row, static_cast<int>(rows < kRows ? rows : kRows), static_cast<int>(x_rows < kXRows ? x_rows : kXRows)};
   }
 };
 
@@ -122,7 +126,9 @@ __device__ __forceinline__ uint32_t load_word(const uint8_t* bytes, int count, b
   return word;
 }
 
-// What a thread copies: its chunk of every stage of a tile, some pieces of some rows of it.
+// What a thread copies: its chunk of every stage of a tile, a piece each of some rows of it.
+//
+// T  the tiling
 template <class T>
 struct Copier {
   using Stage = typename T::Stage;
@@ -131,7 +137,7 @@ struct Copier {
   static constexpr int kRowsOfMetadata = kThreads / 2;
   static constexpr int kWords = (T::kRows + kRowsOfMetadata - 1) / kRowsOfMetadata;
 
-  const Product& p;
+  const TwoFourProduct& p;
   const int64_t* positions;     // of the line's blocks; null if W is one block
   const uint8_t* x;             // where the thread's first piece is, in the first columns of W
   const uint8_t* values;        // in the first block of the line
@@ -151,7 +157,7 @@ struct Copier {
   static __device__ __forceinline__ int row_of_metadata() { return thread() / 2; }
 
   // From a stage on. The line has been proven.
-  __device__ __forceinline__ Copier(const Product& p, const Tile& tile, const BlockLine& line, int stage)
+  __device__ __forceinline__ Copier(const TwoFourProduct& p, const TwoFourTile& tile, const BlockLine& line, int stage)
       : p(p),
         positions(p.params.has_blocks() ? p.params.index.positions + line.begin : nullptr),
         rows(tile.rows),
@@ -190,7 +196,7 @@ struct Copier {
     uint8_t* const dst = stage.x[row_of_x()] + ((4 * chunk() + quarter()) ^ row_of_x() % 8) * 16;
 #pragma unroll
     for (int i = 0; i < T::kXRows; i += kRowsOfX) {
-      if (row_of_x() + i < x_rows) ptx::copy_async_16(dst + i * sizeof(stage.x[0]), src, bytes);
+      if (row_of_x() + i < x_rows) ptx::copy_async_16(dst + i * kXRow, src, bytes);
       src += 2 * kRowsOfX * p.params.cols;
     }
   }
@@ -202,7 +208,7 @@ struct Copier {
     uint8_t* const dst = stage.values[row_of_w()] + ((2 * chunk() + half()) ^ row_of_w() / 2 % 4) * 16;
 #pragma unroll
     for (int i = 0; i < T::kRows; i += kRowsOfW) {
-      if (row_of_w() + i < rows) ptx::copy_async_16(dst + i * sizeof(stage.values[0]), src, bytes);
+      if (row_of_w() + i < rows) ptx::copy_async_16(dst + i * kValueRow, src, bytes);
       src += kRowsOfW * kValueBytes * p.row_bytes;
     }
   }

@@ -1,5 +1,8 @@
 // Pruning to 2:4 in rows and in columns at once, to the bit as csrc/cpu/generic/two_four_prune.h does it: of each 4 x 4 elements the best
 // of 90 patterns, by sums of doubles in the same order. A thread does a block, the threads of a warp do neighbours.
+//
+// The model, for an H100, in elements of 16 bits per clock and multiprocessor: memory 3.4 (4 bytes), fp64 instructions 3.7 (17 an element;
+// 64 lanes), all 2.9 (44; 128 lanes). GPUs with few fp64 lanes take far longer: 0.12 where there are two. Not timed.
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 

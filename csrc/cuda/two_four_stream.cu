@@ -81,15 +81,15 @@ struct TwoFourWeight {
     }
   }
 
-  // The sum of the pieces [from, end) of a sound row of a tile with row i of x.
-  static __device__ __forceinline__ float settle(const Stream& p, const Tile& tile, int64_t from, int64_t end, int tile_row, int i,
-                                                 float sum) {
+  // The sum of a sound row of what a warp does of a tile with row i of x.
+  static __device__ __forceinline__ float settle(const Stream& p, const Span& span, int tile_row, int i, float sum) {
+    const Tile& tile = span.tile;
     const int64_t row = tile.strip * kTileRows + tile_row;
     if (fabsf(sum) <= 3.40282347e38f || row >= p.block_rows || tile.line * p.block_rows + row >= p.rows) return sum;
     sum = 0;
     const Stored* const x = static_cast<const Stored*>(p.x) + i * p.cols;
 #pragma unroll 1
-    for (int64_t at = from; at < end; ++at) {
+    for (int64_t at = span.begin; at < span.end; ++at) {
       const int64_t block = tile.first + (at - tile.begin) / p.row_pieces, piece = (at - tile.begin) % p.row_pieces;
       const bool whole = p.index.starts == nullptr;
       const int64_t column = (whole ? 0 : p.index.positions[block]) * p.block_cols + piece * kColumns;
@@ -109,13 +109,15 @@ struct TwoFourWeight {
 
 }  // namespace
 
+bool two_four_stream_takes(const TwoFourParams& params, const Device&) { return params.dtype != kFloat64 && params.m <= kMostStreamRows; }
+
 int64_t two_four_stream_workspace_bytes(const TwoFourParams& params, const Device& device) {
   return streaming::stream_workspace_bytes(params.m, device);
 }
 
 cudaError_t two_four_stream(const TwoFourParams& params, const Device& device, void* workspace, cudaStream_t stream_of_work) {
-  if (params.dtype == kFloat64 || params.m > kMostStreamRows) return cudaErrorInvalidValue;
-  const int64_t width = params.dtype == kFloat32 ? 4 : 2;
+  if (!two_four_stream_takes(params, device)) return cudaErrorInvalidValue;
+  const int64_t width = width_of(params.dtype);
   const uintptr_t x = reinterpret_cast<uintptr_t>(params.x), values = reinterpret_cast<uintptr_t>(params.values);
   Stream p{};
   p.index = params.has_blocks() ? params.index : BlockIndex{nullptr, nullptr, nullptr, 1, 1, 1};

@@ -17,6 +17,7 @@
 #include <ptx.cuh>
 
 #include "block_lines.cuh"
+#include "deal.cuh"
 #include "elements.cuh"
 #include "kernels.h"
 
@@ -28,7 +29,6 @@ constexpr int kTileRows = 32;  // of W
 constexpr int kLaneRows = 4;   // of these
 constexpr int kStepPieces = 4;
 constexpr int kPieceBytes = 16;
-constexpr int kStages = 3;               // steps of a warp that are in shared memory
 constexpr int64_t kMostStreamRows = 16;  // of x
 constexpr int64_t kFlagBytes = 16;       // of the workspace, before the sums
 
@@ -49,20 +49,26 @@ struct Stream {
   int64_t row_pieces, row_bytes, row_mask_bytes;  // of the values and the metadata of a row of a block
   int64_t strips;                                 // tiles that a line is cut into
   int64_t pieces;                                 // of all tiles
-  int threadblocks, warps;
+  Deal deal;                                      // their steps, to threadblocks
+  int warps;                                      // of a threadblock
   float* partials;     // [threadblocks][2][kRows][kTileRows]: of the tile that it has not begun, and of the one that it does not end
   uint32_t* in_order;  // whether the lines' starts are
-
-  // Where the share of a threadblock or warp begins, of as many as there are.
-  __device__ __forceinline__ int64_t begin(int64_t share, int64_t shares) const {
-    const int64_t steps = (pieces + kStepPieces - 1) / kStepPieces;
-    return min(steps * share / shares * kStepPieces, pieces);
-  }
-  __device__ __forceinline__ int64_t share_of(int64_t piece, int64_t shares) const {
-    const int64_t steps = (pieces + kStepPieces - 1) / kStepPieces;
-    return ((piece / kStepPieces + 1) * shares - 1) / steps;
-  }
 };
+
+// Pieces of all tiles: what a threadblock takes, or a warp of it.
+struct Share {
+  int64_t begin, end;
+};
+
+__device__ __forceinline__ Share share_of(const Stream& p, int64_t threadblock) {
+  return {min(p.deal.begin(threadblock) * kStepPieces, p.pieces), min(p.deal.begin(threadblock + 1) * kStepPieces, p.pieces)};
+}
+
+__device__ __forceinline__ Share share_of(const Stream& p, const Share& threadblock, int warp) {
+  const Deal deal{0, (threadblock.end - threadblock.begin + kStepPieces - 1) / kStepPieces, p.warps};
+  return {min(threadblock.begin + deal.begin(warp) * kStepPieces, threadblock.end),
+          min(threadblock.begin + deal.begin(warp + 1) * kStepPieces, threadblock.end)};
+}
 
 // ---------------------------------------------------------------------------------------------------------------- tiles
 
@@ -104,42 +110,49 @@ __device__ inline Tile tile_with(const Stream& p, int64_t piece) {
   return tile_of(p, line, strip, blocks, true);
 }
 
+// What a warp does of a tile.
+struct Span {
+  Tile tile;
+  int64_t begin, end;  // pieces
+  bool begins, whole;  // the tile: none of it, or nothing but it, is done by another warp
+};
+
 // A warp's way through its share, tile by tile.
 struct Walk {
   const Stream& p;
   bool in_order;
-  int64_t next;  // in order: where the share ends, otherwise the number of the tile
+  int64_t last;    // in order: where the share ends
+  int64_t number;  // otherwise that of the tile
   Tile tile;
-  int64_t at, end;  // pieces of the tile that are left
+  int64_t begin, at, end;  // the warp's pieces of the tile; those from `at` on are left
 
-  __device__ __forceinline__ Walk(const Stream& params, bool ordered, int64_t share)
-      : p(params), in_order(ordered), next(share), tile{}, at(0), end(0) {
-    const int64_t shares = int64_t{p.threadblocks} * p.warps;
-    if (in_order) {
-      const int64_t first = p.begin(share, shares);
-      next = p.begin(share + 1, shares);
-      if (first < next) enter(first);
-    } else {
-      next -= shares;
+  // `warp`: of all warps, that are to take whole tiles by turns.
+  __device__ __forceinline__ Walk(const Stream& params, bool ordered, const Share& share, int64_t warp)
+      : p(params), in_order(ordered), last(share.end), number(warp), tile{}, begin(0), at(0), end(0) {
+    if (!in_order) {
+      number -= p.deal.blocks * p.warps;
       advance();
+    } else if (share.begin < share.end) {
+      enter(share.begin);
     }
   }
 
   __device__ __forceinline__ bool more() const { return at < end; }
+  __device__ __forceinline__ Span span() const { return {tile, begin, end, begin == tile.begin, begin == tile.begin && end == tile.end}; }
 
   // To the next tile that has pieces, if there is one.
   __device__ __forceinline__ void advance() {
     at = end;
     if (in_order) {
-      if (tile.end < next) enter(tile.end);
+      if (tile.end < last) enter(tile.end);
       return;
     }
     while (at >= end) {
-      next += int64_t{p.threadblocks} * p.warps;
-      if (next >= p.index.lines * p.strips) return;
-      const int64_t line = next / p.strips;
-      tile = tile_of(p, line, next % p.strips, line_of(p, line), false);
-      at = tile.begin;
+      number += p.deal.blocks * p.warps;
+      if (number >= p.index.lines * p.strips) return;
+      const int64_t line = number / p.strips;
+      tile = tile_of(p, line, number % p.strips, line_of(p, line), false);
+      begin = at = tile.begin;
       end = tile.end;
     }
   }
@@ -147,8 +160,8 @@ struct Walk {
  private:
   __device__ __forceinline__ void enter(int64_t piece) {
     tile = tile_with(p, piece);
-    at = piece;
-    end = min(tile.end, next);
+    begin = at = piece;
+    end = min(tile.end, last);
   }
 };
 
@@ -262,6 +275,8 @@ struct Stage {
   int16_t left[kLanes];               // columns that W has of the piece, up to Weight::kColumns
   uint16_t faulty[kLanes];            // bit j: row j of the lane
   typename Weight::Mask masks[kLaneRows][kLanes];
+  bool ends;  // the warp's part of a tile, this one
+  Span span;
 };
 
 // The sums of a tile that a warp has not done alone.
@@ -269,10 +284,17 @@ template <int kRows>
 struct Part {
   float sums[kRows][kTileRows];
   Tile tile;
+  bool kept;  // whether there is such a tile
 };
+
+// Where sums take many registers, half of the warps copy twice as far ahead.
+template <class Weight, int kRows>
+constexpr int kMostWarps = Weight::kDtype == kFloat32 && kRows >= 4 ? 8 : 16;
 
 template <class Weight, int kRows>
 struct alignas(16) WarpMemory {
+  static constexpr int kStages = kMostWarps<Weight, kRows> == 16 ? 3 : 5;
+
   Stage<Weight, kRows> stages[kStages];
   Part<kRows> parts[2];  // of the tile that the warp has not begun, and of the one that it does not end
 };
@@ -352,6 +374,10 @@ struct Reader {
       if (there && j < rows && !Weight::is_sound(request.masks[j], p.block_cols - inside)) faulty |= 1u << j;
       stage.masks[j][lane] = request.masks[j];
     }
+    if (lane == 0) {
+      stage.ends = walk.at + kStepPieces >= walk.end;
+      stage.span = walk.span();
+    }
     stage.left[lane] = static_cast<int16_t>(left);
     stage.faulty[lane] = static_cast<uint16_t>(faulty);
   }
@@ -425,97 +451,94 @@ __device__ __forceinline__ void multiply_step(const Stage<Weight, kRows>& stage,
   }
 }
 
-// y of a row of W, from sum(i) for each row i of x. Does nothing for rows that W does not have.
-template <LinearDtype kDtype, typename Sum>
-__device__ __forceinline__ void write_row(const Stream& p, const Tile& tile, int tile_row, const Sum& sum) {
+// y of a row of a tile and row i of x. Does nothing for rows that W does not have.
+template <LinearDtype kDtype>
+__device__ __forceinline__ void write(const Stream& p, const Tile& tile, int tile_row, int i, float sum) {
   using E = Element<kDtype>;
   using Stored = typename E::Stored;
   const int64_t inside = tile.strip * kTileRows + tile_row, row = tile.line * p.block_rows + inside;
   if (inside >= p.block_rows || row >= p.rows) return;
   const float bias = p.bias == nullptr ? 0.0f : E::widen(static_cast<const Stored*>(p.bias)[row]);
-  const bool proven = is_proven(p.fault);
-  for (int i = 0; i < p.m; ++i) static_cast<Stored*>(p.y)[i * p.rows + row] = E::narrow(proven ? sum(i) + bias : not_a_number());
+  static_cast<Stored*>(p.y)[i * p.rows + row] = E::narrow(is_proven(p.fault) ? sum + bias : not_a_number());
 }
 
 // ---------------------------------------------------------------------------------------------------------------- the kernels
 
-// What a warp has of a tile: its sums go to `part` and, if they are the whole tile's, to y.
+// What a warp has of a tile: its sums go to a part and, if the warp has done the whole tile, to y.
 template <class Weight, int kRows>
-__device__ __forceinline__ void finish(const Stream& p, const Tile& tile, int64_t from, int64_t end, bool whole, uint32_t faulty,
-                                       const typename Arithmetic<Weight::kDtype, kRows>::Sums& sums, int lane, Part<kRows>& part) {
+__device__ __forceinline__ void finish(const Stream& p, const Span& span, uint32_t faulty,
+                                       const typename Arithmetic<Weight::kDtype, kRows>::Sums& sums, int lane,
+                                       WarpMemory<Weight, kRows>& own) {
   faulty |= __shfl_xor_sync(kAllLanes, faulty, 1);
   faulty |= __shfl_xor_sync(kAllLanes, faulty, 2);
+  Part<kRows>& part = own.parts[span.begins ? 1 : 0];
   Arithmetic<Weight::kDtype, kRows>::deliver(sums, lane, [&](float sum, int i, int j) { part.sums[i][lane / 4 + 8 * j] = sum; });
-  part.tile = tile;
   const bool is_faulty = (__shfl_sync(kAllLanes, faulty, 4 * (lane % 8)) >> (lane / 8) & 1) != 0;
   __syncwarp();
   for (int i = 0; i < p.m; ++i) {
     float& sum = part.sums[i][lane];
-    sum = is_faulty ? not_a_number() : Weight::settle(p, tile, from, end, lane, i, sum);
+    sum = is_faulty ? not_a_number() : Weight::settle(p, span, lane, i, sum);
+    if (span.whole) write<Weight::kDtype>(p, span.tile, lane, i, sum);
   }
-  if (whole) write_row<Weight::kDtype>(p, tile, lane, [&](int i) { return part.sums[i][lane]; });
+  if (lane == 0) {
+    part.tile = span.tile;
+    part.kept = !span.whole;
+  }
 }
 
-// A warp's share: tiles that it does alone are written to y, the sums of others to its parts -> bit i: part i has some.
+// The tiles of a warp: those that it does alone are written to y, the sums of others to its parts.
 template <class Weight, int kRows>
-__device__ __forceinline__ uint32_t stream_share(const Stream& p, bool in_order, int64_t share, int lane, WarpMemory<Weight, kRows>& own) {
+__device__ __forceinline__ void stream_tiles(const Stream& p, const Walk& walk, int lane, WarpMemory<Weight, kRows>& own) {
+  constexpr int kStages = WarpMemory<Weight, kRows>::kStages;
   const auto turn = [](int& stage) { stage = stage == kStages - 1 ? 0 : stage + 1; };
-  Walk here(p, in_order, share);
-  Reader<Weight, kRows> reader(p, here, lane);
+  if (lane == 0) own.parts[0].kept = own.parts[1].kept = false;
+  Reader<Weight, kRows> reader(p, walk, lane);
   Request<Weight> request = reader.request();
   typename Arithmetic<Weight::kDtype, kRows>::Sums sums{};
-  const int64_t begin = here.at;
-  int64_t from = here.at;  // where the share of the tile begins
-  uint32_t faulty = 0, kept = 0;
+  uint32_t faulty = 0;
   int filled = 0, used = 0;  // stages
-  for (int ahead = 1; here.more(); ++ahead) {
+  int pending = 0;           // steps between them
+  for (int ahead = 1;; ++ahead) {
     if (reader.walk.more()) {
       reader.copy(request, own.stages[filled]);
       turn(filled);
+      ++pending;
       reader.advance();
       request = reader.request();
     }
     ptx::copy_async_commit();
     if (ahead < kStages) continue;
+    if (pending-- == 0) break;
     ptx::copy_async_wait<kStages - 1>();
     __syncwarp();
-    multiply_step<Weight, kRows>(own.stages[used], lane, sums);
-    faulty |= own.stages[used].faulty[lane];
-    turn(used);
-    here.at += kStepPieces;
-    if (!here.more()) {
-      const bool begins = !in_order || here.tile.begin >= begin, whole = begins && (!in_order || here.tile.end <= here.next);
-      finish<Weight, kRows>(p, here.tile, from, here.end, whole, faulty, sums, lane, own.parts[begins ? 1 : 0]);
-      if (!whole) kept |= begins ? 2 : 1;
+    const Stage<Weight, kRows>& stage = own.stages[used];
+    multiply_step<Weight, kRows>(stage, lane, sums);
+    faulty |= stage.faulty[lane];
+    if (stage.ends) {
+      finish<Weight, kRows>(p, stage.span, faulty, sums, lane, own);
       sums = {};
       faulty = 0;
-      here.advance();
-      from = here.at;
     }
+    turn(used);
     __syncwarp();  // before the stage is filled again
   }
-  return kept;
 }
 
-// The sums of a tile that warps of the threadblock share, the warp being the first of these: its own, then those of the next ones.
+// The sum with row i of x of a tile that warps of the threadblock share, `warp` being the first of these: its part, then those of the next.
 template <class Weight, int kRows>
-__device__ __forceinline__ void add_warps(const Stream& p, const WarpMemory<Weight, kRows>* warps, int warp, int lane,
-                                          const Part<kRows>& part) {
-  const int64_t threadblock = blockIdx.x, first = threadblock * p.warps, shares = int64_t{p.threadblocks} * p.warps;
-  const int64_t begin = p.begin(first, shares), end = p.begin(first + p.warps, shares);
-  const Tile tile = part.tile;
-  const auto sum_of = [&](int i) {
-    float sum = part.sums[i][lane];
-    for (int next = warp + 1; next < p.warps && p.begin(first + next, shares) < tile.end; ++next) {
-      if (p.begin(first + next, shares) < p.begin(first + next + 1, shares)) sum += warps[next].parts[0].sums[i][lane];
-    }
-    return sum;
-  };
-  if (tile.begin >= begin && tile.end <= end) {
-    write_row<Weight::kDtype>(p, tile, lane, sum_of);
+__device__ __forceinline__ void add_parts(const Stream& p, const WarpMemory<Weight, kRows>* warps, const Share& share, int warp,
+                                          const Part<kRows>& part, int i, int lane) {
+  float sum = part.sums[i][lane];
+  for (int next = warp + 1; next < p.warps; ++next) {
+    const Share other = share_of(p, share, next);
+    if (other.begin >= min(part.tile.end, other.end)) break;
+    sum += warps[next].parts[0].sums[i][lane];
+  }
+  const bool begins = part.tile.begin >= share.begin;
+  if (begins && part.tile.end <= share.end) {
+    write<Weight::kDtype>(p, part.tile, lane, i, sum);
   } else {
-    float* const partial = p.partials + (2 * threadblock + (tile.begin >= begin)) * kRows * kTileRows + lane;
-    for (int i = 0; i < p.m; ++i) partial[i * kTileRows] = sum_of(i);
+    p.partials[((2 * int64_t{blockIdx.x} + begins) * kRows + i) * kTileRows + lane] = sum;
   }
 }
 
@@ -526,52 +549,42 @@ __device__ __forceinline__ bool is_in_order(const Stream& p) {
   return __syncthreads_and(sound) != 0;
 }
 
-// Half as many where the sums need the registers.
-template <class Weight, int kRows>
-constexpr int kMostWarps = sizeof(typename Arithmetic<Weight::kDtype, kRows>::Sums) > 128 ? 8 : 16;
-
 template <class Weight, int kRows>
 __global__ __launch_bounds__(kMostWarps<Weight, kRows>* kLanes, 1) void stream(const __grid_constant__ Stream p) {
   WarpMemory<Weight, kRows>* const warps = ptx::dynamic_shared<WarpMemory<Weight, kRows>>();
   const int warp = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
+  const Share share = share_of(p, blockIdx.x), own = share_of(p, share, warp);
   const bool in_order = is_in_order(p);
-  const int64_t shares = int64_t{p.threadblocks} * p.warps, first = int64_t{blockIdx.x} * p.warps;
-  // Out of order, the tiles that are dealt last go to as many threadblocks as there are.
-  const int64_t share = in_order ? first + warp : int64_t{warp} * p.threadblocks + blockIdx.x;
-  const uint32_t kept = stream_share<Weight, kRows>(p, in_order, share, lane, warps[warp]);
+  stream_tiles<Weight, kRows>(p, Walk(p, in_order, own, warp * p.deal.blocks + blockIdx.x), lane, warps[warp]);
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.in_order = in_order;
   __syncthreads();
-  if ((kept & 1) != 0 && p.begin(share, shares) == p.begin(first, shares)) add_warps(p, warps, warp, lane, warps[warp].parts[0]);
-  if ((kept & 2) != 0) add_warps(p, warps, warp, lane, warps[warp].parts[1]);
+  for (int at = warp; at < 2 * p.warps * p.m; at += p.warps) {
+    const int first = at / (2 * p.m), which = at / p.m % 2;
+    const bool begins = which == 1 || first == 0;  // the tile, as far as the threadblock is concerned
+    if (begins && warps[first].parts[which].kept) add_parts(p, warps, share, first, warps[first].parts[which], at % p.m, lane);
+  }
 }
 
 constexpr int kJoinThreads = 128;
 
-// What `stream` has left of y: tiles that several threadblocks share, lines without blocks, and faulty starts.
+// What `stream` has left of y: tiles that several threadblocks share, lines without blocks, and faulty starts. A block does one row of x.
 template <LinearDtype kDtype, int kRows>
 __global__ __launch_bounds__(kJoinThreads) void join(const __grid_constant__ Stream p) {
   const int64_t row = int64_t{blockIdx.x} * kJoinThreads + threadIdx.x;
   if (row >= p.rows) return;
-  const int64_t number = row / p.block_rows, inside = row % p.block_rows, strip = inside / kTileRows;
-  const int tile_row = static_cast<int>(inside % kTileRows);
+  const int64_t number = row / p.block_rows, inside = row % p.block_rows;
+  const int tile_row = static_cast<int>(inside % kTileRows), i = static_cast<int>(blockIdx.y);
   const Line line = line_of(p, number);
   const bool in_order = *p.in_order != 0;
-  const Tile tile = tile_of(p, number, strip, line, in_order);
-  if (tile.begin == tile.end) {
-    write_row<kDtype>(p, tile, tile_row, [&](int) { return line.sound ? 0.0f : not_a_number(); });
-    return;
-  }
-  if (!in_order) return;
-  const int64_t first = p.share_of(tile.begin, p.threadblocks), last = p.share_of(tile.end - 1, p.threadblocks);
+  const Tile tile = tile_of(p, number, inside / kTileRows, line, in_order);
+  if (tile.begin == tile.end) write<kDtype>(p, tile, tile_row, i, line.sound ? 0.0f : not_a_number());
+  if (tile.begin == tile.end || !in_order) return;
+  const int64_t first = p.deal.block_of(tile.begin / kStepPieces), last = p.deal.block_of((tile.end - 1) / kStepPieces);
   if (first == last) return;
-  write_row<kDtype>(p, tile, tile_row, [&](int i) {
-    float sum = 0;
-    for (int64_t threadblock = first; threadblock <= last; ++threadblock) {
-      const bool any = p.begin(threadblock, p.threadblocks) < p.begin(threadblock + 1, p.threadblocks);
-      if (any) sum += p.partials[((2 * threadblock + (threadblock == first)) * kRows + i) * kTileRows + tile_row];
-    }
-    return sum;
-  });
+  float sum = 0;
+  for (int64_t threadblock = first; threadblock <= last; ++threadblock)
+    sum += p.partials[((2 * threadblock + (threadblock == first)) * kRows + i) * kTileRows + tile_row];
+  write<kDtype>(p, tile, tile_row, i, sum);
 }
 
 // ---------------------------------------------------------------------------------------------------------------- launching
@@ -582,20 +595,20 @@ cudaError_t launch_stream(Stream p, const Device& device, void* workspace, cudaS
   p.warps = static_cast<int>(fit < kMostWarps<Weight, kRows> ? fit : kMostWarps<Weight, kRows>);
   if (p.warps == 0) return cudaErrorInvalidConfiguration;
   const int64_t steps = (p.pieces + kStepPieces - 1) / kStepPieces;
-  p.threadblocks = static_cast<int>(steps == 0 ? 1 : steps < device.multiprocessors ? steps : device.multiprocessors);
+  p.deal = {0, steps, steps == 0 ? 1 : steps < device.multiprocessors ? steps : device.multiprocessors};
   p.in_order = static_cast<uint32_t*>(workspace);
   p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + kFlagBytes);
   // The limit is the kernel's, not the launch's: lowered, it would meet launches of other threads and those that a CUDA graph holds.
   cudaError_t error = cudaFuncSetAttribute(stream<Weight, kRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned int>(p.threadblocks));
+  config.gridDim = dim3(static_cast<unsigned int>(p.deal.blocks));
   config.blockDim = dim3(static_cast<unsigned int>(p.warps * kLanes));
   config.dynamicSmemBytes = sizeof(WarpMemory<Weight, kRows>) * static_cast<size_t>(p.warps);
   config.stream = stream_of_work;
   error = cudaLaunchKernelEx(&config, stream<Weight, kRows>, p);
   if (error != cudaSuccess) return error;
-  config.gridDim = dim3(static_cast<unsigned int>((p.rows + kJoinThreads - 1) / kJoinThreads));
+  config.gridDim = dim3(static_cast<unsigned int>((p.rows + kJoinThreads - 1) / kJoinThreads), static_cast<unsigned int>(p.m));
   config.blockDim = dim3(kJoinThreads);
   config.dynamicSmemBytes = 0;
   return cudaLaunchKernelEx(&config, join<Weight::kDtype, kRows>, p);

@@ -1,4 +1,4 @@
-"""What only the CUDA ops of 2:4 do: waiting, captured graphs, NaN for faulty weights, a weight in parts (see run.sh)."""
+"""What only the CUDA ops of 2:4 do: waiting, captured graphs, NaN for faulty weights, weights in parts (see run.sh)."""
 
 import pytest
 import torch

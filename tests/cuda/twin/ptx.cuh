@@ -245,7 +245,10 @@ inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
   return result;
 }
 
-inline const uint8_t* opaque(const uint8_t* pointer) { return pointer; }
+template <typename T>
+T opaque(T value) {
+  return value;
+}
 
 inline void pause(BITMASK_TWIN_SITE) { twin::yield_waiting("pause", site); }
 

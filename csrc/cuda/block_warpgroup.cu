@@ -255,12 +255,13 @@ __global__ __launch_bounds__(kThreads, 1) void sample(const __grid_constant__ Sa
 
 // ---------------------------------------------------------------------------------------------------------------- launching
 
+bool has_what_it_takes(const Device& device) { return device.warpgroups && device.shared_bytes >= kMostShared; }
+
 bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 template <typename Parameters>
 cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int64_t tiles, int shared_bytes, const Device& device,
                    cudaStream_t stream) {
-  if (device.shared_bytes < shared_bytes) return cudaErrorInvalidValue;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
@@ -336,7 +337,7 @@ bool block_warpgroup_takes(const BlockParams& p, const Device& device) {
   const bool typed = p.dtype == kBfloat16 || p.dtype == kFloat16;
   const bool shaped = p.block_rows % 64 == 0 && p.block_cols % 64 == 0 && p.depth() > 0 && p.depth() % p.block_depth() == 0;
   const bool placed = is_aligned(p.values) && is_aligned(p.x) && is_aligned(p.y) && p.across() % 8 == 0;
-  return device.warpgroups && typed && shaped && placed && p.depth() <= INT32_MAX && p.m <= INT32_MAX - kPanelRows &&
+  return has_what_it_takes(device) && typed && shaped && placed && p.depth() <= INT32_MAX && p.m <= INT32_MAX - kPanelRows &&
          p.index.blocks <= INT32_MAX / p.block_rows;
 }
 
@@ -367,7 +368,7 @@ bool block_sample_warpgroup_takes(const BlockSampleParams& p, const Device& devi
   const bool shaped = p.block_rows % 64 == 0 && p.block_cols % 64 == 0 && p.rows % 8 == 0 && p.cols % 8 == 0;
   const bool placed = is_aligned(p.values) && is_aligned(p.g) && is_aligned(p.x);
   const bool sized = p.m > 0 && p.m <= INT32_MAX && p.rows <= INT32_MAX && p.cols <= INT32_MAX;
-  return device.warpgroups && typed && shaped && placed && sized;
+  return has_what_it_takes(device) && typed && shaped && placed && sized;
 }
 
 int64_t block_sample_warpgroup_workspace_bytes(const BlockSampleParams&, const Device&) { return 0; }

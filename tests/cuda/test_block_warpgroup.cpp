@@ -119,6 +119,7 @@ void test_arguments() {
   };
   check(!refuses(params, kDevices[0]), "refuses what it takes");
   check(refuses(params, {1, 227 << 10, false}), "takes another GPU");
+  check(refuses(params, {1, 163 << 10, true}), "takes less shared memory than it needs");
   const auto changed = [&](const auto& change) {
     cuda::BlockParams p = params;
     change(p);

@@ -6,9 +6,6 @@
 //                                                                columns, of which more use an operand of A more often, up to 256.
 //
 // For the gradient of W's values A is g^T and B consists of the columns of x that belong to some kept blocks of one line, side by side.
-//
-// Tiles are dealt to one block of threads for each multiprocessor in turns, there and back again, so that tiles of lines with many blocks,
-// which come first, are followed by those of lines with few.
 #include "block_warpgroup.cuh"
 
 #include <cuda_runtime.h>
@@ -23,11 +20,6 @@
 namespace bitmask::cuda {
 namespace {
 
-// The tile that is a block's `turn`-th, of those dealt there and back again.
-__device__ __forceinline__ int64_t dealt(int turn) {
-  return int64_t{turn} * gridDim.x + (turn % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-}
-
 // ---------------------------------------------------------------------------------------------------------------- y = x W^T, y = x W
 
 // Rows of x whose tiles are done for all lines before others are: as many as the second cache may hold.
@@ -37,7 +29,7 @@ struct Product {
   CUtensorMap w;  // values as [blocks * block_rows, block_cols]
   CUtensorMap x;
   BlockIndex index;
-  const int32_t* schedule;  // lines in the order in which they are done
+  const int32_t* schedule;  // lines in the order in which they are done; null: as they come, each tile having a multiprocessor of its own
   const Fault* fault;
   const uint16_t* bias;
   uint16_t* y;
@@ -60,7 +52,8 @@ __device__ __forceinline__ Place place_of_tile(const Product& p, int64_t tile) {
   constexpr int64_t kPanel = kPanelRows / T::kAllColumns;
   const int64_t high = p.index.lines * p.parts, panel = tile / (high * kPanel), left = p.x_tiles - panel * kPanel;
   const int64_t wide = left < kPanel ? left : kPanel, inside = tile - panel * high * kPanel;
-  return {p.schedule[inside / wide / p.parts], inside / wide % p.parts * T::kRows, (panel * kPanel + inside % wide) * T::kAllColumns};
+  const int64_t turn = inside / wide / p.parts, line = p.schedule == nullptr ? turn : p.schedule[turn];
+  return {line, inside / wide % p.parts * T::kRows, (panel * kPanel + inside % wide) * T::kAllColumns};
 }
 
 // Sends the blocks of a line. Lanes prove 32 of them at a time.
@@ -234,19 +227,11 @@ __device__ __forceinline__ void store(const Sample& p, const Chunks<T>& tile, co
   }
 }
 
-__device__ __forceinline__ void poison_values(const Sample& p) {
-  const uint4 nan = make_uint4(0x7fff7fff, 0x7fff7fff, 0x7fff7fff, 0x7fff7fff);  // in both dtypes
-  const int64_t pieces = p.index.blocks * p.block_rows * p.block_cols / 8;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < pieces; i += int64_t{gridDim.x} * kThreads) {
-    reinterpret_cast<uint4*>(p.values)[i] = nan;
-  }
-}
-
 template <typename T, LinearDtype kDtype>
 __global__ __launch_bounds__(kThreads, 1) void sample(const __grid_constant__ Sample p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   if (!is_proven(p.fault)) {
-    poison_values(p);
+    fill_with_nan(p.values, p.index.blocks * p.block_rows * p.block_cols);
     return;
   }
   Pipeline<T> pipeline;
@@ -270,12 +255,13 @@ __global__ __launch_bounds__(kThreads, 1) void sample(const __grid_constant__ Sa
 
 // ---------------------------------------------------------------------------------------------------------------- launching
 
+bool has_what_it_takes(const Device& device) { return device.warpgroups && device.shared_bytes >= kMostShared; }
+
 bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 template <typename Parameters>
 cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int64_t tiles, int shared_bytes, const Device& device,
                    cudaStream_t stream) {
-  if (device.shared_bytes < shared_bytes) return cudaErrorInvalidValue;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
@@ -314,7 +300,7 @@ int64_t tiles_of(const BlockSampleParams& params) {
 }
 
 template <typename T>
-cudaError_t launch_multiply(Product& product, const BlockParams& params, const Device& device, cudaStream_t stream) {
+cudaError_t launch_multiply(Product& product, const BlockParams& params, int32_t* schedule, const Device& device, cudaStream_t stream) {
   product.parts = product.block_across / T::kRows;
   product.x_tiles = x_tiles_of<T>(params);
   product.tiles = tiles_of<T>(params);
@@ -323,6 +309,10 @@ cudaError_t launch_multiply(Product& product, const BlockParams& params, const D
       encode_tensor_map(&product.w, some ? params.values : params.x, some ? params.index.blocks * params.block_rows : params.m,
                         some ? params.block_cols : params.depth(), params.transposed ? kDepth : T::kRows);
   if (error == cudaSuccess) error = encode_tensor_map(&product.x, params.x, params.m, params.depth(), T::kColumns);
+  if (error == cudaSuccess && product.tiles > device.multiprocessors) {
+    product.schedule = schedule;
+    error = schedule_lines(params.index, schedule, stream);
+  }
   if (error != cudaSuccess) return error;
   const bool half = params.dtype == kFloat16;
   const auto kernel = params.transposed ? (half ? multiply<T, kFloat16, true> : multiply<T, kBfloat16, true>)
@@ -347,7 +337,7 @@ bool block_warpgroup_takes(const BlockParams& p, const Device& device) {
   const bool typed = p.dtype == kBfloat16 || p.dtype == kFloat16;
   const bool shaped = p.block_rows % 64 == 0 && p.block_cols % 64 == 0 && p.depth() > 0 && p.depth() % p.block_depth() == 0;
   const bool placed = is_aligned(p.values) && is_aligned(p.x) && is_aligned(p.y) && p.across() % 8 == 0;
-  return device.warpgroups && typed && shaped && placed && p.depth() <= INT32_MAX && p.m <= INT32_MAX - kPanelRows &&
+  return has_what_it_takes(device) && typed && shaped && placed && p.depth() <= INT32_MAX && p.m <= INT32_MAX - kPanelRows &&
          p.index.blocks <= INT32_MAX / p.block_rows;
 }
 
@@ -356,12 +346,8 @@ int64_t block_warpgroup_workspace_bytes(const BlockParams& params, const Device&
 cudaError_t block_warpgroup(const BlockParams& params, const Device& device, void* workspace, cudaStream_t stream) {
   if (!block_warpgroup_takes(params, device)) return cudaErrorInvalidValue;
   if (params.m == 0 || params.index.lines == 0) return cudaSuccess;
-  int32_t* const schedule = static_cast<int32_t*>(workspace);
-  const cudaError_t error = schedule_lines(params.index, schedule, stream);
-  if (error != cudaSuccess) return error;
   Product product = {};
   product.index = params.index;
-  product.schedule = schedule;
   product.fault = params.fault;
   product.bias = static_cast<const uint16_t*>(params.bias);
   product.y = static_cast<uint16_t*>(params.y);
@@ -371,7 +357,9 @@ cudaError_t block_warpgroup(const BlockParams& params, const Device& device, voi
   product.block_across = params.block_across();
   product.block_depth = params.block_depth();
   const auto count = [&](auto tile) { return tiles_of<decltype(tile)>(params); };
-  const auto run = [&](auto tile) { return launch_multiply<decltype(tile)>(product, params, device, stream); };
+  const auto run = [&](auto tile) {
+    return launch_multiply<decltype(tile)>(product, params, static_cast<int32_t*>(workspace), device, stream);
+  };
   return product.block_across % 128 == 0 ? run_shorter<true>(device, count, run) : run_shorter<false>(device, count, run);
 }
 
@@ -380,7 +368,7 @@ bool block_sample_warpgroup_takes(const BlockSampleParams& p, const Device& devi
   const bool shaped = p.block_rows % 64 == 0 && p.block_cols % 64 == 0 && p.rows % 8 == 0 && p.cols % 8 == 0;
   const bool placed = is_aligned(p.values) && is_aligned(p.g) && is_aligned(p.x);
   const bool sized = p.m > 0 && p.m <= INT32_MAX && p.rows <= INT32_MAX && p.cols <= INT32_MAX;
-  return device.warpgroups && typed && shaped && placed && sized;
+  return has_what_it_takes(device) && typed && shaped && placed && sized;
 }
 
 int64_t block_sample_warpgroup_workspace_bytes(const BlockSampleParams&, const Device&) { return 0; }

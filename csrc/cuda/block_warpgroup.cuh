@@ -28,6 +28,20 @@ constexpr int kStagingBytes = 1024;           // of a warp, for results on their
 constexpr int kMostShared = 227 * 1024;       // bytes
 constexpr int kMostSlots = 8;
 
+// The tile that is a block's `turn`-th: tiles are dealt to one block of threads for each multiprocessor, there and back again, so that
+// tiles with much to do, which come first, are followed by those with little.
+__device__ __forceinline__ int64_t dealt(int turn) {
+  return int64_t{turn} * gridDim.x + (turn % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+}
+
+// By all threads of the grid. `count` is a multiple of 8.
+__device__ __forceinline__ void fill_with_nan(uint16_t* elements, int64_t count) {
+  const uint4 nan = make_uint4(0x7fff7fff, 0x7fff7fff, 0x7fff7fff, 0x7fff7fff);  // in bf16 and fp16
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count / 8; i += int64_t{gridDim.x} * kThreads) {
+    reinterpret_cast<uint4*>(elements)[i] = nan;
+  }
+}
+
 enum Message : int32_t { kMultiplySlot, kEndSound, kEndFaulty };
 
 struct Control {

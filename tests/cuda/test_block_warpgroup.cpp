@@ -119,6 +119,7 @@ void test_arguments() {
   };
   check(!refuses(params, kDevices[0]), "refuses what it takes");
   check(refuses(params, {1, 227 << 10, false}), "takes another GPU");
+  check(refuses(params, {1, 163 << 10, true}), "takes less shared memory than it needs");
   const auto changed = [&](const auto& change) {
     cuda::BlockParams p = params;
     change(p);
@@ -149,6 +150,13 @@ TEST_FAMILY(block_sample_warpgroup) {
     test_samples(dtype);
     test_sample_faults(dtype);
   }
+}
+
+// A weight that claims a block more than it has: what the sanitizers see of the copies of boxes.
+PLANTED_ERROR(warpgroup_past_values, "heap-buffer-overflow") {
+  BlockProblem problem = make_product(cuda::kBfloat16, 64, {64, 64}, false, 2, 2, 0, 1, kIntegers);
+  problem.values.resize(3 * 64 * 64);
+  run_blocks(kKernel, problem, kDevices[0], false);
 }
 
 }  // namespace

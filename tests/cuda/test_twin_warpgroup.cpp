@@ -230,5 +230,17 @@ TEST_FAMILY(twin_warpgroup) {
   test_errors();
 }
 
+PLANTED_ERROR(box_read_unwaited, "ThreadSanitizer: data race") {
+  Mapped source(64, 64, 64);
+  run_wrong([&](Shared& shared, int thread) {
+    if (thread == 0) {
+      ptx::barrier_arrive_expect(&shared.barrier, 8192);
+      ptx::copy_box(shared.a, &source.map, 0, 0, &shared.barrier);
+      ptx::barrier_try_wait(&shared.barrier, 0);
+    }
+    if (thread == 64) expect(shared.a[0] != 1, "anything");
+  });
+}
+
 }  // namespace
 }  // namespace bitmask::testing

@@ -38,7 +38,7 @@ class TransposedIndex(NamedTuple):
 
 
 def bsr_transpose(crow_indices: Tensor, col_indices: Tensor, cols_of_blocks: int) -> TransposedIndex:
-    """The same blocks by block columns.
+    """The same blocks by block columns; waits for a GPU if the index is there.
 
     Args:
         crow_indices: int64 [block rows + 1].
@@ -81,13 +81,15 @@ def bsr_linear(
         col_indices: int64 [blocks].
         out_features: rows of the weight.
         bias: [out_features], in the dtype of `values`.
-        transposed: what `bsr_transpose` makes of the index, to save the backward pass from making it again.
+        transposed: what `bsr_transpose` makes of the index, to save the backward pass from making it again, for which
+            it waits for a GPU.
 
     Returns:
         [..., out_features] in the dtype of `x`; sums are kept in float32 (float64 for float64) and rounded once.
 
     Raises:
-        FormatError: an index that contradicts itself, the blocks or the sizes of the weight.
+        FormatError: an index that contradicts itself, the blocks or the sizes of the weight. What an index on a GPU
+            holds is not waited for: where it contradicts, the result is NaN.
         TypeError, ValueError: a tensor of the wrong kind, dtype, device or size.
         NotImplementedError: gradients under torch.func, derivatives in forward mode.
 

@@ -19,7 +19,7 @@ from bitmask.calls import (
     call,
     call_past_autograd,
     check_flag,
-    check_on_cpu,
+    check_has_kernels,
     check_strided,
     check_tensors,
     refuse_frozen_gradient,
@@ -190,7 +190,7 @@ def _check_kind(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name}: got dtype {tensor.dtype}, expected bool, an integer or a real float dtype that has a zero"
         )
-    check_on_cpu(name, tensor, "2:4")
+    check_has_kernels(name, tensor, "2:4")
 
 
 def _check_packable(name: str, dense: Tensor) -> None:

@@ -1,18 +1,16 @@
-// What the CPU implementations of products with a block-sparse weight share: its checks, the proof of its index, and the way from rows to
-// tasks for the kernels. No arithmetic here.
+// What the CPU implementations of products with a block-sparse weight share: the proof of its index, and the way from rows to tasks for the
+// kernels. No arithmetic here.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "block_index.h"
-#include "checks.h"
+#include "block_operands.h"
 #include "cpu/kernels.h"
 #include "dtypes.h"
 #include "layout.h"
-#include "operands.h"
 #include "parallel.h"
 #include "products.h"
 #include "tensors.h"
@@ -20,16 +18,6 @@
 namespace bitmask {
 
 using cpu::BlockKernels;
-
-// ------------------------------------------------------------------------------------------------------------ operands
-
-// Sizes of a weight [rows, cols] and of its blocks.
-struct BlockSizes {
-  int64_t rows, cols, block_rows, block_cols;
-
-  int64_t rows_of_blocks() const { return blocks_across(rows, block_rows); }
-  int64_t cols_of_blocks() const { return blocks_across(cols, block_cols); }
-};
 
 // A weight with its proven index, line by line, and what multiplies it.
 struct BlockWeight {
@@ -55,52 +43,22 @@ struct BlockWeight {
   }
 };
 
-constexpr const char* kOfValues = "the dtype of values";
-
-// `name` is what has the dtype.
-inline const BlockKernels& kernels_for(const char* name, int32_t dtype) {
-  return cpu::kernels().block[by_linear_dtype(dtype, cpu::kFloat32, cpu::kBfloat16, cpu::kFloat16, cpu::kFloat64, name)];
+inline const BlockKernels& kernels_for(int32_t dtype) {
+  return cpu::kernels().block[by_linear_dtype(dtype, cpu::kFloat32, cpu::kBfloat16, cpu::kFloat16, cpu::kFloat64)];
 }
 
-inline int64_t width_of(int32_t dtype) { return static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)); }
-
-// The entries of a part of an index, to be copied.
-inline Tensor entries_of(const char* name, const Tensor& part) {
-  check_dtype(name, dtype_of(part), "torch.int64", aoti_torch_dtype_int64());
-  return contiguous(name, part);
-}
-inline const int64_t* data_of(const Tensor& entries) { return static_cast<const int64_t*>(entries.const_data_ptr()); }
-
-// The proven copy of an index of so many blocks in so many lines, at positions below `limit`.
-inline BlockIndex index_of(const BlockFields& fields, const Tensor& starts, int64_t lines, const Tensor& positions, int64_t blocks,
-                           int64_t limit) {
-  check_starts_size(fields.starts, starts.sizes(), lines);
-  check_entries_size(fields.positions, positions.sizes(), blocks);
-  const Tensor from = entries_of(fields.starts, starts), at = entries_of(fields.positions, positions);
-  return copy_block_index(fields, data_of(from), lines, data_of(at), blocks, limit);
+// A copy, with the order if there is one; throws unless the index contradicts nothing.
+inline BlockIndex prove(const BlockParts& parts) {
+  BlockIndex index =
+      copy_block_index(parts.fields, data_of(parts.starts), parts.lines, data_of(parts.positions), parts.blocks(), parts.limit);
+  if (parts.order) add_order(index, data_of(*parts.order));
+  return index;
 }
 
-// The last size of what is multiplied; throws unless it has the dtype that is `expected`.
-inline int64_t last_size(const char* name, const Tensor& tensor, const char* expected, int32_t dtype) {
-  check_dtype(name, dtype_of(tensor), expected, dtype);
-  if (tensor.dim() == 0) fail(name, ": got size [], expected at least one dimension");
-  return tensor.size(tensor.dim() - 1);
-}
-
-inline int64_t rows_of(const Tensor& x) { return geometry(x.sizes()).rows; }
-
-// The weight of y = x W^T + bias in blocks of block_rows x block_cols, which are made of `values`; proven. Throws unless x and bias fit it.
-inline BlockWeight forward_weight(const Tensor& x, const Tensor& values, int64_t block_rows, int64_t block_cols, const Tensor& crow_indices,
-                                  const Tensor& col_indices, int64_t out_features, const std::optional<Tensor>& bias) {
-  const int32_t dtype = dtype_of(values);
-  const BlockKernels& kernels = kernels_for("values", dtype);
-  const int64_t in_features = last_size("x", x, kOfValues, dtype);
-  check_feature_count("out_features", out_features);
-  const BlockSizes sizes{out_features, in_features, block_rows, block_cols};
-  if (bias) check_dtype("bias", dtype_of(*bias), kOfValues, dtype);
-  if (bias) check_bias_size(bias->sizes(), out_features);
-  BlockIndex index = index_of(kByRow, crow_indices, sizes.rows_of_blocks(), col_indices, values.size(0), sizes.cols_of_blocks());
-  return {kernels, std::move(index), contiguous("values", values), sizes, false, width_of(dtype)};
+inline BlockWeight weight_of(const BlockOperands& operands, const Tensor& values) {
+  const bool by_column = operands.index.order.has_value();
+  return {kernels_for(operands.dtype), prove(operands.index), contiguous("values", values), operands.sizes, by_column,
+          width_of(operands.dtype)};
 }
 
 // ------------------------------------------------------------------------------------------------------------- products

@@ -116,6 +116,28 @@ auto launch(const char* op, std::initializer_list<Named> tensors, const Body& bo
   }
 }
 
+// The word on the GPU that says what proofs of a weight have found.
+class Verdict {
+ public:
+  explicit Verdict(const Launch& on) : on_(on), word_(on.int64()) {}
+
+  cuda::Fault* word() const { return static_cast<cuda::Fault*>(word_.mutable_data_ptr()); }
+
+  // Waits for the proofs.
+  cuda::Fault read() const {
+    cuda::Fault fault;
+    on_.read(&fault, word_.const_data_ptr(), sizeof fault);
+    return fault;
+  }
+
+  // Makes a result NaN if the weight it was calculated from proves faulty.
+  void poison(const Tensor& result) const { on_.check(cuda::poison(result.mutable_data_ptr(), nbytes(result), word(), on_.stream())); }
+
+ private:
+  const Launch& on_;
+  Tensor word_;
+};
+
 // Calls an out= overload of a torch op that has one result.
 template <typename... Arguments>
 void call_out(const char* op, const Arguments&... arguments) {

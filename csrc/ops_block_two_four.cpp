@@ -111,11 +111,13 @@ void for_each_window(const Blocks& blocks, int64_t begin, int64_t end, std::atom
 
 Tensor bsr_linear_24(const Tensor& x, const Tensor& values, const Tensor& metadata, const Tensor& crow_indices, const Tensor& col_indices,
                      int64_t out_features, const std::optional<Tensor>& bias) {
-  kernels_for("values", dtype_of(values));
+  check_linear_dtype("values", dtype_of(values));
   if (values.dim() != 3) fail("values: got size ", to_text(values.sizes()), ", expected [blocks, block rows, block columns / 2]");
   const TwoFourParts parts = two_four_parts_of(values, metadata);
   check_block_shape("values", values.sizes(), values.size(1), parts.sizes[2]);
-  const BlockWeight weight = forward_weight(x, parts.values, values.size(1), parts.sizes[2], crow_indices, col_indices, out_features, bias);
+  const BlockWeight weight = weight_of(linear_operands(x, parts.element.dtype, values.size(0), values.size(1), parts.sizes[2], crow_indices,
+                                                       col_indices, out_features, bias),
+                                       parts.values);
 
   const Tensor y = empty(with_last_size(x, out_features), parts.element.dtype);
   const int64_t m = rows_of(x), width = weight.width;

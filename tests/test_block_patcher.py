@@ -330,8 +330,10 @@ def test_layers_on_other_devices():
     report = patcher_of(**{"0": {"pattern": pattern}}).patch_model(model)
     assert torch.equal(model[0].pattern, pattern)
     assert [row.reason for row in report.rows] == ["", "it is on device meta: load it first"]
-    elsewhere = SimpleNamespace(weight=SimpleNamespace(is_meta=False, device=torch.device("cuda")))
-    assert _place_against(elsewhere, True) == "it is on device cuda: block-sparse layers run on the CPU only"
+    elsewhere = SimpleNamespace(weight=SimpleNamespace(is_meta=False, device=torch.device("xpu")))
+    assert _place_against(elsewhere, True) == "it is on device xpu: block-sparse layers run on cpu and cuda only"
+    elsewhere.weight.device = torch.device("cuda")
+    assert not _place_against(elsewhere, True)
 
 
 def test_warnings_name_the_layer():

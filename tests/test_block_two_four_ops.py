@@ -412,7 +412,7 @@ def test_mutated_metadata_are_refused_or_multiply_as_the_reference_does(isa, m):
 
 def test_sizes_at_which_nothing_may_be_allocated():
     values, metadata = torch.ones(0, 4, 2**28), torch.ones(0, 4, 2**26, dtype=torch.uint8)
-    with pytest.raises(FormatError, match=r"values: got \[0, 4, 268435456\], expected block rows and block columns of 1 to"):
+    with pytest.raises(FormatError, match=r"values: got \[0, 4, 268435456\], expected block rows and block columns"):
         bsr_linear_24(torch.ones(1, 8), values, metadata, torch.tensor([0, 0]), torch.zeros(0, dtype=torch.int64), 4)
     _, (values, metadata, *rest) = two_four_blocks(9, 13, (4, 8))
     with pytest.raises((FormatError, ValueError)):

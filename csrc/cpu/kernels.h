@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../layout.h"
+#include "../two_four_patterns.h"
 
 namespace bitmask::cpu {
 

@@ -190,8 +190,10 @@ int64_t block_sample_cores_workspace_bytes(const BlockSampleParams& params, cons
 cudaError_t pack_24(const void* dense, const Geometry& g, int width, const ZeroTest& zero_test, Magnitude magnitude, bool prune,
                     void* values, uint8_t* metadata, Fault* fault, cudaStream_t stream);
 
-// Proves the metadata and writes all elements to dense, unless that is null. What is written for faulty metadata is worthless.
-cudaError_t unpack_24(const TwoFourMatrix& w, int width, void* dense, Fault* fault, cudaStream_t stream);
+// Proves the rows [begin, end) of the metadata and writes them to dense [end - begin, cols], unless that is null. `fault` is set to kNoFault
+// first if `first` says that this is the first part of the weight. What is written for faulty metadata is worthless.
+cudaError_t unpack_24(const TwoFourMatrix& w, int64_t begin, int64_t end, int width, void* dense, bool first, Fault* fault,
+                      cudaStream_t stream);
 
 // Sets to zero what pack_24 would not keep, in place.
 cudaError_t prune_24(void* dense, const Geometry& g, int width, const ZeroTest& zero_test, Magnitude magnitude, cudaStream_t stream);

@@ -236,7 +236,8 @@ inline void mutate(IndexParts& index) {
                                : index.order.empty() || random_below(2) == 0 ? index.positions
                                                                              : index.order;
   int64_t& entry = part[static_cast<size_t>(random_below(static_cast<int64_t>(part.size())))];
-  entry = random_below(2) == 0 ? odd[random_below(std::size(odd))] : entry + random_below(5) - 2;
+  entry =
+      random_below(2) == 0 ? odd[random_below(std::size(odd))] : static_cast<int64_t>(static_cast<uint64_t>(entry) + random_word() % 5 - 2);
 }
 
 // The same for the gradient of values.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests csrc/ops*_cuda.cpp without a GPU: builds them and the kernels for the CPU, over the twin of the CUDA runtime in tests/cuda/twin, lets
-# them take the place of the CPU implementations, and runs cases.py and some tests of the ops against it.
+# them take the place of the CPU implementations, and runs cases*.py and some tests of the ops against it.
 #
 #   tests/cuda/ops/run.sh [ARGUMENTS OF PYTEST]
 #
@@ -31,7 +31,10 @@ run() { python -m pytest -q -p tests.cuda.ops.plugin "$@"; }
 if (($#)); then
   run "$@"
 else
-  run tests/cuda/ops/cases.py tests/test_golden.py
+  run tests/cuda/ops/cases*.py tests/test_golden.py
   # With one instruction set, which is not used: what compares bits and what expects errors of the parts.
   run tests/test_ops.py -k "not avx and not neon and (any_rank or edge_columns or strided or bad_ or into or mutated or opcheck)"
+  # Few rows of blocks of any size, gradients, and what compilers ask.
+  run tests/test_block_ops.py \
+    -k "not avx and not neon and (edges or reference or infinity or views or gradient or order or opcheck or compiles)"
 fi

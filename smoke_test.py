@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 import bitmask
-from bitmask import ops, ops_block, ops_two_four, reference
+from bitmask import ops, ops_block, ops_block_two_four, ops_two_four, reference
 
 EXAMPLE = torch.tensor([[1.0, 0.0, 2.0], [5.0, 3.0, 0.0], [4.0, 0.0, 5.0]])
 SHAPE = torch.Size([65, 131])
@@ -67,6 +67,7 @@ def failures_of(isa: str) -> list[str]:
         "pack_24": all(two_four_comes_back(dtype) for dtype in DTYPES),
         "prune_24": prunes_rows_and_columns(),
         "linear_24": all(two_four_multiplies(dtype, rows) for dtype in DTYPES for rows in ROWS),
+        "bsr_linear_24": all(two_four_blocks_multiply(dtype, rows) for dtype in DTYPES for rows in ROWS),
     }
     bitmask.set_isa(None)
     return failed(checks)
@@ -209,6 +210,18 @@ def two_four_multiplies(dtype: torch.dtype, rows: int) -> bool:
         and close(found, given.double() @ dense.double())
         and torch.equal(spread.isnan(), functional.linear(infinite.double(), dense.double()).isnan())
     )
+
+
+def two_four_blocks_multiply(dtype: torch.dtype, rows: int) -> bool:
+    """Whether a product with kept blocks that are 2:4, and its gradient, are those of float64."""
+    index = random_block_index()
+    parts = ops_two_four.pack_24(torch.randn(len(index[1]), 16, 16).to(dtype), prune=True)
+    dense = reference.bsr_to_dense(reference.unpack_24(*parts), *index, SHAPE).double()
+    x, bias = torch.randn(rows, SHAPE[1]).to(dtype).requires_grad_(), torch.randn(SHAPE[0]).to(dtype)
+    y = ops_block_two_four.bsr_linear_24(x, *parts, *index, SHAPE[0], bias)
+    given = torch.randn(rows, SHAPE[0]).to(dtype)
+    (found,) = torch.autograd.grad(y, x, given)
+    return close(y, functional.linear(x.double(), dense, bias.double())) and close(found, given.double() @ dense)
 
 
 def has_cuda_ops() -> bool:

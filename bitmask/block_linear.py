@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -26,6 +26,7 @@ class BlockLinear(nn.Module):
     in_features: int
     out_features: int
     block_shape: tuple[int, int]
+    _index_of_meta: Index | None
 
     def _blocks(self) -> Tensor:
         """The kept blocks [blocks, rows and columns of a block], dense."""
@@ -45,8 +46,25 @@ class BlockLinear(nn.Module):
 
     @property
     def _index(self) -> Index:
-        """crow_indices and col_indices with their numbers."""
-        return self.crow_indices, self.col_indices
+        """crow_indices and col_indices with their numbers, on device meta too."""
+        known = self._index_of_meta if self.crow_indices.is_meta else None
+        return known or (self.crow_indices, self.col_indices)
+
+    def _set_index(self, crow_indices: Tensor, col_indices: Tensor) -> None:
+        """Take over a pattern; on device meta its numbers are kept aside."""
+        index = (crow_indices.cpu(), col_indices.cpu())
+        device = self.values.device
+        self.crow_indices, self.col_indices = crow_indices.to(device), col_indices.to(device)
+        self.dense_shape = torch.tensor(self._shape, device=device)
+        self._index_of_meta = index if self.values.is_meta else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockLinear:
+        """Indices keep their numbers where others lose theirs: on device meta, and in what `to_empty` reserves."""
+        index, before = self._index, self.crow_indices
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.crow_indices is not before:
+            self._set_index(*index)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; gradients reach `x` and all parameters."""

@@ -45,6 +45,7 @@ class SemiStructuredBlockLinear(BlockLinear):
         for name in PARTS:
             layer.register_buffer(name, parts[name])
         layer.block_shape = (layer.values.shape[1], 2 * layer.values.shape[2])
+        layer._set_index(layer.crow_indices, layer.col_indices)
         layer.register_parameter("bias", None)
         return layer
 
@@ -140,7 +141,12 @@ class SemiStructuredBlockLinear(BlockLinear):
         error_msgs: list[str],
     ) -> None:
         """Check everything first: what contradicts itself raises, what has other sizes is reported by torch."""
-        parts = {name: state_dict.get(prefix + name, getattr(self, name)) for name in PARTS}
+        own = {
+            "crow_indices": self._index[0],
+            "col_indices": self._index[1],
+            "dense_shape": torch.tensor(self._shape, device="cpu"),
+        }
+        parts = {name: state_dict.get(prefix + name, own.get(name, getattr(self, name))) for name in PARTS}
         if any(prefix + name in state_dict for name in PARTS):
             shape = _check_parts(parts, prefix)
             got = describe(_dense_sizes(parts["values"]), shape)
@@ -155,6 +161,7 @@ class SemiStructuredBlockLinear(BlockLinear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._set_index(*self._index)
 
 
 def _dense_sizes(values: Tensor) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,21 +94,11 @@ class BlockSparseLinear(BlockLinear):
         self._set_index(*index)
 
     def _set_index(self, crow_indices: Tensor, col_indices: Tensor) -> None:
-        """Take over a pattern, which is proven thereby; on device meta its numbers are kept aside."""
-        index = (crow_indices.cpu(), col_indices.cpu())
-        transposed = ops_block.bsr_transpose(*index, self._grid[1])
-        device = self.values.device
-        self.crow_indices, self.col_indices = crow_indices.to(device), col_indices.to(device)
-        self.dense_shape = torch.tensor([self.out_features, self.in_features], device=device)
+        """Take over a pattern, which is proven thereby."""
+        transposed = ops_block.bsr_transpose(crow_indices.cpu(), col_indices.cpu(), self._grid[1])
+        super()._set_index(crow_indices, col_indices)
         for name, tensor in zip(_TRANSPOSED, transposed, strict=True):
-            setattr(self, name, tensor.to(device))
-        self._index_of_meta = index if self.values.is_meta else None
-
-    @property
-    def _index(self) -> Index:
-        """crow_indices and col_indices with their numbers, on device meta too."""
-        known = self._index_of_meta if self.crow_indices.is_meta else None
-        return known or (self.crow_indices, self.col_indices)
+            setattr(self, name, tensor.to(self.values.device))
 
     def _check_whole(self) -> None:
         """Raise ValueError unless all values are here."""
@@ -364,14 +354,6 @@ class BlockSparseLinear(BlockLinear):
         _replace_data(self.values, values)
         self.values.grad = None if grad is None else moved(grad)
         self._set_index(*block_layout.index_of(pattern))
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
-        """Indices keep their numbers where others lose theirs: on device meta, and in what `to_empty` reserves."""
-        index, before = self._index, self.crow_indices
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.crow_indices is not before:
-            self._set_index(*index)
         return self
 
     def _load_from_state_dict(

@@ -1,4 +1,4 @@
-// The CPU implementations of products with a block-sparse weight. No arithmetic here.
+// The CPU implementations of products with a block-sparse weight, and of the transpose of its index. No arithmetic here.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -47,6 +47,7 @@ Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow_indi
   if (m == 0 || out_features == 0) return y;
   const Tensor rows = contiguous("x", x), offset = bias ? contiguous("bias", *bias) : rows;
   const void* const bias_data = bias ? const_bytes(offset) : nullptr;
+  const BlockMatrix w = weight.matrix();
   if (m <= kernels.streaming_rows) {
     stream(weight, const_bytes(rows), m, [&](int64_t begin, int64_t end, const void* packed) {
       kernels.stream(w, begin, end, packed, m, bias_data, mutable_bytes(y), w.rows, scratch(kernels.scratch_bytes));

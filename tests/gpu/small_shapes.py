@@ -10,7 +10,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from bitmask import FormatError, ops
+from bitmask import FormatError, ops, ops_block, ops_block_two_four, ops_two_four, reference
 
 SHAPES = [(1, 1), (5, 13), (65, 131), (33, 1025), (130, 64), (3, 5001), (2, 0), (0, 4)]
 CODEC_DTYPES = [torch.int8, torch.bfloat16, torch.float32, torch.float64, torch.complex128]
@@ -18,6 +18,8 @@ LINEAR_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 65, 128]
 CUBLAS_ROWS = [700]  # for which a weight is decompressed and multiplied by cuBLAS
 HOSTILE = [-(2**63), -1, 2**31, 2**62]
+BLOCK_SIZES = [(64, 128, (16, 16)), (70, 100, (32, 32)), (130, 200, (64, 64)), (37, 53, (5, 8)), (7, 35, (32, 64))]
+BLOCK_ROWS = [1, 5, 8, 16, 17, 65, 130]
 
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype, density: float) -> Tensor:
@@ -72,6 +74,68 @@ def run_linear(device: torch.device, dtype: torch.dtype, shape: tuple[int, int],
                 continue
 
 
+def run_blocks(device: torch.device, dtype: torch.dtype, size: tuple[int, int, tuple[int, int]]) -> None:
+    """Block-sparse products with honest and hostile indices, and those of blocks that are 2:4."""
+    n, k, (height, width) = size
+    kept = torch.rand(-(-n // height), -(-k // width)) < 0.5
+    kept[-1, -1] = True
+    index = [torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)), kept.nonzero()[:, 1].clone()]
+    values = numbers((len(index[1]), height, width), dtype, 0.9)
+    dense, packed = reference.bsr_to_dense(values, *index, (n, k)), ops_two_four.pack_24(values, prune=True)
+    halved = reference.bsr_to_dense(reference.unpack_24(*packed), *index, (n, k))
+    there, by_row = values.to(device), [part.to(device) for part in index]
+    by_column = ops_block.bsr_transpose(*by_row, kept.shape[1])
+    inside = reference.bsr_to_dense(torch.ones_like(values), *index, (n, k))
+    for m in BLOCK_ROWS:
+        x, grad, what = numbers((m, k), dtype, 0.9), numbers((m, n), dtype, 0.9), f"blocks {dtype} {size} m={m}"
+        x_there, grad_there = x.to(device), grad.to(device)
+        check(what, ops_block.bsr_linear(x_there, there, *by_row, n), (x.double() @ dense.double().T).to(dtype))
+        found = ops_block.bsr_linear_backward_input(grad_there, there, by_column, k)
+        check(what, found, (grad.double() @ dense.double()).to(dtype))
+        sampled = ops_block.bsr_linear_backward_values(grad_there, x_there, *by_row, (height, width))
+        product = ((grad.double().T @ x.double()) * inside).to(dtype)
+        check(what, reference.bsr_to_dense(sampled.cpu(), *index, (n, k)), product)
+        half = ops_block_two_four.bsr_linear_24(x_there, *(part.to(device) for part in packed), *by_row, n)
+        check(what, half, (x.double() @ halved.double().T).to(dtype))
+        for entry in HOSTILE:
+            for part in range(2):
+                faulty = [each.clone() for each in by_row]
+                faulty[part][-1] = entry
+                try:
+                    assert ops_block.bsr_linear(x_there, there, *faulty, n).cpu().isnan().any(), what
+                    found = ops_block.bsr_linear_backward_values(grad_there, x_there, *faulty, (height, width))
+                    assert found.cpu().isnan().any(), what
+                except FormatError:  # on the CPU
+                    continue
+
+
+def run_two_four(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Packing and products with honest and faulty metadata."""
+    n, k = shape[0], shape[1] // 4 * 4
+    dense, what = numbers((n, k), dtype, 0.9), f"2:4 {dtype} {(n, k)}"
+    expected = ops_two_four.pack_24(dense, prune=True)
+    parts = ops_two_four.pack_24(dense.to(device), prune=True)
+    for found, part in zip(parts, expected, strict=True):
+        assert torch.equal(found.cpu(), part), what
+    pruned = ops_two_four.unpack_24(*parts)
+    assert torch.equal(pruned.cpu(), ops_two_four.unpack_24(*expected)), what
+    for found, part in zip(ops_two_four.pack_24(pruned), expected, strict=True):
+        assert torch.equal(found.cpu(), part), what
+    if dtype not in LINEAR_DTYPES:
+        return
+    for m in BLOCK_ROWS:
+        x = numbers((m, k), dtype, 0.9)
+        y = ops_two_four.linear_24(x.to(device), *parts)
+        check(f"{what} m={m}", y, (x.double() @ pruned.cpu().double().T).to(dtype))
+        if parts[1].numel() > 0:
+            faulty = parts[1].clone()
+            faulty[-1, -1] = 0xFF
+            try:
+                assert ops_two_four.linear_24(x.to(device), parts[0], faulty).cpu().isnan().any(), what
+            except FormatError:  # on the CPU
+                continue
+
+
 def hostile(parts: tuple[Tensor, Tensor, Tensor], device: torch.device) -> list[list[Tensor]]:
     """Weights that contradict themselves: too few values, offsets out of range."""
     values, bitmasks, row_offsets = parts
@@ -96,10 +160,16 @@ def main() -> None:
     for shape in SHAPES:
         for dtype in CODEC_DTYPES:
             run_codec(device, dtype, shape)
+            if not dtype.is_complex:
+                run_two_four(device, dtype, shape)
         for dtype in LINEAR_DTYPES:
             run_linear(device, dtype, shape, ROWS + (CUBLAS_ROWS if arguments.cublas else []))
+        run_two_four(device, torch.float16, shape)
         if arguments.cublas:
             run_linear(device, torch.float64, shape, [1, 5])
+    for size in BLOCK_SIZES:
+        for dtype in [*LINEAR_DTYPES, torch.float64]:
+            run_blocks(device, dtype, size)
     print("small shapes: ok")
 
 

@@ -41,7 +41,6 @@ Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow_indi
   if (operands.transposed) check_transposed(weight.index, *operands.transposed);
 
   const BlockKernels& kernels = weight.kernels;
-  const BlockMatrix w = weight.matrix();
   const Tensor y = empty(with_last_size(x, out_features), operands.dtype);
   const int64_t m = rows_of(x);
   if (m == 0 || out_features == 0) return y;

@@ -24,7 +24,7 @@ struct Deal {
   int64_t longer = 0;  // blocks, the first ones, that have one unit more
 
   Deal() = default;
-  Deal(int64_t stages_of_tile, int64_t units, int64_t blocks_)
+  __host__ __device__ Deal(int64_t stages_of_tile, int64_t units, int64_t blocks_)
       : stages(stages_of_tile), blocks(blocks_), share(units / blocks_), longer(units % blocks_) {}
 
   __host__ __device__ int64_t begin(int64_t block) const { return block * share + (block < longer ? block : longer); }

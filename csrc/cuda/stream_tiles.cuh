@@ -58,7 +58,7 @@ __device__ __forceinline__ Share share_of(const Stream& p, int64_t threadblock) 
 }
 
 __device__ __forceinline__ Share share_of(const Stream& p, const Share& threadblock, int warp) {
-  const Deal deal{0, (threadblock.end - threadblock.begin + kStepPieces - 1) / kStepPieces, p.warps};
+  const Deal deal{1, (threadblock.end - threadblock.begin + kStepPieces - 1) / kStepPieces, p.warps};
   return {min(threadblock.begin + deal.begin(warp) * kStepPieces, threadblock.end),
           min(threadblock.begin + deal.begin(warp + 1) * kStepPieces, threadblock.end)};
 }

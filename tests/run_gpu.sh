@@ -5,6 +5,8 @@
 #
 #   build       the extension with its CUDA library (BITMASK_CUDA=1), installed in place; proves that its CUDA ops are there
 #   tests       pytest tests/gpu, with what takes gigabytes, and the tests of the Triton kernels
+#   tests-blocks
+#               those of block-sparse and 2:4 weights
 #   smoke       smoke_test.py, which must report the GPU
 #   memcheck, racecheck, initcheck, synccheck (or sanitizers: all four)
 #               compute-sanitizer's tool of that name over tests/gpu/small_shapes.py; before, it must find a planted error
@@ -27,12 +29,12 @@ while (($#)); do
     --out) OUT=${2:?--out needs a directory} && shift ;;
     --quick) QUICK=(--quick) ;;
     sanitizers) PHASES+=("${TOOLS[@]}") ;;
-    build | tests | smoke | memcheck | racecheck | initcheck | synccheck | benchmark | benchmark-blocks) PHASES+=("$1") ;;
+    build | tests | tests-blocks | smoke | memcheck | racecheck | initcheck | synccheck | benchmark | benchmark-blocks) PHASES+=("$1") ;;
     *) echo "run_gpu.sh: unknown argument $1" >&2 && exit 2 ;;
   esac
   shift
 done
-((${#PHASES[@]})) || PHASES=(build tests smoke "${TOOLS[@]}" benchmark benchmark-blocks)
+((${#PHASES[@]})) || PHASES=(build tests tests-blocks smoke "${TOOLS[@]}" benchmark benchmark-blocks)
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 export PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
@@ -49,8 +51,10 @@ run_build() {
 run_tests() {
   local triton=(tests/test_triton*.py)
   [[ -e ${triton[0]} ]] || triton=()
-  timeout 540 "$PYTHON" -m pytest -q --durations=10 tests/gpu "${triton[@]}"
+  timeout 540 "$PYTHON" -m pytest -q --durations=10 tests/gpu "${BLOCKS[@]/#/--ignore=}" "${triton[@]}"
 }
+BLOCKS=(tests/gpu/test_gpu_block.py tests/gpu/test_gpu_two_four.py)
+run_tests-blocks() { timeout 540 "$PYTHON" -m pytest -q --durations=10 "${BLOCKS[@]}"; }
 
 run_smoke() {
   timeout 120 "$PYTHON" smoke_test.py || return

@@ -17,7 +17,10 @@ import bitmask
 from bitmask import BlockSparseLinear, FormatError, SemiStructuredBlockLinear, prune_24_
 from bitmask.calls import LINEAR_DTYPES
 
-pytestmark = [pytest.mark.usefixtures("seed"), pytest.mark.filterwarnings("error", "ignore:.*nested")]
+pytestmark = [
+    pytest.mark.usefixtures("seed"),
+    pytest.mark.filterwarnings("error", "ignore:.*nested", "ignore:.torch.jit"),
+]
 
 PARTS = ["values", "metadata", "crow_indices", "col_indices", "dense_shape"]
 SHAPES = [(64, 96, (32, 32)), (70, 50, (16, 32)), (33, 65, (8, 4)), (35, 7, (32, 64)), (9, 4, (1, 12))]
@@ -209,7 +212,6 @@ def test_export(strict):
     assert_exports(layer_of(), torch.ops.bitmask.bsr_linear_24.default, torch.randn(5, 70), strict)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiles_in_one_graph():
     torch._dynamo.reset()
     model, x = nn.Sequential(layer_of(), nn.ReLU()), torch.randn(5, 70)

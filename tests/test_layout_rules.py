@@ -106,6 +106,7 @@ ALLOWED = {
     "calls": {"_C", "native"},
     "ops": {"calls", "native", "portable", "reference"},
     "ops_block": {"calls"},
+    "ops_block_two_four": {"calls", "ops_block", "ops_two_four"},
     "ops_convert": {"calls", "ops", "reference"},
     "ops_two_four": {"calls", "native", "ops", "reference"},
     "cutlass_layout": {"calls", "ops_two_four"},

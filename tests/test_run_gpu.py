@@ -48,7 +48,7 @@ def test_all_phases(run, tmp_path):
     assert done.returncode == 0, done.stdout
     summary = done.stdout.split("== summary")[1].splitlines()[1:]
     assert [line.split()[:2] for line in summary] == [
-        [phase, "ok"] for phase in ("build", "tests", "smoke", *TOOLS, "benchmark", "benchmark-blocks")
+        [phase, "ok"] for phase in ("build", "tests", "tests-blocks", "smoke", *TOOLS, "benchmark", "benchmark-blocks")
     ]
     for tool in TOOLS:
         assert f"--tool {tool}" in calls
@@ -58,7 +58,8 @@ def test_all_phases(run, tmp_path):
     assert "python benchmark.py --device cuda --suite block_sparse,semi_structured,decode_blocks --json" in calls
     logs = {path.name for path in (tmp_path / "out").iterdir()}
     assert logs == {
-        f"{name}.log" for name in ("build", "tests", "smoke", "sanitizers", "benchmark", "benchmark-blocks")
+        f"{name}.log"
+        for name in ("build", "tests", "tests-blocks", "smoke", "sanitizers", "benchmark", "benchmark-blocks")
     }
 
 

@@ -235,7 +235,7 @@ def test_gradients_of_a_layer(device, dtype, m):
     layer, dense = layers(dtype, device)
     dense = dense.to(dtype).double()
     x = random_numbers(m, 256, density=1.0, dtype=dtype)
-    there, here = x.to(device).requires_grad_(), x.double().requires_grad_()
+    here, there = x.double().requires_grad_(), x.to(device).requires_grad_()
     y, expected = layer(there), dense(here)
     given = random_numbers(m, 192, density=1.0, seed=1, dtype=dtype)
     y.backward(given.to(device))

@@ -77,7 +77,7 @@ def test_pruned_in_rows_and_columns_as_by_the_cpu(device, dtype):
 @pytest.mark.parametrize("row", [0, 150, 299])
 def test_a_crowded_group_is_refused_and_named(device, dtype, row):
     dense = weight_of(300, 132, dtype=dtype)
-    dense[row, 64:67] = 1
+    dense[row, 64:68] = torch.tensor([1, 1, 1, 0])
     with pytest.raises(ValueError, match=f"dense: row {row}, columns 64 to 67: got 3 non-zeros"):
         pack_24(dense.to(device))
 

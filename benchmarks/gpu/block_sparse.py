@@ -1,7 +1,7 @@
 """A block-sparse layer on a GPU with cold weights: y, dX and dW beside the best dense products of cuBLAS."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
@@ -31,6 +31,7 @@ _CSR_ROWS, _CSR_DENSITY = 512, 0.1  # beyond which cuSPARSE takes longer than th
 _BUDGET = Budget(min_rounds=5, max_rounds=15, slow_rounds=3, seconds=0.05)
 _QUICK_BUDGET = Budget(min_rounds=2, max_rounds=2, slow_rounds=2, seconds=0.0)
 _FEWEST_LAYERS, _MOST_LAYERS = 2, 256
+_FEW_ROWS, _LAYERS_OF_MANY_ROWS = 128, 8  # arithmetic decides beyond, and a pass over all layers would take long
 _MOST_DENSE_NBYTES = 4 * 2**30
 
 Index = tuple[Tensor, Tensor]
@@ -91,6 +92,11 @@ class _Layers:
         ]
         return cls(subject, weight, [masked.clone() for _ in range(count)], blocks)
 
+    def for_rows(self, m: int) -> "_Layers":
+        """As many of them as a product of so many rows goes through."""
+        most = len(self.dense) if m <= _FEW_ROWS else _LAYERS_OF_MANY_ROWS
+        return replace(self, dense=self.dense[:most], blocks=self.blocks[:most])
+
     @property
     def nbytes(self) -> int:
         """Bytes of the blocks of one layer and of where they lie."""
@@ -111,9 +117,10 @@ def run(plan: GpuPlan) -> list[GpuProductResult]:
         layers = _Layers.of(plan, subject)
         rows = [m for m in selection.rows if subject.dtype != "fp32" or plan.quick or m in _FP32_ROWS]
         for m, part in plan.in_time(product(rows or selection.rows, _PARTS), within=f"{subject}, (m, part) = "):
-            plan.say(f"\n{part}, {subject}, m = {m}, {len(layers.dense)} layers")
+            some = layers.for_rows(m)
+            plan.say(f"\n{part}, {subject}, m = {m}, {len(some.dense)} layers")
             with plan.device.precision(subject.tf32):
-                found = _cell(plan, layers, m, part)
+                found = _cell(plan, some, m, part)
             for result in found:
                 plan.say(result.line())
             results += found
@@ -123,12 +130,12 @@ def run(plan: GpuPlan) -> list[GpuProductResult]:
 
 
 def _subjects(selection: Selection) -> list[_Subject]:
-    """All in bf16 first; float32 as such and as tf32, with the first block and density alone."""
+    """The first block and density come first; these alone also in float32, as such and as tf32."""
     kinds = [(dtype, tf32) for dtype in selection.dtypes for tf32 in ((False, True) if dtype == "fp32" else (False,))]
     return [
         _Subject(dtype, tf32, block, sparsity, shape)
-        for (dtype, tf32), block, sparsity, shape in product(
-            kinds, selection.blocks, selection.sparsities, selection.shapes
+        for block, sparsity, (dtype, tf32), shape in product(
+            selection.blocks, selection.sparsities, kinds, selection.shapes
         )
         if dtype != "fp32" or (block, sparsity) == (selection.blocks[0], selection.sparsities[0])
     ]

@@ -42,4 +42,6 @@ else
     (round_trip or elements or views or stored or largest or prune or refused or bad_ or mutated or gradients or opcheck or shrunk)"
   run tests/test_two_four_linear.py -k "not avx and not neon and \
     (zeros_and or views or same_as_reference or gradients_equal or opcheck or autocast or require_a_gradient)"
+  run tests/test_block_two_four_ops.py -k "not avx and not neon and \
+    (all_sizes or densities or same_as_reference or views or gradcheck or gradients or opcheck or autocast or require_a_gradient)"
 fi

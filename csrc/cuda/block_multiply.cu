@@ -75,6 +75,8 @@ constexpr int resident_of(int rows, int across) { return rows < 256 ? 3 : 128 / 
 // kTransposed  whether the depth of a block is its rows
 template <int kTileRows, int kAcross, LinearDtype kDtype, bool kTransposed>
 struct Multiply {
+  // Transposed float32 operands are loaded word by word: for as many threadblocks as of others, sm_80 would spill.
+  static constexpr int kResident = kDtype == kFloat32 && kTransposed && kTileRows == 256 ? 1 : resident_of(kTileRows, kAcross);
   static constexpr int kWidth = sizeof(typename Element<kDtype>::Stored);
   static constexpr bool kShared = kTileRows == kFewRows;
   static constexpr int kOfChunk = kChunkBytes / kWidth;  // elements
@@ -268,13 +270,9 @@ struct Multiply {
   }
 };
 
-// The same for a kernel: transposed float32 operands are loaded word by word, and for as many threadblocks as of others sm_80 would spill.
-constexpr int bounded(int rows, int across, LinearDtype dtype, bool transposed) {
-  return dtype == kFloat32 && transposed && rows == 256 ? 1 : resident_of(rows, across);
-}
-
 template <int kTileRows, int kAcross, LinearDtype kDtype, bool kTransposed>
-__global__ __launch_bounds__(threads_of(kTileRows), bounded(kTileRows, kAcross, kDtype, kTransposed)) void multiply(const Product p) {
+__global__ __launch_bounds__(threads_of(kTileRows),
+                             Multiply<kTileRows, kAcross, kDtype, kTransposed>::kResident) void multiply(const Product p) {
   const uint32_t parts = kTileRows == kFewRows ? static_cast<uint32_t>(p.deal.stages) : 1;
   const Segment segment{blockIdx.x / parts, blockIdx.x % parts, blockIdx.x % parts + 1};
   const uint32_t strip = static_cast<uint32_t>(segment.tile) % p.strips, rank = strip / p.strips_of_line;

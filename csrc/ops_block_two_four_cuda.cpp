@@ -60,7 +60,7 @@ Tensor bsr_linear_24(const Tensor& x, const Tensor& values, const Tensor& metada
                                                    col_indices, out_features, bias);
     const Tensor y = on.empty(with_last_size(x, out_features), operands.dtype);
     if (y.numel() == 0) return y;
-    const Tensor rows = contiguous("x", x), offset = bias ? contiguous("bias", *bias) : rows;
+    const Tensor rows = on.aligned("x", x), offset = bias ? contiguous("bias", *bias) : rows;
     const void* const bias_data = bias ? offset.const_data_ptr() : nullptr;
     const cuda::TwoFourParams params = params_of(operands, parts, rows, bias_data, y);
     const cuda::Device device = on.device();

@@ -139,7 +139,7 @@ Tensor linear_24(const Tensor& x, const Tensor& values, const Tensor& metadata, 
     const TwoFourParts weight = two_four_weight_of(values, metadata);
     const Tensor y = on.empty(linear_sizes(x, weight, bias), weight.element.dtype);
     if (y.numel() == 0) return y;
-    const Tensor rows = contiguous("x", x);
+    const Tensor rows = on.aligned("x", x);
     const std::optional<Tensor> offset = bias ? std::make_optional(contiguous("bias", *bias)) : std::nullopt;
     const cuda::TwoFourParams params = params_of(weight, rows, offset, y);
     const cuda::Device device = on.device();

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <cstring>
 #include <initializer_list>
 #include <string>
 #include <utility>
@@ -90,7 +91,7 @@ class Launch {
   // The instructions of sm_90a are those of that capability alone, and in binaries for no other.
   cuda::Device device() const {
     const bool hopper = attribute(cudaDevAttrComputeCapabilityMajor) == 9 && attribute(cudaDevAttrComputeCapabilityMinor) == 0;
-    const bool built = std::string(BITMASK_CUDA_ARCHITECTURES).find("90a") != std::string::npos;
+    const bool built = std::strstr(BITMASK_CUDA_ARCHITECTURES, "90a") != nullptr;
     return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), hopper && built};
   }
 

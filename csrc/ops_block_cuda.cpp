@@ -156,7 +156,7 @@ std::vector<int64_t> copy_to_cpu(const Launch& on, const Tensor& from) {
   return copy;
 }
 
-// From memory that is not pinned, the copy has left it when this returns.
+// Until the stream is waited for, `from` has to stay.
 void copy_to_gpu(const Launch& on, const std::vector<int64_t>& from, const Tensor& to) {
   if (from.empty()) return;
   on.check(cudaMemcpyAsync(to.mutable_data_ptr(), from.data(), from.size() * sizeof(int64_t), cudaMemcpyHostToDevice, on.stream()));
@@ -176,6 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> bsr_transpose(const Tensor& crow_indices, con
     copy_to_gpu(on, transposed.line_starts, ccol_indices);
     copy_to_gpu(on, transposed.positions, row_indices);
     copy_to_gpu(on, transposed.order, order);
+    on.check(cudaStreamSynchronize(on.stream()));
     return {ccol_indices, row_indices, order};
   });
 }

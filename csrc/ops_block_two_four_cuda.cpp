@@ -30,11 +30,11 @@ void multiply_unpacked(const Launch& on, const BlockOperands& operands, const Tw
   multiply(on, params);
 }
 
-cuda::TwoFourParams params_of(const BlockOperands& operands, const TwoFourParts& parts, const Tensor& x, const void* bias,
-                              const Tensor& y) {
+cuda::TwoFourParams params_of(const BlockOperands& operands, const TwoFourParts& parts, const Tensor& values, const Tensor& x,
+                              const void* bias, const Tensor& y) {
   const BlockSizes& sizes = operands.sizes;
   cuda::TwoFourParams params{};
-  params.values = parts.matrix.values;
+  params.values = values.const_data_ptr();
   params.metadata = parts.matrix.metadata;
   params.rows = sizes.rows;
   params.cols = sizes.cols;
@@ -62,7 +62,8 @@ Tensor bsr_linear_24(const Tensor& x, const Tensor& values, const Tensor& metada
     if (y.numel() == 0) return y;
     const Tensor rows = on.aligned("x", x), offset = bias ? contiguous("bias", *bias) : rows;
     const void* const bias_data = bias ? offset.const_data_ptr() : nullptr;
-    const cuda::TwoFourParams params = params_of(operands, parts, rows, bias_data, y);
+    const Tensor stored = on.aligned("values", parts.values);
+    const cuda::TwoFourParams params = params_of(operands, parts, stored, rows, bias_data, y);
     const cuda::Device device = on.device();
     const cuda::TwoFourPlan plan = cuda::plan_two_four(params, device);
     if (plan.way == cuda::TwoFourWay::kLibrary) {

@@ -118,10 +118,11 @@ void prune_24(const Tensor& tensor, bool transposable) {
 
 // ------------------------------------------------------------------------------------------------------------- products
 
-cuda::TwoFourParams params_of(const TwoFourParts& weight, const Tensor& x, const std::optional<Tensor>& bias, const Tensor& y) {
+cuda::TwoFourParams params_of(const TwoFourParts& weight, const Tensor& values, const Tensor& x, const std::optional<Tensor>& bias,
+                              const Tensor& y) {
   const TwoFourMatrix& w = weight.matrix;
   cuda::TwoFourParams params{};
-  params.values = w.values;
+  params.values = values.const_data_ptr();
   params.metadata = w.metadata;
   params.rows = params.block_rows = w.rows;
   params.cols = params.block_cols = w.cols;
@@ -141,7 +142,8 @@ Tensor linear_24(const Tensor& x, const Tensor& values, const Tensor& metadata, 
     if (y.numel() == 0) return y;
     const Tensor rows = on.aligned("x", x);
     const std::optional<Tensor> offset = bias ? std::make_optional(contiguous("bias", *bias)) : std::nullopt;
-    const cuda::TwoFourParams params = params_of(weight, rows, offset, y);
+    const Tensor stored = on.aligned("values", weight.values);
+    const cuda::TwoFourParams params = params_of(weight, stored, rows, offset, y);
     const cuda::Device device = on.device();
     const cuda::TwoFourPlan plan = cuda::plan_two_four(params, device);
     if (plan.way == cuda::TwoFourWay::kLibrary) {

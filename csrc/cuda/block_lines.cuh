@@ -15,6 +15,7 @@ struct BlockLine {
   __device__ __forceinline__ BlockLine(const BlockIndex& index, int64_t line) : begin(index.starts[line]), end(index.starts[line + 1]) {
     sound =
         begin >= 0 && begin <= end && end <= index.blocks && (line > 0 || begin == 0) && (line + 1 < index.lines || end == index.blocks);
+    sound = sound && end - begin <= index.limit;  // or some position would come twice, and walking all lines take lines times blocks
     if (!sound) begin = end = 0;
   }
 

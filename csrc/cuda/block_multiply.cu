@@ -105,7 +105,6 @@ struct Multiply {
 
   __device__ __forceinline__ Multiply(const Product& product, const Segment& segment, int64_t number, int64_t strip)
       : p(product), line(product.params.index, number) {
-    if (line.end - line.begin > params.index.limit) line.sound = false;  // some position comes twice
     const int64_t first = strip * kAcross;
     row = int64_t{static_cast<uint32_t>(segment.tile) / p.strips} * kTileRows;
     column = number * params.block_across() + first;
@@ -283,8 +282,6 @@ __global__ __launch_bounds__(threads_of(kTileRows),
 
 // ---------------------------------------------------------------------------------------------------------------- launching
 
-constexpr int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
-
 // How a product is cut, and where parts of the workspace lie.
 struct Plan {
   int rows, across;  // of a tile
@@ -386,12 +383,13 @@ bool is_empty(const BlockParams& params) { return params.m == 0 || params.index.
 
 }  // namespace
 
-bool block_multiply_takes(const BlockParams& params, const Device&) {
+bool block_multiply_takes(const BlockParams& params, const Device& device) {
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kChunkBytes == 0; };
   const bool dtype = params.dtype == kBfloat16 || params.dtype == kFloat16 || (params.dtype == kFloat32 && params.tf32);
   const bool blocks = params.block_rows > 0 && params.block_cols > 0 && params.block_rows % 16 == 0 && params.block_cols % 16 == 0;
-  return dtype && blocks && params.depth() < INT64_C(1) << 32 && params.depth() * width_of(params.dtype) % kChunkBytes == 0 &&
-         aligned(params.x) && aligned(params.values) && aligned(params.y);
+  const bool whole = params.depth() < INT64_C(1) << 32 && params.depth() * width_of(params.dtype) % kChunkBytes == 0;
+  if (!dtype || !blocks || !whole || !aligned(params.x) || !aligned(params.values) || !aligned(params.y)) return false;
+  return is_empty(params) || plan(params, device).stages >= 2;
 }
 
 int64_t block_multiply_workspace_bytes(const BlockParams& params, const Device& device) {

@@ -257,8 +257,6 @@ __global__ __launch_bounds__(kThreads, (Sample<kDtype, kSide>::kBlocksPerMultipr
 
 // ---------------------------------------------------------------------------------------------------------------- launching
 
-constexpr int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
-
 // The largest piece that blocks are made of.
 int side_of(const BlockSampleParams& p) {
   int side = 128;

@@ -158,7 +158,6 @@ struct Sample {
   int64_t block_rows, block_cols;
   int64_t parts;  // tiles that a block is high
   int chunks;     // that a block has
-  int64_t tiles;  // if lines had all blocks
 };
 
 // A tile of the gradient: some of the blocks' chunks in a line. Tiles are numbered such that the first ones of all lines come first: later
@@ -227,6 +226,17 @@ __device__ __forceinline__ void store(const Sample& p, const Chunks<T>& tile, co
   }
 }
 
+// The most blocks that a line has, found by the lanes of a warp.
+__device__ __forceinline__ int64_t longest_line(const BlockIndex& index, int lane) {
+  int64_t most = 0;
+  for (int64_t line = lane; line < index.lines; line += 32) {
+    const BlockLine walk(index, line);
+    most = max(most, walk.end - walk.begin);
+  }
+  for (int distance = 16; distance > 0; distance /= 2) most = max(most, __shfl_xor_sync(~0u, most, distance));
+  return most;
+}
+
 template <typename T, LinearDtype kDtype>
 __global__ __launch_bounds__(kThreads, 1) void sample(const __grid_constant__ Sample p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -236,8 +246,10 @@ __global__ __launch_bounds__(kThreads, 1) void sample(const __grid_constant__ Sa
   }
   Pipeline<T> pipeline;
   const bool multiplies = pipeline.warp() < kMultipliers / 32;
+  const int64_t longest = longest_line(p.index, pipeline.lane()) * p.chunks;
+  const int64_t tiles = p.index.lines * p.parts * ((longest + Chunks<T>::kMost - 1) / Chunks<T>::kMost);
   int64_t number;
-  for (int turn = 0; (number = dealt(turn)) < p.tiles; ++turn) {
+  for (int turn = 0; (number = dealt(turn)) < tiles; ++turn) {
     const Chunks<T> tile(p, number);
     if (tile.count == 0) continue;
     if (multiplies) {
@@ -255,7 +267,7 @@ __global__ __launch_bounds__(kThreads, 1) void sample(const __grid_constant__ Sa
 
 // ---------------------------------------------------------------------------------------------------------------- launching
 
-bool has_what_it_takes(const Device& device) { return device.warpgroups && device.shared_bytes >= kMostShared; }
+bool has_what_it_takes(const Device& device) { return device.warpgroups && has_tensor_maps() && device.shared_bytes >= kMostShared; }
 
 bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
@@ -323,12 +335,12 @@ cudaError_t launch_multiply(Product& product, const BlockParams& params, int32_t
 template <typename T>
 cudaError_t launch_sample(Sample& product, const BlockSampleParams& params, const Device& device, cudaStream_t stream) {
   product.parts = product.block_rows / T::kRows;
-  product.tiles = product.index.lines * product.parts * blocks_across(product.index.limit * product.chunks, Chunks<T>::kMost);
+  const int64_t tiles = product.index.lines * product.parts * blocks_across(product.index.limit * product.chunks, Chunks<T>::kMost);
   cudaError_t error = encode_tensor_map(&product.g, params.g, params.m, params.rows, kDepth);
   if (error == cudaSuccess) error = encode_tensor_map(&product.x, params.x, params.m, params.cols, kDepth);
   if (error != cudaSuccess) return error;
   const auto kernel = params.dtype == kFloat16 ? sample<T, kFloat16> : sample<T, kBfloat16>;
-  return launch(kernel, product, product.tiles, T::kSharedBytes, device, stream);
+  return launch(kernel, product, tiles, T::kSharedBytes, device, stream);
 }
 
 }  // namespace

@@ -11,6 +11,9 @@
 
 namespace bitmask::cuda {
 
+// Of parts of a workspace, for one.
+constexpr int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
 // Stages of one tile.
 struct Segment {
   int64_t tile, begin, end;

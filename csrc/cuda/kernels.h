@@ -230,7 +230,7 @@ struct TwoFourParams {
 enum class TwoFourWay {
   kStream,    // few rows of x: W is one stream of bytes
   kMultiply,  // sparse tensor cores
-  kLibrary,   // unpacked first, then multiplied by cuBLAS, or by the kernels for blocks
+  kLibrary,   // unpacked first, then multiplied by cuBLAS, or by the kernels for blocks: what is not stored takes part as zero
 };
 
 struct TwoFourPlan {

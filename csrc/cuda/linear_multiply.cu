@@ -1,8 +1,8 @@
 // y = x W^T + bias for some rows of x: tensor cores, W expanded in registers (linear_multiply.cuh).
 //
 // A block takes tiles of kTileRows rows of W, a stage of kStageColumns columns at a time: while one stage is multiplied, the values and x
-// of the next one and the bitmask of the one after that are on their way to shared memory. The stages of all tiles are
-// dealt to blocks (deal.cuh); where one begins inside of a tile, its rows' values begin where `count` has counted to.
+// of the next one and the bitmask of the one after that are on their way to shared memory. The stages of all tiles are dealt to blocks
+// (deal.cuh); where one begins inside of a tile, its rows' values begin where `count` has counted to.
 #include "linear_multiply.cuh"
 
 #include <cuda_runtime.h>
@@ -395,8 +395,6 @@ __global__ __launch_bounds__(Multiply<kTiles, kFragments, kDtype>::kThreads, kBl
 }
 
 // ---------------------------------------------------------------------------------------------------------------- launching
-
-constexpr int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
 int64_t shared_bytes_of(int tiles) {
   return tiles == 1 ? sizeof(Shared<1>) : tiles == 2 ? sizeof(Shared<2>) : tiles == 4 ? sizeof(Shared<4>) : sizeof(Shared<8>);

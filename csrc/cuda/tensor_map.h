@@ -18,11 +18,20 @@ inline decltype(&cuTensorMapEncodeTiled) find_tensor_map_encoder() {
   return found == cudaDriverEntryPointSuccess ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function) : nullptr;
 }
 
+// Found once: the driver stays.
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  static const auto encoder = find_tensor_map_encoder();
+  return encoder;
+}
+
+// Whether the driver can make tensor maps.
+inline bool has_tensor_maps() { return tensor_map_encoder() != nullptr; }
+
 // A row-major matrix of 16-bit elements, copied in boxes of `box_rows` <= 256 rows of 64 columns, which lie in shared memory as rows of 128
 // bytes with the swizzle of 128 bytes (ptx::copy_box). `matrix` and its rows are aligned to 16 bytes. Elements are only moved: any 16-bit
 // type will do.
 inline cudaError_t encode_tensor_map(CUtensorMap* map, const void* matrix, int64_t rows, int64_t cols, int box_rows) {
-  static const auto encode = find_tensor_map_encoder();
+  const auto encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)}, strides[] = {sizes[0] * 2};
   const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};

@@ -273,16 +273,16 @@ Plan plan(const TwoFourParams& params, const Device& device) {
   const int64_t places = blocks_across(tiles, resident) * resident;  // for threadblocks, till the last one is done
   int64_t blocks = tiles;
   if (stages > 1 && tiles < places - places / 4) {  // more than a quarter of the places would be empty
-    const int64_t worth = blocks_across(tiles * stages, kLeastStages);
-    blocks = worth < resident ? worth : resident;
+    const int64_t worth = blocks_across(tiles * stages, kLeastStages), most = worth < tiles ? tiles : worth;
+    blocks = most < resident ? most : resident;
   }
   plan.deal = {stages, tiles * stages, blocks < kMostBlocks ? blocks : kMostBlocks};
   if (!plan.deal.whole_tiles()) {
-    plan.arrived_bytes = blocks_across(plan.deal.blocks * static_cast<int64_t>(sizeof(uint32_t)), 16) * 16;
+    plan.arrived_bytes = round_up(plan.deal.blocks * static_cast<int64_t>(sizeof(uint32_t)), 16);
     plan.partials_bytes = plan.deal.blocks * 2 * kernels.rows * kernels.x_rows * static_cast<int64_t>(sizeof(float));
   }
   plan.scheduled = params.has_blocks() && tiles > resident;
-  if (plan.scheduled) plan.schedule_bytes = blocks_across(lines * static_cast<int64_t>(sizeof(int32_t)), 16) * 16;
+  if (plan.scheduled) plan.schedule_bytes = round_up(lines * static_cast<int64_t>(sizeof(int32_t)), 16);
   return plan;
 }
 
@@ -291,8 +291,9 @@ bool is_empty(const TwoFourParams& params) { return params.m == 0 || params.rows
 }  // namespace
 
 // What the kernels can read 16 bytes at a time, and count as they do.
-bool two_four_multiply_takes(const TwoFourParams& params, const Device&) {
+bool two_four_multiply_takes(const TwoFourParams& params, const Device& device) {
   if ((params.dtype != kBfloat16 && params.dtype != kFloat16) || params.index.order != nullptr) return false;
+  if (kKernels[0].shared_bytes > device.shared_bytes) return false;
   constexpr int64_t kMost = int64_t{1} << 30;
   const auto at = [](const void* array) { return reinterpret_cast<uintptr_t>(array) % 16; };
   const bool sizes = params.has_blocks() ? params.block_cols > 0 && params.block_cols % kChunkColumns == 0 && params.block_rows % 16 == 0 &&

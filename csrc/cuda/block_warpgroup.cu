@@ -184,6 +184,17 @@ struct Chunks {
     count = static_cast<int>(left < 0 ? 0 : left < kMost ? left : kMost);
   }
 
+  // The most blocks that a line has, found by the lanes of a warp.
+  static __device__ __forceinline__ int64_t longest_line(const BlockIndex& index, int lane) {
+    int64_t most = 0;
+    for (int64_t line = lane; line < index.lines; line += 32) {
+      const BlockLine walk(index, line);
+      most = max(most, walk.end - walk.begin);
+    }
+    for (int distance = 16; distance > 0; distance /= 2) most = max(most, __shfl_xor_sync(~0u, most, distance));
+    return most;
+  }
+
   __device__ __forceinline__ int64_t block(const Sample& p, int chunk) const { return begin + (skipped + chunk) / p.chunks; }
   __device__ __forceinline__ int column_in_block(const Sample& p, int chunk) const { return (skipped + chunk) % p.chunks * kChunk; }
 
@@ -226,17 +237,6 @@ __device__ __forceinline__ void store(const Sample& p, const Chunks<T>& tile, co
   }
 }
 
-// The most blocks that a line has, found by the lanes of a warp.
-__device__ __forceinline__ int64_t longest_line(const BlockIndex& index, int lane) {
-  int64_t most = 0;
-  for (int64_t line = lane; line < index.lines; line += 32) {
-    const BlockLine walk(index, line);
-    most = max(most, walk.end - walk.begin);
-  }
-  for (int distance = 16; distance > 0; distance /= 2) most = max(most, __shfl_xor_sync(~0u, most, distance));
-  return most;
-}
-
 template <typename T, LinearDtype kDtype>
 __global__ __launch_bounds__(kThreads, 1) void sample(const __grid_constant__ Sample p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -246,7 +246,7 @@ __global__ __launch_bounds__(kThreads, 1) void sample(const __grid_constant__ Sa
   }
   Pipeline<T> pipeline;
   const bool multiplies = pipeline.warp() < kMultipliers / 32;
-  const int64_t longest = longest_line(p.index, pipeline.lane()) * p.chunks;
+  const int64_t longest = Chunks<T>::longest_line(p.index, pipeline.lane()) * p.chunks;
   const int64_t tiles = p.index.lines * p.parts * ((longest + Chunks<T>::kMost - 1) / Chunks<T>::kMost);
   int64_t number;
   for (int turn = 0; (number = dealt(turn)) < tiles; ++turn) {

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
+from bitmask import native
 from bitmask.calls import (
     FormatError,
     call,
@@ -23,6 +24,9 @@ from bitmask.calls import (
     refuse_transforms,
     register_autocast,
 )
+
+# Kinds of devices that have kernels here.
+DEVICES = native.DEVICES
 
 
 class TransposedIndex(NamedTuple):

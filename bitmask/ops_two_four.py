@@ -32,7 +32,7 @@ from bitmask.ops import DTYPES, bitmask_sizes
 from bitmask.reference import stored_columns
 
 # Kinds of devices that have kernels here.
-DEVICES = frozenset({"cpu"} if native.cuda_missing else {"cpu", "cuda"})
+DEVICES = native.DEVICES
 
 # Real dtypes that have a zero.
 TWO_FOUR_DTYPES = frozenset(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bitmask import block_layout
 from bitmask.block_layout import Index
+from bitmask.calls import check_strided
 from bitmask.dense_copy import DenseCopy
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
@@ -66,6 +67,22 @@ class BlockLinear(nn.Module):
             self._set_index(*index)
         return self
 
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+    ) -> None:
+        """Take over what subclasses have proven, and a bias. Buffers stay buffers without a gradient, also assigned."""
+        values, bias = f"{prefix}values", f"{prefix}bias"
+        if bias in state_dict and self.bias is not None and not hasattr(self.bias, "__tensor_flatten__"):
+            check_strided(bias, state_dict[bias])
+            if values in state_dict and local_metadata.get("assign_to_params_buffers"):
+                block_layout.check_device(bias, state_dict[bias], state_dict[values])
+        data = dict(state_dict)
+        for name in self._buffers.keys() - self._non_persistent_buffers_set:
+            if prefix + name in data:
+                data[prefix + name] = data[prefix + name].detach()
+        super()._load_from_state_dict(data, prefix, local_metadata, *args)
+        self._set_index(*self._index)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; gradients reach `x` and all parameters."""
         if not isinstance(x, Tensor):
@@ -95,7 +112,13 @@ class BlockLinear(nn.Module):
         """The weight as a dense copy, made when something is done with it; differentiable, writing to it raises."""
         return self._dense() if torch.compiler.is_compiling() else DenseCopy(self._dense, self._shape, self.values)
 
+    def _prove_index(self) -> None:
+        """Raise FormatError unless the index is one still: buffers can be written to. Compiled code does not ask."""
+        if not torch.compiler.is_compiling():
+            block_layout.prove_index(self._index, self._shape, self.block_shape[1])
+
     def _dense(self) -> Tensor:
+        self._prove_index()
         return block_layout.dense_of(self._blocks(), (self.crow_indices, self.col_indices), self._shape)
 
     def to_dense(self) -> nn.Linear:

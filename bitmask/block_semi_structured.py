@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from bitmask import block_layout, ops_block_two_four, ops_two_four
 from bitmask.block_layout import Index
 from bitmask.block_linear import BlockLinear, copy_the_rest, describe
 from bitmask.block_sparse import BlockSparseLinear
-from bitmask.calls import FormatError
+from bitmask.calls import FormatError, check_strided
 
 # What a layer consists of, beside its bias.
 PARTS = ("values", "metadata", "crow_indices", "col_indices", "dense_shape")
@@ -23,7 +24,8 @@ class SemiStructuredBlockLinear(BlockLinear):
 
     For inference: the weight is frozen, and its parts are buffers: `values` [blocks, rows of a block, columns / 2],
     `metadata` uint8 [blocks, rows of a block, ceil(columns / 8)], `crow_indices`, `col_indices` and `dense_shape`
-    (FORMAT.md). `bias` is a parameter; gradients reach it and `x`. Made by `from_block_sparse`, or by `from_state_dict`
+    (FORMAT.md). `bias` is a parameter; gradients reach it and `x`, of which that of `x` waits for a GPU and cannot be
+    captured in a CUDA graph. Made by `from_block_sparse`, or by `from_state_dict`
     of what was saved.
 
     >>> layer = BlockSparseLinear(64, 128, density=0.25, bias=False)
@@ -82,7 +84,8 @@ class SemiStructuredBlockLinear(BlockLinear):
         try:
             values, metadata = ops_two_four.pack_24(blocks, prune)
         except ValueError as error:
-            raise ValueError(f"{str(error).replace('dense', 'layer.values')}, or prune=True") from None
+            message = _by_block(str(error), layer.block_shape[0]).replace("dense", "layer.values")
+            raise ValueError(f"{message}, or prune=True") from None
         parts = (values, metadata, *index, layer.dense_shape.clone())
         return copy_the_rest(layer, cls._of_parts(dict(zip(PARTS, parts, strict=True)), shape))
 
@@ -109,6 +112,7 @@ class SemiStructuredBlockLinear(BlockLinear):
         block_layout.check_known_sizes(shape, expected, prefix)
         _prove(parts, prefix)
         bias = state_dict.get(f"{prefix}bias")
+        block_layout.check_device(f"{prefix}metadata", parts["metadata"], parts["values"])
         if bias is not None:
             block_layout.check_bias(bias, parts["values"], shape[0], prefix)
             bias = nn.Parameter(bias.detach().clone())
@@ -123,7 +127,10 @@ class SemiStructuredBlockLinear(BlockLinear):
         )
 
     def _blocks(self) -> Tensor:
-        return ops_two_four.unpack_24(self.values, self.metadata)
+        try:
+            return ops_two_four.unpack_24(self.values, self.metadata)
+        except FormatError as error:
+            raise FormatError(_by_block(str(error), self.block_shape[0])) from None
 
     def to_block_sparse(self) -> BlockSparseLinear:
         """The twin of this layer that can be trained, of which it shares nothing; hooks stay behind."""
@@ -158,10 +165,11 @@ class SemiStructuredBlockLinear(BlockLinear):
                 )
                 return
             _prove(parts, prefix)
+            if local_metadata.get("assign_to_params_buffers"):
+                block_layout.check_device(f"{prefix}metadata", parts["metadata"], parts["values"])
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._set_index(*self._index)
 
 
 def _dense_sizes(values: Tensor) -> tuple[int, int, int]:
@@ -175,9 +183,8 @@ def _check_parts(parts: Mapping[str, Any], prefix: str) -> tuple[int, int]:
     Returns its shape.
     """
     values, metadata = parts["values"], parts["metadata"]
-    for name, part in (("values", values), ("metadata", metadata)):
-        if not isinstance(part, Tensor):
-            raise TypeError(f"{prefix}{name}: got {type(part).__name__}, expected a torch.Tensor")
+    check_strided(f"{prefix}values", values)
+    check_strided(f"{prefix}metadata", metadata)
     block_layout.check_dtype(prefix + "values", values.dtype)
     if metadata.dtype != torch.uint8:
         raise TypeError(f"{prefix}metadata: got dtype {metadata.dtype}, expected torch.uint8")
@@ -195,6 +202,11 @@ def _check_parts(parts: Mapping[str, Any], prefix: str) -> tuple[int, int]:
     return block_layout.check_parts({name: parts[name] for name in block_layout.PARTS} | {"values": dense}, prefix)
 
 
+def _by_block(message: str, rows: int) -> str:
+    """A message of the 2:4 layout, with the block and its row in place of the row among those of all blocks."""
+    return re.sub(r"\brow (\d+)", lambda found: "block {}, row {}".format(*divmod(int(found[1]), rows)), message)
+
+
 def _prove(parts: Mapping[str, Tensor], prefix: str) -> None:
     """Raise FormatError unless metadata and index of parts that passed `_check_parts` are such."""
     values, metadata = parts["values"], parts["metadata"]
@@ -202,6 +214,7 @@ def _prove(parts: Mapping[str, Tensor], prefix: str) -> None:
     try:
         ops_two_four.validate_24(dense, metadata.cpu())
     except FormatError as error:
-        raise FormatError(f"{prefix}{error}") from None
-    wide = dense.as_strided(_dense_sizes(values), (0, 0, 0))
-    block_layout.prove_index({**parts, "values": wide}, prefix)
+        raise FormatError(prefix + _by_block(str(error), values.shape[1])) from None
+    out_features, in_features = parts["dense_shape"].tolist()
+    index = (parts["crow_indices"], parts["col_indices"])
+    block_layout.prove_index(index, (out_features, in_features), 2 * values.shape[2], prefix)

@@ -202,7 +202,8 @@ class BlockSparseLinear(BlockLinear):
                 memory is reserved by `dense_shape`, whose in_features nothing else in the file bounds.
 
         Raises:
-            FormatError: tensors that are missing, contradict each other, or are of another size than the expected one.
+            FormatError: tensors that are missing, contradict each other, or are of another size than the expected one,
+                or those of a SemiStructuredBlockLinear.
             TypeError, ValueError: a tensor or an argument of the wrong kind, dtype, device or out of range.
             RuntimeError: sizes for which there is no memory.
 
@@ -211,6 +212,7 @@ class BlockSparseLinear(BlockLinear):
         >>> torch.equal(BlockSparseLinear.from_state_dict(model.state_dict(), "0.").values, layer.values)
         True
         """
+        block_layout.refuse_two_four(state_dict, prefix)
         parts = block_layout.parts_of(state_dict, PARTS, prefix)
         expected = block_layout.known_sizes(out_features, in_features)
         return cls._of_untrusted_parts(parts, state_dict.get(f"{prefix}bias"), prefix, expected)
@@ -221,8 +223,8 @@ class BlockSparseLinear(BlockLinear):
     ) -> BlockSparseLinear:
         shape = block_layout.check_parts(parts, prefix)
         block_layout.check_known_sizes(shape, expected, prefix)
-        block_layout.prove_index(parts, prefix)
         values = parts["values"]
+        block_layout.prove_index((parts["crow_indices"], parts["col_indices"]), shape, values.shape[2], prefix)
         if bias is not None:
             block_layout.check_bias(bias, values, shape[0], prefix)
             bias = bias.detach().clone()
@@ -263,6 +265,7 @@ class BlockSparseLinear(BlockLinear):
         self._check_whole()
         if any(size % block for size, block in zip(self._shape, self.block_shape, strict=True)):
             raise ValueError(f"block_shape: got {self.block_shape}, expected sizes that divide {self._shape}")
+        self._prove_index()
         index = (self.crow_indices.clone(), self.col_indices.clone())
         values = self.values.detach().clone()
         return torch.sparse_bsr_tensor(*index, values, size=self._shape, check_invariants=False)
@@ -367,9 +370,10 @@ class BlockSparseLinear(BlockLinear):
         error_msgs: list[str],
     ) -> None:
         """Check everything first: what contradicts itself raises, what has other sizes is reported by torch."""
+        block_layout.refuse_two_four(state_dict, prefix)
         own = (self.values, *self._index, torch.tensor([self.out_features, self.in_features], device="cpu"))
         parts = {name: state_dict.get(prefix + name, tensor) for name, tensor in zip(PARTS, own, strict=True)}
-        shape = block_layout.check_parts(parts, prefix)
+        shape = block_layout.check_parts(parts, prefix, sharded=hasattr(self.values, "__tensor_flatten__"))
         got, expected = describe(parts["values"].shape, shape), describe(self.values.shape, self._shape)
         if got != expected:
             error_msgs.append(
@@ -377,11 +381,10 @@ class BlockSparseLinear(BlockLinear):
                 "any sizes"
             )
             return
-        block_layout.prove_index(parts, prefix)
+        block_layout.prove_index((parts["crow_indices"], parts["col_indices"]), shape, self.block_shape[1], prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._set_index(*self._index)
 
 
 def _density_without(pattern: Tensor | None, density: float | None) -> float:

@@ -15,8 +15,7 @@ from bitmask import _C, native
 # Dtypes that have products.
 LINEAR_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
-# Kinds of devices that have kernels, and those whose autocast is minded.
-KERNEL_DEVICES = ("cpu", "cuda")
+# Kinds of devices whose autocast is minded.
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu")
 
 
@@ -167,7 +166,7 @@ def _after_autocast(dtype: torch.dtype, cast_to: torch.dtype | None) -> torch.dt
 
 def check_has_kernels(name: str, tensor: Tensor, family: str) -> None:
     """Raise NotImplementedError if the tensor is where a family of ops has no kernels."""
-    if tensor.device.type not in (*KERNEL_DEVICES, "meta"):
+    if tensor.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(
             f"{name}: got device {tensor.device}, expected cpu or cuda: bitmask has no {family} kernels for others"
         )

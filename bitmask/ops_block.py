@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
+from bitmask import native
 from bitmask.calls import (
     FormatError,
     call,
@@ -23,6 +24,9 @@ from bitmask.calls import (
     refuse_transforms,
     register_autocast,
 )
+
+# Kinds of devices that have kernels here.
+DEVICES = native.DEVICES
 
 
 class TransposedIndex(NamedTuple):
@@ -109,7 +113,7 @@ def bsr_linear_backward_input(grad: Tensor, values: Tensor, transposed: Transpos
     >>> bsr_linear_backward_input(torch.tensor([7.0, 7.0, 1.0, 10.0]), values, transposed, 4)
     tensor([31., 42.,  0.,  0.])
     """
-    return _backward_input(grad, values, *_parts_of(transposed), in_features, _allows_tf32(grad))
+    return backward_input(grad, values, *_parts_of(transposed), in_features, _allows_tf32(grad))
 
 
 def bsr_linear_backward_values(
@@ -132,7 +136,7 @@ def _linear(*args: Any) -> Tensor:
     return _product(torch.ops.bitmask.bsr_linear.default, check_linear, args)
 
 
-def _backward_input(*args: Any) -> Tensor:
+def backward_input(*args: Any) -> Tensor:
     return _product(torch.ops.bitmask.bsr_linear_backward_input.default, _check_backward_input, args)
 
 
@@ -364,7 +368,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs_x:
         if transposed[0] is None:
             transposed = bsr_transpose(crow_indices, col_indices, _blocks_across(ctx.in_features, ctx.block_shape[1]))
-        grad_x = _backward_input(grad, values, *transposed, ctx.in_features, ctx.allow_tf32)
+        grad_x = backward_input(grad, values, *transposed, ctx.in_features, ctx.allow_tf32)
     if needs_values:
         grad_values = _backward_values(grad, x, crow_indices, col_indices, ctx.block_shape, ctx.allow_tf32)
     grad_bias = grad.sum_to_size(grad.shape[-1:]) if any(needs_others) else None
@@ -409,7 +413,7 @@ def _backward_values_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | N
         grad_grad = _linear(x, grad_values, *index, ctx.out_features, None, None, None, None, ctx.allow_tf32)
     if ctx.needs_input_grad[1]:
         transposed = bsr_transpose(crow_indices, col_indices, _blocks_across(ctx.in_features, ctx.block_cols))
-        grad_x = _backward_input(grad, grad_values, *transposed, ctx.in_features, ctx.allow_tf32)
+        grad_x = backward_input(grad, grad_values, *transposed, ctx.in_features, ctx.allow_tf32)
     return grad_grad, grad_x, None, None, None, None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, library
 
 from bitmask.calls import FormatError, call_past_autograd, refuse_frozen_gradient, refuse_transforms, register_autocast
-from bitmask.ops_block import bsr_linear_backward_input, bsr_transpose, check_linear
+from bitmask.ops_block import backward_input, bsr_transpose, check_linear
 from bitmask.ops_two_four import check_parts_24, unpack_24
 
 
@@ -28,7 +28,11 @@ def bsr_linear_24(
     """`F.linear(x, weight, bias)` straight from the kept 2:4 blocks of a weight [out_features, in_features].
 
     The parts are proven while they are used. Gradients flow to `x` and `bias`; the weight is frozen. Under autocast,
-    `x`, the values and `bias` are cast as for `F.linear`.
+    `x`, the values and `bias` are cast as for `F.linear`. The gradient of `x` waits for a GPU, so that it cannot be
+    captured in a CUDA graph.
+
+    An infinity or NaN of `x` that meets an element of a kept block that is not stored makes NaN, as from a dense block,
+    but not on the sparse tensor cores of GPUs: there it takes no part.
 
     Args:
         x: [..., in_features], in the dtype of `values`: float32, bfloat16, float16 or float64.
@@ -43,7 +47,8 @@ def bsr_linear_24(
         [..., out_features] in the dtype of `x`; sums are kept in float32 (float64 for float64) and rounded once.
 
     Raises:
-        FormatError: parts that contradict themselves, each other or the sizes of the weight.
+        FormatError: parts that contradict themselves, each other or the sizes of the weight. What parts on a GPU hold
+            is not waited for: where it contradicts, the result is NaN.
         TypeError, ValueError: a tensor of the wrong kind, dtype, device or size.
         NotImplementedError: gradients under torch.func, derivatives in forward mode.
 
@@ -119,7 +124,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dense = unpack_24(values, metadata)
         block_cols = dense.shape[2]
         transposed = bsr_transpose(crow_indices, col_indices, (ctx.in_features + block_cols - 1) // block_cols)
-        grad_x = bsr_linear_backward_input(grad, dense, transposed, ctx.in_features)
+        # Not in tf32, even where torch allows it: neither is the product.
+        grad_x = backward_input(grad, dense, *transposed, ctx.in_features, False)
     grad_bias = grad.sum_to_size(grad.shape[-1:]) if any(needs_bias) else None
     return grad_x, None, None, None, None, None, grad_bias
 

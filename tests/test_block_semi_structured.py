@@ -14,7 +14,7 @@ from conftest import assert_bits_equal, assert_exports
 from torch import nn
 
 import bitmask
-from bitmask import BlockSparseLinear, FormatError, SemiStructuredBlockLinear, prune_24_
+from bitmask import BitmaskTensor, BlockSparseLinear, FormatError, SemiStructuredBlockLinear, prune_24_
 from bitmask.calls import LINEAR_DTYPES
 
 pytestmark = [
@@ -70,7 +70,9 @@ def test_keeps_the_two_largest_of_four_and_multiplies_them(in_features, out_feat
 
 def test_without_pruning_nothing_may_be_lost():
     source = make()
-    with pytest.raises(ValueError, match=r"layer.values: row 0, columns 0 to 3: got 4 non-zeros, .*, or prune=True"):
+    with pytest.raises(
+        ValueError, match=r"layer.values: block 0, row 0, columns 0 to 3: got 4 non-zeros, .*, or prune=True"
+    ):
         SemiStructuredBlockLinear.from_block_sparse(source)
     prune_24_(source.values.data)
     layer = SemiStructuredBlockLinear.from_block_sparse(source)
@@ -264,8 +266,16 @@ def test_state_dict_of_other_sizes_is_refused(options):
 
 # A change to one part of layer_of(), the error and its message.
 CORRUPT = {
-    "nibble": (lambda s: s["metadata"][2, 3].fill_(0x37), FormatError, "metadata: row 35, columns 0 to 3: got 3 bits"),
-    "bits past the edge": (lambda s: s["metadata"][-1, -1].zero_(), FormatError, "metadata: row 95, columns 0 to 3"),
+    "nibble": (
+        lambda s: s["metadata"][2, 3].fill_(0x37),
+        FormatError,
+        "metadata: block 2, row 3, columns 0 to 3: got 3",
+    ),
+    "bits past the edge": (
+        lambda s: s["metadata"][-1, -1].zero_(),
+        FormatError,
+        "metadata: block 5, row 15, columns 0",
+    ),
     "size": (
         lambda s: s.update(metadata=s["metadata"][:, 1:]),
         FormatError,
@@ -273,6 +283,36 @@ CORRUPT = {
     ),
     "int8": (lambda s: s.update(metadata=s["metadata"].char()), TypeError, "metadata: got dtype torch.int8"),
     "meta": (lambda s: s.update(metadata=s["metadata"].to("meta")), FormatError, "metadata: got a meta tensor"),
+    "sparse": (
+        lambda s: s.update(metadata=s["metadata"].to_sparse()),
+        TypeError,
+        "metadata: got a torch.sparse_coo tensor, expected a dense",
+    ),
+    "sparse values": (
+        lambda s: s.update(values=s["values"].to_sparse()),
+        TypeError,
+        "values: got a torch.sparse_coo tensor, expected a dense",
+    ),
+    "compressed": (
+        lambda s: s.update(values=BitmaskTensor.from_dense(s["values"])),
+        TypeError,
+        "values: got a BitmaskTensor, which wraps other tensors",
+    ),
+    "sparse index": (
+        lambda s: s.update(col_indices=s["col_indices"].to_sparse()),
+        TypeError,
+        "col_indices: got a torch.sparse_coo tensor",
+    ),
+    "nested shape": (
+        lambda s: s.update(dense_shape=torch.nested.nested_tensor([s["dense_shape"]])),
+        TypeError,
+        "dense_shape: got a nested tensor",
+    ),
+    "sparse bias": (
+        lambda s: s.update(bias=s["bias"].to_sparse()),
+        TypeError,
+        "bias: got a torch.sparse_coo tensor, expected a dense",
+    ),
     "no tensor": (lambda s: s.update(metadata=[1]), TypeError, "metadata: got list, expected a torch.Tensor"),
     "odd": (lambda s: s.update(values=s["values"][..., 1:]), FormatError, r"values: got size \[6, 16, 15\]"),
     "flat": (lambda s: s.update(values=s["values"].flatten(1)), FormatError, r"values: got size \[6, 256\]"),
@@ -283,6 +323,7 @@ CORRUPT = {
     "falling": (lambda s: s["crow_indices"].__setitem__(2, 0), FormatError, r"crow_indices\[\d\]: got"),
     "crow": (lambda s: s.update(crow_indices=s["crow_indices"][:-1]), FormatError, "crow_indices: got size"),
     "shape": (lambda s: s["dense_shape"].neg_(), FormatError, r"dense_shape: got \[-50, -70\]"),
+    "huge": (lambda s: s["dense_shape"].fill_(2**62), FormatError, r"dense_shape: got \[4.*, expected .* than 2\^63"),
 }
 
 
@@ -300,6 +341,48 @@ def test_corrupt_state_dict_is_refused_and_changes_nothing(name, assign):
     assert_same_layer(model[0], before[0])
     with pytest.raises(error, match=rf"^0\.{message}"):
         SemiStructuredBlockLinear.from_state_dict(state, "0.")
+
+
+@pytest.mark.parametrize("name", ["metadata", "bias"])
+def test_parts_on_other_devices_than_the_values(name):
+    layer = layer_of()
+    before, state = copy.deepcopy(layer), copy.deepcopy(layer.state_dict())
+    if name == "metadata":  # which itself must have data
+        state = {key: part for key, part in state.items() if key != "bias"} | {"values": state["values"].to("meta")}
+        message = "^metadata: got device cpu, expected meta, the device of values"
+    else:
+        state["bias"], message = state["bias"].to("meta"), "^bias: got device meta, expected cpu, the device of values"
+    with pytest.raises(ValueError, match=message):
+        SemiStructuredBlockLinear.from_state_dict(state)
+    with pytest.raises(ValueError, match=message):
+        layer.load_state_dict(state, assign=True, strict=False)
+    assert_same_layer(layer, before)
+
+
+@pytest.mark.parametrize("parameter", [True, False])
+def test_assigned_parts_stay_frozen_buffers(parameter):
+    source, layer = layer_of(), layer_of()
+    state = source.state_dict()
+    state["values"] = nn.Parameter(state["values"]) if parameter else state["values"].clone().requires_grad_()
+    state["col_indices"] = nn.Parameter(state["col_indices"], requires_grad=False)
+    layer.load_state_dict(state, assign=True)
+    assert_same_layer(layer, source)
+    assert not layer.values.requires_grad
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    assert layer.state_dict().keys() == source.state_dict().keys()
+    assert torch.equal(layer(x := torch.randn(3, 70, requires_grad=True)), source(x))
+
+
+def test_buffers_that_were_written_to_are_proven_again():
+    for work in (lambda layer: layer.weight + 0, lambda layer: layer.to_dense(), lambda layer: layer.to_block_sparse()):
+        layer = layer_of()
+        layer.metadata[2, 3] = 0x37
+        with pytest.raises(FormatError, match=r"^metadata: block 2, row 3, columns 0 to 3: got 3 bits set, expected 2"):
+            work(layer)
+        layer = layer_of()
+        layer.col_indices[0] = -1
+        with pytest.raises(FormatError, match=r"^col_indices\[0\]: got -1, expected at least 0 and less than 3"):
+            work(layer)
 
 
 def test_parts_that_are_missing_and_sizes_that_are_known():

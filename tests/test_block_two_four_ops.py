@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitmask
-from bitmask import BitmaskTensor, FormatError, reference
+from bitmask import BitmaskTensor, FormatError, ops_block, reference
 from bitmask.calls import LINEAR_DTYPES
 from bitmask.ops_block import bsr_linear
 from bitmask.ops_block_two_four import bsr_linear_24
@@ -211,6 +212,24 @@ def test_no_dense_copy_is_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         bsr_linear_24(torch.ones(2, 400, requires_grad=True), *parts)
     assert sum(t.nbytes for t in saved) == sum(t.nbytes for t in parts[:-1])
+
+
+def test_gradients_are_not_rounded_to_tf32_where_the_product_is_not(monkeypatch):
+    allowed = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.bitmask.bsr_linear_backward_input.default:
+                allowed.append(args[6:] not in ((), (False,)))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(ops_block, "_allows_tf32", lambda multiplied: True)
+    blocks, parts = two_four_blocks(64, 128, (32, 32))
+    x = torch.randn(3, 128, requires_grad=True)
+    for product in (lambda: bsr_linear(x, blocks.values, *blocks.index, 64), lambda: bsr_linear_24(x, *parts)):
+        with Record():
+            product().sum().backward()
+    assert allowed == [True, False]
 
 
 def test_values_that_require_a_gradient_are_refused():

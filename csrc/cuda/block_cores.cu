@@ -13,6 +13,7 @@
 #include "cores_tile.cuh"
 #include "elements.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 
 namespace bitmask::cuda {
 namespace {
@@ -257,29 +258,21 @@ __global__ __launch_bounds__(kThreads) void sample_elements(const __grid_constan
 
 // ---------------------------------------------------------------------------------------------------------------- launching
 
-template <typename... Arguments>
-cudaError_t launch(void (*kernel)(Arguments...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
-                   const Arguments&... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks < INT32_MAX ? blocks : INT32_MAX));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
+// Threadblocks walk what is left by themselves.
+int64_t grid_of(int64_t threadblocks) { return threadblocks < INT32_MAX ? threadblocks : INT32_MAX; }
 
 template <typename Tile>
 cudaError_t multiply_by_tiles(const BlockParams& p, cudaStream_t stream) {
   const int64_t down = blocks_across(p.m, Tile::kM), across = blocks_across(p.block_across(), Tile::kN);
   const Tiling tiling{down, across, down * across * p.index.lines};
-  return launch(multiply_tiles<Tile>, tiling.count, Tile::kThreads, sizeof(typename Tile::Shared), stream, p, tiling);
+  return launch_kernel(multiply_tiles<Tile>, {grid_of(tiling.count), Tile::kThreads, sizeof(typename Tile::Shared)}, stream, p, tiling);
 }
 
 template <typename Tile>
 cudaError_t sample_by_tiles(const BlockSampleParams& p, cudaStream_t stream) {
   const int64_t down = blocks_across(p.block_rows, Tile::kM), across = blocks_across(p.block_cols, Tile::kN);
   const Tiling tiling{down, across, down * across * p.index.blocks};
-  return launch(sample_tiles<Tile>, tiling.count, Tile::kThreads, sizeof(typename Tile::Shared), stream, p, tiling);
+  return launch_kernel(sample_tiles<Tile>, {grid_of(tiling.count), Tile::kThreads, sizeof(typename Tile::Shared)}, stream, p, tiling);
 }
 
 // Elements of tiles of some side that cover a block, or a line.
@@ -293,7 +286,8 @@ cudaError_t multiply_few(const BlockParams& p, cudaStream_t stream) {
   lanes.block_step = 32 / lanes.columns / p.block_depth();
   lanes.depth_step = 32 / lanes.columns % p.block_depth();
   const int64_t blocks = blocks_across(p.index.lines * lanes.groups, kThreads / 32);
-  return launch(p.m <= 4 ? multiply_few_rows<kDtype, 4> : multiply_few_rows<kDtype, kMostFewRows>, blocks, kThreads, 0, stream, p, lanes);
+  return launch_kernel(p.m <= 4 ? multiply_few_rows<kDtype, 4> : multiply_few_rows<kDtype, kMostFewRows>, {grid_of(blocks), kThreads},
+                       stream, p, lanes);
 }
 
 // Columns of a thread's tile: float64 sums take two registers each.
@@ -318,7 +312,7 @@ cudaError_t sample(const BlockSampleParams& p, cudaStream_t stream) {
   const int64_t by_elements = p.block_rows * p.block_cols * 8;
   if (by_elements < cost(16)) {
     const int64_t blocks = blocks_across(p.index.blocks * p.block_rows * p.block_cols, kThreads);
-    return launch(sample_elements<kDtype>, blocks, kThreads, 0, stream, p);
+    return launch_kernel(sample_elements<kDtype>, {grid_of(blocks), kThreads}, stream, p);
   }
   if (cost(64) <= cost(32) && cost(64) <= cost(16)) return sample_by_tiles<CoresTile<kDtype, 64, 64, 8, kMostCols<kDtype>>>(p, stream);
   if (cost(32) <= cost(16)) return sample_by_tiles<CoresTile<kDtype, 32, 32, 8, 4>>(p, stream);

@@ -16,6 +16,7 @@
 
 #include "block_lines.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 
 namespace bitmask::cuda {
 namespace {
@@ -164,20 +165,13 @@ __global__ void __launch_bounds__(kThreads) sort_far(const BlockIndex index, int
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t items, cudaStream_t stream, const Arguments&... arguments) {
   if (items == 0) return cudaSuccess;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>((items + kThreads - 1) / kThreads));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return launch_kernel(kernel, {(items + kThreads - 1) / kThreads, kThreads}, stream, arguments...);
 }
 
 cudaError_t launch_tiles(const BlockIndex& index, int64_t tile, bool merging, int32_t* schedule, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>((index.lines + tile - 1) / tile));
-  config.blockDim = dim3(static_cast<unsigned>(tile < 64 ? 32 : tile / 2 < kSortThreads ? tile / 2 : kSortThreads));
-  config.dynamicSmemBytes = static_cast<size_t>(tile) * sizeof(uint64_t);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, sort_tiles, index, tile, merging, schedule);
+  const int64_t threads = tile < 64 ? 32 : tile / 2 < kSortThreads ? tile / 2 : kSortThreads;
+  const LaunchSize size{(index.lines + tile - 1) / tile, static_cast<int>(threads), tile * static_cast<int64_t>(sizeof(uint64_t))};
+  return launch_kernel(sort_tiles, size, stream, index, tile, merging, schedule);
 }
 
 }  // namespace

@@ -19,6 +19,7 @@
 #include "deal.cuh"
 #include "elements.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 
 namespace bitmask::cuda {
 namespace {
@@ -366,19 +367,6 @@ Kernel kernel_of(const Plan& plan, bool transposed) {
   return transposed ? kernel_of<kDtype, true>(plan) : kernel_of<kDtype, false>(plan);
 }
 
-cudaError_t launch(Kernel kernel, const Product& product, const Plan& plan, cudaStream_t stream) {
-  const int64_t threadblocks = plan.tiles * plan.parts;
-  if (threadblocks > INT32_MAX) return cudaErrorInvalidValue;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(threadblocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads_of(plan.rows)));
-  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, product);
-}
-
 bool is_empty(const BlockParams& params) { return params.m == 0 || params.index.lines == 0; }
 
 }  // namespace
@@ -429,7 +417,7 @@ cudaError_t block_multiply(const BlockParams& params, const Device& device, void
   const Kernel kernel = params.dtype == kFloat32    ? kernel_of<kFloat32>(plan, transposed)
                         : params.dtype == kBfloat16 ? kernel_of<kBfloat16>(plan, transposed)
                                                     : kernel_of<kFloat16>(plan, transposed);
-  return launch(kernel, product, plan, stream);
+  return launch_kernel(kernel, {plan.tiles * plan.parts, threads_of(plan.rows), plan.shared_bytes}, stream, product);
 }
 
 }  // namespace bitmask::cuda

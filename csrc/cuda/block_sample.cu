@@ -20,6 +20,7 @@
 #include "deal.cuh"
 #include "elements.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 
 namespace bitmask::cuda {
 namespace {
@@ -287,24 +288,9 @@ Plan plan(const BlockSampleParams& p, const Device& device) {
   return {side, {stages, units, blocks}, stage_rows, arrived_bytes, blocks * 2 * kColumns * side * static_cast<int64_t>(sizeof(float))};
 }
 
-template <LinearDtype kDtype, int kSide>
-cudaError_t launch(const Sampling& sampling, cudaStream_t stream) {
-  const cudaError_t error = cudaFuncSetAttribute(sample<kDtype, kSide>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(sampling.deal.blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, sample<kDtype, kSide>, sampling);
-}
-
 template <LinearDtype kDtype>
-cudaError_t launch(const Sampling& sampling, int side, cudaStream_t stream) {
-  return side == 128  ? launch<kDtype, 128>(sampling, stream)
-         : side == 64 ? launch<kDtype, 64>(sampling, stream)
-         : side == 32 ? launch<kDtype, 32>(sampling, stream)
-                      : launch<kDtype, 16>(sampling, stream);
+auto kernel_of(int side) {
+  return side == 128 ? sample<kDtype, 128> : side == 64 ? sample<kDtype, 64> : side == 32 ? sample<kDtype, 32> : sample<kDtype, 16>;
 }
 
 }  // namespace
@@ -338,9 +324,10 @@ cudaError_t block_sample(const BlockSampleParams& params, const Device& device, 
     const cudaError_t error = cudaMemsetAsync(join.arrived, 0, static_cast<size_t>(plan.arrived_bytes), stream);
     if (error != cudaSuccess) return error;
   }
-  return params.dtype == kBfloat16  ? launch<kBfloat16>(sampling, plan.side, stream)
-         : params.dtype == kFloat16 ? launch<kFloat16>(sampling, plan.side, stream)
-                                    : launch<kFloat32>(sampling, plan.side, stream);
+  const auto kernel = params.dtype == kBfloat16  ? kernel_of<kBfloat16>(plan.side)
+                      : params.dtype == kFloat16 ? kernel_of<kFloat16>(plan.side)
+                                                 : kernel_of<kFloat32>(plan.side);
+  return launch_kernel(kernel, {plan.deal.blocks, kThreads, kSharedBytes}, stream, sampling);
 }
 
 }  // namespace bitmask::cuda

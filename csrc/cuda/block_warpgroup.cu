@@ -15,6 +15,7 @@
 #include "block_lines.cuh"
 #include "elements.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 #include "tensor_map.h"
 
 namespace bitmask::cuda {
@@ -271,17 +272,9 @@ bool has_what_it_takes(const Device& device) { return device.warpgroups && has_t
 
 bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
-template <typename Parameters>
-cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int64_t tiles, int shared_bytes, const Device& device,
-                   cudaStream_t stream) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(tiles < device.multiprocessors ? tiles : device.multiprocessors));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, parameters);
+// A threadblock for each multiprocessor, if there are as many tiles.
+LaunchSize size_of(int64_t tiles, int64_t shared_bytes, const Device& device) {
+  return {tiles < device.multiprocessors ? tiles : device.multiprocessors, kThreads, shared_bytes};
 }
 
 // Calls run(tile) for tiles of the shape that takes least time: as many turns as the multiprocessor with most tiles has, each of them bound
@@ -329,7 +322,7 @@ cudaError_t launch_multiply(Product& product, const BlockParams& params, int32_t
   const bool half = params.dtype == kFloat16;
   const auto kernel = params.transposed ? (half ? multiply<T, kFloat16, true> : multiply<T, kBfloat16, true>)
                                         : (half ? multiply<T, kFloat16, false> : multiply<T, kBfloat16, false>);
-  return launch(kernel, product, product.tiles, T::kSharedBytes, device, stream);
+  return launch_kernel(kernel, size_of(product.tiles, T::kSharedBytes, device), stream, product);
 }
 
 template <typename T>
@@ -340,7 +333,7 @@ cudaError_t launch_sample(Sample& product, const BlockSampleParams& params, cons
   if (error == cudaSuccess) error = encode_tensor_map(&product.x, params.x, params.m, params.cols, kDepth);
   if (error != cudaSuccess) return error;
   const auto kernel = params.dtype == kFloat16 ? sample<T, kFloat16> : sample<T, kBfloat16>;
-  return launch(kernel, product, tiles, T::kSharedBytes, device, stream);
+  return launch_kernel(kernel, size_of(tiles, T::kSharedBytes, device), stream, product);
 }
 
 }  // namespace

@@ -255,7 +255,7 @@ cudaError_t launch_tiles(void (*kernel)(Params), const Params& p, cudaStream_t s
   const int64_t tiles = quotient_up(p.bytes.count, kTileBytes<W>);
   if (tiles > kMostTiles) return cudaErrorInvalidValue;
   const cudaError_t zeroed = cudaMemsetAsync(p.workspace.words, 0, static_cast<size_t>(scan::Workspace::bytes(tiles)), stream);
-  return zeroed != cudaSuccess ? zeroed : launch(kernel, tiles, sizeof(TileMemory<W>), stream, p);
+  return zeroed != cudaSuccess ? zeroed : launch_kernel(kernel, {tiles, kThreads, sizeof(TileMemory<W>)}, stream, p);
 }
 
 // Whether all octets of a matrix are whole and aligned.
@@ -286,11 +286,9 @@ cudaError_t launch_count(const void* dense, int64_t elements, const ZeroWords& z
   const int64_t head = to_aligned < elements ? to_aligned : elements;
   const int64_t octets = (elements - head) / 8, tail = (elements - head) % 8;
   const int64_t blocks = quotient_up(octets, kThreads * kCountOctets);
-  return launch(count_elements<W>,
-                blocks < 1             ? 1
-                : blocks < kLoopBlocks ? blocks
-                                       : kLoopBlocks,
-                0, stream, static_cast<const Element<W>*>(dense), head, octets, tail, zero_test, nnz);
+  const int64_t least = blocks < 1 ? 1 : blocks;
+  return launch_kernel(count_elements<W>, {least < kLoopBlocks ? least : kLoopBlocks, kThreads}, stream,
+                       static_cast<const Element<W>*>(dense), head, octets, tail, zero_test, nnz);
 }
 
 }  // namespace
@@ -336,7 +334,7 @@ cudaError_t decompress(const BitmaskMatrix& w, int64_t begin, int64_t end, int w
                            {static_cast<uint64_t*>(workspace)}};
   if (w.cols == 0) {
     const int64_t blocks = quotient_up(end - begin, kThreads);
-    return launch(prove_empty_rows, blocks < kLoopBlocks ? blocks : kLoopBlocks, 0, stream, p);
+    return launch_kernel(prove_empty_rows, {blocks < kLoopBlocks ? blocks : kLoopBlocks, kThreads}, stream, p);
   }
   if (dense == nullptr) return launch_tiles<1>(decompress_tiles<1, Write::kNothing>, p, stream);
   return for_width<16>(width, [&](auto bytes) { return launch_decompress<bytes>(p, stream); });
@@ -345,7 +343,8 @@ cudaError_t decompress(const BitmaskMatrix& w, int64_t begin, int64_t end, int w
 cudaError_t poison(void* data, int64_t bytes, const Fault* fault, cudaStream_t stream) {
   if (bytes == 0) return cudaSuccess;
   const int64_t blocks = quotient_up(bytes, kThreads);
-  return launch(fill_if_faulty, blocks < kLoopBlocks ? blocks : kLoopBlocks, 0, stream, static_cast<uint8_t*>(data), bytes, fault);
+  return launch_kernel(fill_if_faulty, {blocks < kLoopBlocks ? blocks : kLoopBlocks, kThreads}, stream, static_cast<uint8_t*>(data), bytes,
+                       fault);
 }
 
 }  // namespace bitmask::cuda

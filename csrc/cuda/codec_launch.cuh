@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "codec_tile.cuh"
+#include "launch.cuh"
 
 namespace bitmask::cuda::codec {
 
@@ -17,17 +18,6 @@ constexpr int64_t quotient_up(int64_t a, int64_t b) { return a / b + (a % b != 0
 
 inline bool aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
-}
-
-template <typename... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, size_t shared_bytes, cudaStream_t stream,
-                   const std::common_type_t<Parameters>&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned int>(blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // Calls run(std::integral_constant<int, W>) with the width that W is to be, at most kWidest.

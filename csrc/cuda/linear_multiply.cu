@@ -11,6 +11,7 @@
 
 #include "deal.cuh"
 #include "elements.cuh"
+#include "launch.cuh"
 #include "linear_multiply.h"
 
 namespace bitmask::cuda {
@@ -424,22 +425,11 @@ Plan plan(const LinearParams& params, const Device& device) {
   return plan;
 }
 
-cudaError_t launch(void (*kernel)(Product), const Product& product, int threads, int64_t shared_bytes, cudaStream_t stream) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(product.deal.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, product);
-}
-
 template <int kTiles, int kFragments>
 cudaError_t launch_multiply(const Product& product, LinearDtype dtype, cudaStream_t stream) {
   const bool half = dtype == kFloat16;
-  return launch(half ? multiply<kTiles, kFragments, kFloat16> : multiply<kTiles, kFragments, kBfloat16>, product,
-                Multiply<kTiles, kFragments, kBfloat16>::kThreads, sizeof(Shared<kTiles>), stream);
+  return launch_kernel(half ? multiply<kTiles, kFragments, kFloat16> : multiply<kTiles, kFragments, kBfloat16>,
+                       {product.deal.blocks, Multiply<kTiles, kFragments, kBfloat16>::kThreads, sizeof(Shared<kTiles>)}, stream, product);
 }
 
 }  // namespace
@@ -471,7 +461,7 @@ cudaError_t linear_multiply(const LinearParams& params, const Device& device, vo
     product.y = static_cast<uint16_t*>(params.y) + first * params.w.rows;
     product.m = params.m - first;
     if (!plan.deal.whole_tiles()) {
-      const cudaError_t error = launch(count, product, 4 * kTileRows, 0, stream);
+      const cudaError_t error = launch_kernel(count, {product.deal.blocks, 4 * kTileRows}, stream, product);
       if (error != cudaSuccess) return error;
     }
     const auto run = plan.tiles == 1   ? launch_multiply<1, 1>

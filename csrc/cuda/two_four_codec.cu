@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(kThreads) prove(const UnpackParams p) {
 template <int W, typename Params>
 cudaError_t launch_tiles(void (*kernel)(Params), const Params& p, cudaStream_t stream) {
   const int64_t tiles = quotient_up(p.bytes.count, kTileBytes<W>);
-  return tiles > kMostTiles ? cudaErrorInvalidValue : launch(kernel, tiles, 0, stream, p);
+  return tiles > kMostTiles ? cudaErrorInvalidValue : launch_kernel(kernel, {tiles, kThreads}, stream, p);
 }
 
 // Launches the one of three kernels, for 8, 4 or 1 elements together, that the alignment of dense elements and values allows.

@@ -15,6 +15,7 @@
 #include <cuda_runtime.h>
 
 #include "elements.cuh"
+#include "launch.cuh"
 
 namespace bitmask::cuda {
 namespace {
@@ -338,15 +339,7 @@ cudaError_t two_four_multiply(const TwoFourParams& params, const Device& device,
     product.schedule = schedule;
   }
   const auto kernel = params.dtype == kFloat16 ? plan.kernels->float16 : plan.kernels->bfloat16;
-  const int shared_bytes = static_cast<int>(plan.kernels->shared_bytes);
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(plan.deal.blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, product);
+  return launch_kernel(kernel, {plan.deal.blocks, kThreads, plan.kernels->shared_bytes}, stream, product);
 }
 
 }  // namespace bitmask::cuda

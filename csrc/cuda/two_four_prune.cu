@@ -147,7 +147,7 @@ cudaError_t launch_prune(const PruneParams& p, cudaStream_t stream) {
   const int64_t tiles = codec::quotient_up(p.blocks, codec::kThreads);
   if (!codec::aligned(p.dense, W) || tiles > codec::kMostTiles) return cudaErrorInvalidValue;
   const bool in_fours = codec::aligned(p.dense, codec::kVectorBytes<W, kBlock>);
-  return codec::launch(in_fours ? prune_blocks<kDtype, kBlock> : prune_blocks<kDtype, 1>, tiles, 0, stream, p);
+  return launch_kernel(in_fours ? prune_blocks<kDtype, kBlock> : prune_blocks<kDtype, 1>, {tiles, codec::kThreads}, stream, p);
 }
 
 }  // namespace

@@ -1,10 +1,12 @@
 """The GPU benchmarks on a stand-in for a GPU: the same cells, checks, reports and tables, with torch's CPU ops."""
 
+import gc
 import json
 import re
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from benchmarks.gpu.plan import GpuPlan, microseconds
 from benchmarks.gpu.report import GPU_SUITES, GpuReport
 from benchmarks.gpu.rivals import RivalsError, load_rivals
 from benchmarks.gpu.run import GpuOrder, run_on
+from benchmarks.models.networks import linear_layers
 from benchmarks.timer import Budget, Summary
 
 ROOT = Path(__file__).parent.parent
@@ -380,6 +383,29 @@ def test_decode_notices_a_weight_that_stayed_dense(monkeypatch):
     monkeypatch.setattr(decode, "compressed_twin", lambda model, body: model)
     with pytest.raises(WrongResultError, match="did not get compressed"), torch.inference_mode():
         decode.run(plan([]))
+
+
+@pytest.mark.parametrize("suite", [decode, decode_blocks])
+def test_the_dense_decoder_is_gone_when_its_twin_is_sized(monkeypatch, suite):
+    held, alive = [], []
+    make, sizes = decode.make_decoder, decode._sizes
+
+    def watched(*args):
+        model = make(*args)
+        held.extend(weakref.ref(each) for each in (model, *(layer.weight for layer in linear_layers(model.blocks))))
+        return model
+
+    def counted(*args):
+        gc.collect()
+        alive.append(sum(each() is not None for each in held))
+        return sizes(*args)
+
+    monkeypatch.setattr(decode, "make_decoder", watched)
+    monkeypatch.setattr(decode, "_sizes", counted)
+    with torch.inference_mode():
+        suite.run(plan([], Selection(sparsities=(0.5,))))
+    assert alive == [len(held), 0]
+    assert len(held) > 1
 
 
 def test_the_decoder_attends_to_what_was_said():

@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from benchmarks.block_sparse.result import FORWARD, GRAD_INPUT, GRAD_WEIGHT
 from benchmarks.block_sparse.weights import BlockWeight
-from benchmarks.cases import DTYPES, Selection, Shape, Workload, dense_input, shape_name
+from benchmarks.cases import Selection, Shape, Workload, dense_input, shape_name
 from benchmarks.gpu.contest import Entrant, contest
-from benchmarks.gpu.dense import dense_entrants
+from benchmarks.gpu.dense import DENSE, dense_entrants, fastest
 from benchmarks.gpu.plan import GpuPlan
-from benchmarks.gpu.products import DENSE, GpuProductResult, dense_nbytes, product_tables
+from benchmarks.gpu.products import GpuProductResult, dense_nbytes, product_tables
 from benchmarks.linear.measure import Reference
 from benchmarks.linear.result import BITMASK
 from benchmarks.timer import Budget
@@ -144,11 +144,11 @@ def _subjects(selection: Selection) -> list[_Subject]:
 def _cell(plan: GpuPlan, layers: _Layers, m: int, part: str) -> list[GpuProductResult]:
     subject = layers.subject
     n, k = subject.shape
-    x, grad = (_random_rows(plan, subject.dtype, m, columns) for columns in (k, n))
+    x, grad = (plan.random_rows(subject.dtype, m, columns) for columns in (k, n))
     dense, others = _PARTS[part](plan, layers, x, grad)
     budget = _QUICK_BUDGET if plan.quick else _BUDGET
     timings = contest(plan.device, [*dense, *others], budget, f"{part}, {subject}, m = {m}", plan.say)
-    best = min((entrant.name for entrant in dense), key=lambda name: timings[name].summary.median_ms)
+    best = fastest(dense, timings)
     shown = {DENSE: best} | {each.name: each.name for each in others if each.name in timings}
     return [
         GpuProductResult(
@@ -171,11 +171,6 @@ def _cell(plan: GpuPlan, layers: _Layers, m: int, part: str) -> list[GpuProductR
         )
         for contender, name in shown.items()
     ]
-
-
-def _random_rows(plan: GpuPlan, dtype: str, rows: int, columns: int) -> Tensor:
-    generator = torch.Generator(plan.device.where).manual_seed(plan.header.seed + rows)
-    return torch.randn(rows, columns, generator=generator, device=plan.device.where).to(DTYPES[dtype])
 
 
 # The dense entrants of each part, and the others.

@@ -508,8 +508,9 @@ WIDE = Selection(dtypes=("fp32",), shapes=((512, 512),), sparsities=(0.0,), rows
 
 
 @pytest.mark.parametrize("always", [False, True])
-@pytest.mark.parametrize("name", PRODUCTS.values())
-def test_tf32_may_round_where_it_was_asked_for(monkeypatch, name, always):
+@pytest.mark.parametrize(("part", "name"), PRODUCTS.items())
+def test_tf32_may_round_where_it_was_asked_for(monkeypatch, part, name, always):
+    monkeypatch.setattr(block_sparse, "_PARTS", {part: block_sparse._PARTS[part]})
     device, right = Tf32(), getattr(block_sparse, name)
 
     def cut(rows, other, *rest):
@@ -525,6 +526,7 @@ def test_tf32_may_round_where_it_was_asked_for(monkeypatch, name, always):
 @pytest.mark.parametrize(("part", "name"), PRODUCTS.items())
 def test_one_lost_tile_is_noticed_in_tf32(monkeypatch, part, name):
     """16 x 16 sums each lack 16 of their products; in norm that is less than 2% of the whole."""
+    monkeypatch.setattr(block_sparse, "_PARTS", {part: block_sparse._PARTS[part]})
     device, right = Tf32(), getattr(block_sparse, name)
 
     def wrong(rows, other, *rest):
@@ -572,7 +574,7 @@ def test_block_sparse_weights_are_cold(monkeypatch, dtype, sparsity):
     ordered = plan([], Selection(dtypes=(dtype,), shapes=((96, 64),), sparsities=(sparsity,), rows=(1, 512, 4096)))
     block_sparse.run(ordered)
     assert held[1] == held[512] >= ordered.uncached_nbytes
-    assert held[4096] < held[512]
+    assert held[4096] <= held[512]
 
 
 def test_semi_structured_cells():

@@ -1,5 +1,6 @@
 """2:4 on a GPU: packed as the CPU does it, products against float64, hostile metadata, torch's own 2:4 as a witness."""
 
+import block_weights
 import pytest
 import torch
 import torch.nn.functional as F
@@ -249,12 +250,13 @@ def test_layers(device, dtype):
     for name in ("values", "metadata", "crow_indices", "col_indices"):
         assert_bits_equal(getattr(there, name).cpu(), getattr(here, name))
     x = random_numbers(9, 256, density=1.0, dtype=dtype)
-    assert_is_product(there(x.to(device)), x, here.to_dense().weight, here.bias)
+    dense = here.to_dense().weight
+    block_weights.assert_is_product(there(x.to(device)), x, dense.t(), here.bias)
     moved = SemiStructuredBlockLinear.from_state_dict(here.state_dict()).to(device)
     assert_bits_equal(moved(x.to(device)), there(x.to(device)))
     given = x.to(device).requires_grad_()
     there(given).sum().backward()
-    assert_is_product(given.grad, torch.ones(9, 192, dtype=dtype), here.to_dense().weight.t())
+    block_weights.assert_is_product(given.grad, torch.ones(9, 192, dtype=dtype), dense)
     with torch.autocast(device.type, torch.bfloat16):
         assert there(x.to(device)).dtype == (dtype if dtype == torch.float64 else torch.bfloat16)
 

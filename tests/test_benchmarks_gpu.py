@@ -1,11 +1,13 @@
 """The GPU benchmarks on a stand-in for a GPU: the same cells, checks, reports and tables, with torch's CPU ops."""
 
+import gc
 import json
 import re
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+import weakref
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ from benchmarks.gpu.plan import GpuPlan, microseconds
 from benchmarks.gpu.report import GPU_SUITES, GpuReport
 from benchmarks.gpu.rivals import RivalsError, load_rivals
 from benchmarks.gpu.run import GpuOrder, run_on
+from benchmarks.models.networks import linear_layers
 from benchmarks.timer import Budget, Summary
 
 ROOT = Path(__file__).parent.parent
@@ -382,6 +385,29 @@ def test_decode_notices_a_weight_that_stayed_dense(monkeypatch):
         decode.run(plan([]))
 
 
+@pytest.mark.parametrize("suite", [decode, decode_blocks])
+def test_the_dense_decoder_is_gone_when_its_twin_is_sized(monkeypatch, suite):
+    held, alive = [], []
+    make, sizes = decode.make_decoder, decode._sizes
+
+    def watched(*args):
+        model = make(*args)
+        held.extend(weakref.ref(each) for each in (model, *(layer.weight for layer in linear_layers(model.blocks))))
+        return model
+
+    def counted(*args):
+        gc.collect()
+        alive.append(sum(each() is not None for each in held))
+        return sizes(*args)
+
+    monkeypatch.setattr(decode, "make_decoder", watched)
+    monkeypatch.setattr(decode, "_sizes", counted)
+    with torch.inference_mode():
+        suite.run(plan([], Selection(sparsities=(0.5,))))
+    assert alive == [len(held), 0]
+    assert len(held) > 1
+
+
 def test_the_decoder_attends_to_what_was_said():
     """Step by step with the memory of keys and values is the whole sequence at once, causally."""
     model = make_decoder(TOY, 12, torch.float64, 0.5, torch.device("cpu"), seed=1)
@@ -458,6 +484,97 @@ def test_block_sparse_notices_one_lost_column(monkeypatch, name, part, dtype):
     monkeypatch.setattr(block_sparse, name, wrong)
     with pytest.raises(WrongResultError, match=f"bitmask is wrong for {part}, 96x64"):
         block_sparse.run(plan([], Selection(dtypes=(dtype,), shapes=((96, 64),), sparsities=(0.0,))))
+
+
+class Tf32(StandIn):
+    """Notes what precision is asked for, as torch's setting does."""
+
+    tf32 = False
+
+    @contextmanager
+    def precision(self, tf32):
+        self.tf32 = tf32
+        yield
+        self.tf32 = False
+
+
+def rounded(tensor):
+    """Cut to what tf32 holds."""
+    return (tensor.view(torch.int32) & -(2**13)).view(torch.float32)
+
+
+PRODUCTS = {"forward": "bsr_linear", "dX": "bsr_linear_backward_input", "dW": "bsr_linear_backward_values"}
+WIDE = Selection(dtypes=("fp32",), shapes=((512, 512),), sparsities=(0.0,), rows=(64,))
+
+
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize(("part", "name"), PRODUCTS.items())
+def test_tf32_may_round_where_it_was_asked_for(monkeypatch, part, name, always):
+    monkeypatch.setattr(block_sparse, "_PARTS", {part: block_sparse._PARTS[part]})
+    device, right = Tf32(), getattr(block_sparse, name)
+
+    def cut(rows, other, *rest):
+        if always or device.tf32:
+            rows, other = rounded(rows), rounded(other)
+        return right(rows, other, *rest)
+
+    monkeypatch.setattr(block_sparse, name, cut)
+    with pytest.raises(WrongResultError, match="fp32") if always else nullcontext():
+        block_sparse.run(replace(plan([], WIDE), device=device))
+
+
+@pytest.mark.parametrize(("part", "name"), PRODUCTS.items())
+def test_one_lost_tile_is_noticed_in_tf32(monkeypatch, part, name):
+    """16 x 16 sums each lack 16 of their products; in norm that is less than 2% of the whole."""
+    monkeypatch.setattr(block_sparse, "_PARTS", {part: block_sparse._PARTS[part]})
+    device, right = Tf32(), getattr(block_sparse, name)
+
+    def wrong(rows, other, *rest):
+        found = right(rows, other, *rest)
+        if device.tf32:
+            less = rows.clone()
+            less[:16, :16] = 0
+            if part == "dW":
+                found[0] = right(less, other, *rest)[0]
+            else:
+                found[:16, :16] = right(less, other, *rest)[:16, :16]
+        return found
+
+    monkeypatch.setattr(block_sparse, name, wrong)
+    with pytest.raises(WrongResultError, match=f"bitmask is wrong for {part}, 512x512 tf32"):
+        block_sparse.run(replace(plan([], WIDE), device=device))
+
+
+def test_torch_csr_is_told_places_in_32_bits_at_a_tenth_of_the_blocks(monkeypatch):
+    """Of 29 blocks 3 are kept, which is a bit more."""
+    indices, multiply = set(), block_sparse._by_csr
+
+    def noted(weight, x):
+        indices.update({weight.crow_indices().dtype, weight.col_indices().dtype})
+        return multiply(weight, x)
+
+    monkeypatch.setattr(block_sparse, "_by_csr", noted)
+    results = block_sparse.run(plan([], Selection(dtypes=("fp32",), shapes=((16, 464),), sparsities=(0.9,), rows=(3,))))
+    (found,) = {result.density for result in results if result.contender == "torch CSR"}
+    assert 0.1 < found < 0.105
+    assert indices == {torch.int32}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_block_sparse_weights_are_cold(monkeypatch, dtype, sparsity):
+    """Of up to 512 rows, for which it matters where W comes from."""
+    held = {}
+
+    def noted(plan, layers, m, part):
+        held[m] = sum(each.values.nbytes for each in layers.blocks)
+        return []
+
+    monkeypatch.setattr(block_sparse, "_cell", noted)
+    ordered = plan([], Selection(dtypes=(dtype,), shapes=((96, 64),), sparsities=(sparsity,), rows=(1, 512, 4096)))
+    block_sparse.run(ordered)
+    assert held[1] == held[512] >= ordered.uncached_nbytes
+    assert held[4096] <= held[512]
 
 
 def test_semi_structured_cells():

@@ -1,11 +1,13 @@
 """tests/run_gpu.sh with stand-ins for the programs of a GPU machine: what it runs, and that it notices what fails."""
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+ASKS = re.compile(r"def test_\w+\([^)]*\bdevice\b")  # for the fixture
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PROGRAMS = {
     # What it compiles does nothing; what it was to plant is seen by the stand-in for the sanitizer alone.
@@ -61,6 +63,14 @@ def test_all_phases(run, tmp_path):
         f"{name}.log"
         for name in ("build", "tests", "tests-blocks", "smoke", "sanitizers", "benchmark", "benchmark-blocks")
     }
+
+
+def test_every_test_that_asks_for_a_device_runs_on_a_gpu(run):
+    asking = [path for path in (ROOT / "tests").glob("test_*.py") if ASKS.search(path.read_text())]
+    assert len(asking) >= 2
+    _, calls = run("tests", "tests-blocks")
+    (chosen,) = (line for line in calls.splitlines() if line.endswith("-k gpu or cuda"))
+    assert {f"tests/{path.name}" for path in asking} <= set(chosen.split())
 
 
 def test_chosen_phases(run):

@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from benchmarks.block_sparse.result import FORWARD, GRAD_INPUT, GRAD_WEIGHT
 from benchmarks.block_sparse.weights import BlockWeight
-from benchmarks.cases import DTYPES, Selection, Shape, Workload, dense_input, shape_name
+from benchmarks.cases import Selection, Shape, Workload, dense_input, shape_name
 from benchmarks.gpu.contest import Entrant, contest
-from benchmarks.gpu.dense import dense_entrants
+from benchmarks.gpu.dense import DENSE, dense_entrants, fastest
 from benchmarks.gpu.plan import GpuPlan
-from benchmarks.gpu.products import DENSE, GpuProductResult, dense_nbytes, product_tables
+from benchmarks.gpu.products import GpuProductResult, dense_nbytes, product_tables
 from benchmarks.linear.measure import Reference
 from benchmarks.linear.result import BITMASK
 from benchmarks.timer import Budget
@@ -30,9 +30,9 @@ _RIVAL_ROWS = (16, 512, 4096)  # torch compiles for each, which takes seconds
 _CSR_ROWS, _CSR_DENSITY = 512, 0.1  # beyond which cuSPARSE takes longer than the rest of the cell
 _BUDGET = Budget(min_rounds=5, max_rounds=15, slow_rounds=3, seconds=0.05)
 _QUICK_BUDGET = Budget(min_rounds=2, max_rounds=2, slow_rounds=2, seconds=0.0)
-_FEWEST_LAYERS, _MOST_LAYERS = 2, 256
-_FEW_ROWS, _LAYERS_OF_MANY_ROWS = 128, 8  # arithmetic decides beyond, and a pass over all layers would take long
-_MOST_DENSE_NBYTES = 4 * 2**30
+_FEWEST_LAYERS, _MOST_LAYERS = 2, 1024
+_FEW_ROWS, _LAYERS_OF_MANY_ROWS = 512, 8  # arithmetic decides beyond, and a pass over all layers would take long
+_DENSE_SHARE = 8  # a share of the memory for the dense weights: beside them there are up to two transposed copies
 
 Index = tuple[Tensor, Tensor]
 IsRight = Callable[[Tensor], bool]
@@ -66,7 +66,10 @@ class _Blocks:
 
 @dataclass(frozen=True)
 class _Layers:
-    """Equal weights at different places, dense and as blocks, so many that no cache holds the blocks of all."""
+    """Equal weights at different places, dense and as blocks, so many that no cache holds the blocks of all.
+
+    The kept elements of all together are at least `plan.uncached_nbytes`, unless the dense weights would take too much.
+    """
 
     subject: _Subject
     weight: BlockWeight
@@ -80,7 +83,8 @@ class _Layers:
         first = dense_input(Workload(subject.shape, subject.dtype, 0.0), plan.header.seed, where)
         weight = BlockWeight.cut_from(first, subject.block, subject.sparsity)
         needed = -(-plan.uncached_nbytes // weight.values.nbytes)
-        count = min(max(needed, _FEWEST_LAYERS), _MOST_LAYERS, max(_MOST_DENSE_NBYTES // first.nbytes, 1))
+        room = plan.header.hardware.memory_nbytes // _DENSE_SHARE
+        count = min(max(needed, _FEWEST_LAYERS), _MOST_LAYERS, max(room // first.nbytes, 1))
         masked = first * weight.elements_mask.to(where)
         blocks = [
             _Blocks(
@@ -144,11 +148,11 @@ def _subjects(selection: Selection) -> list[_Subject]:
 def _cell(plan: GpuPlan, layers: _Layers, m: int, part: str) -> list[GpuProductResult]:
     subject = layers.subject
     n, k = subject.shape
-    x, grad = (_random_rows(plan, subject.dtype, m, columns) for columns in (k, n))
+    x, grad = (plan.random_rows(subject.dtype, m, columns) for columns in (k, n))
     dense, others = _PARTS[part](plan, layers, x, grad)
     budget = _QUICK_BUDGET if plan.quick else _BUDGET
     timings = contest(plan.device, [*dense, *others], budget, f"{part}, {subject}, m = {m}", plan.say)
-    best = min((entrant.name for entrant in dense), key=lambda name: timings[name].summary.median_ms)
+    best = fastest(dense, timings)
     shown = {DENSE: best} | {each.name: each.name for each in others if each.name in timings}
     return [
         GpuProductResult(
@@ -173,19 +177,14 @@ def _cell(plan: GpuPlan, layers: _Layers, m: int, part: str) -> list[GpuProductR
     ]
 
 
-def _random_rows(plan: GpuPlan, dtype: str, rows: int, columns: int) -> Tensor:
-    generator = torch.Generator(plan.device.where).manual_seed(plan.header.seed + rows)
-    return torch.randn(rows, columns, generator=generator, device=plan.device.where).to(DTYPES[dtype])
-
-
 # The dense entrants of each part, and the others.
 
 _Entrants = tuple[list[Entrant], list[Entrant]]
 
 
 def _judge(subject: _Subject, x: Tensor, weight: Tensor) -> IsRight:
-    """Whether a result is x W^T; tf32 has rounded both."""
-    return partial(Reference(x, weight, rounded_parts=True).accepts, lossy=subject.tf32)
+    """Whether a result is x W^T."""
+    return partial(Reference(x, weight, rounded_parts=True, tf32=subject.tf32).accepts, lossy=False)
 
 
 def _forward(plan: GpuPlan, layers: _Layers, x: Tensor, grad: Tensor) -> _Entrants:
@@ -211,11 +210,17 @@ def _torch_bsr(plan: GpuPlan, layers: _Layers, x: Tensor, is_right: IsRight) -> 
 
 
 def _torch_csr(layers: _Layers, x: Tensor, is_right: IsRight) -> list[Entrant]:
-    """cuSPARSE, by torch, with single elements."""
-    if layers.density > _CSR_DENSITY or len(x) > _CSR_ROWS:
+    """cuSPARSE, by torch, with single elements, at the places of which it is told in 32 bits."""
+    if round(layers.density, 2) > _CSR_DENSITY or len(x) > _CSR_ROWS:  # a whole number of blocks is kept
         return []
-    calls = [partial(_by_csr, weight.to_sparse_csr(), x) for weight in layers.dense]
+    calls = [partial(_by_csr, _csr_of(weight), x) for weight in layers.dense]
     return [Entrant("torch CSR", calls, is_right, peer=True)]
+
+
+def _csr_of(weight: Tensor) -> Tensor:
+    wide = weight.to_sparse_csr()
+    index = wide.crow_indices().int(), wide.col_indices().int()
+    return torch.sparse_csr_tensor(*index, wide.values(), wide.shape, check_invariants=False)
 
 
 def _by_csr(weight: Tensor, x: Tensor) -> Tensor:

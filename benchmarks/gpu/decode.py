@@ -15,7 +15,7 @@ from benchmarks.gpu.plan import GpuPlan
 from benchmarks.models.networks import checkpoint_nbytes, compressed_twin, linear_layers, linear_nbytes
 from benchmarks.models.result import BITMASK, DENSE
 from benchmarks.report import Result, markdown_table
-from benchmarks.timer import Budget
+from benchmarks.timer import Budget, Summary
 from bitmask import BitmaskTensor
 
 _DEFAULT = Selection(dtypes=("bf16",), sparsities=(0.5,), rows=(1, 8))
@@ -144,16 +144,16 @@ def _measure(plan: GpuPlan, subject: Subject, make_twin: MakeTwin, batches: Sequ
             contender=contender,
             dtype=subject.dtype,
             sparsity=subject.sparsity,
-            summary=timings[contender].summary,
+            summary=summaries[contender],
             model=subject.shape.name,
             rows=rows,
-            dense_ms=timings[DENSE].summary.median_ms,
+            dense_ms=summaries[DENSE].median_ms,
             linear_nbytes=sizes[contender].linear_nbytes,
             checkpoint_nbytes=sizes[contender].checkpoint_nbytes,
             peak_nbytes=sizes[contender].peaks[rows],
             difference=differences[rows],
         )
-        for rows, timings in cells.items()
+        for rows, summaries in cells.items()
         for contender in (DENSE, BITMASK)
     ]
 
@@ -195,13 +195,15 @@ def _difference(plan: GpuPlan, subject: Subject, dense: Decoder, twin: Decoder, 
     return largest
 
 
-def _time(plan: GpuPlan, subject: Subject, models: tuple[Decoder, Decoder], rows: int) -> Any:
+def _time(plan: GpuPlan, subject: Subject, models: tuple[Decoder, Decoder], rows: int) -> dict[str, Summary]:
+    """Steps of both, by name: figures alone, which keep neither model alive."""
     entrants = [
         Entrant(name, [partial(_step, model, _state(plan, subject, model, rows))], _is_finite)
         for name, model in zip((DENSE, BITMASK), models, strict=True)
     ]
     budget = _QUICK_BUDGET if plan.quick else _BUDGET
-    return contest(plan.device, entrants, budget, f"{subject}, batch {rows}", plan.say)
+    timings = contest(plan.device, entrants, budget, f"{subject}, batch {rows}", plan.say)
+    return {name: timing.summary for name, timing in timings.items()}
 
 
 def _is_finite(logits: Tensor) -> bool:

@@ -16,7 +16,7 @@ import bitmask
 
 _QUEUE_CYCLES = 200_000  # about 0.1 ms, in which the host queues what is timed
 _SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
-_OPS = ("compress", "compress_into", "decompress", "linear", "bsr_linear", "linear_24")
+_OPS = ("compress", "compress_into", "decompress", "linear", "bsr_linear", "linear_24", "bsr_linear_24")
 
 
 @dataclass(frozen=True)

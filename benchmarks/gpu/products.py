@@ -6,11 +6,10 @@ from statistics import median
 from typing import ClassVar
 
 from benchmarks.cases import DTYPES, shape_name
+from benchmarks.gpu.dense import DENSE
 from benchmarks.gpu.plan import microseconds
 from benchmarks.linear.result import BITMASK, LinearTiming
 from benchmarks.report import grouped, markdown_table
-
-DENSE = "dense"
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from benchmarks.block_sparse.result import FORWARD
 from benchmarks.block_sparse.weights import BlockWeight
-from benchmarks.cases import DTYPES, Selection, Shape, Workload, dense_input, shape_name
+from benchmarks.cases import Selection, Shape, Workload, dense_input, shape_name
 from benchmarks.gpu.contest import Entrant, contest
-from benchmarks.gpu.dense import dense_entrants
+from benchmarks.gpu.dense import DENSE, dense_entrants, fastest
 from benchmarks.gpu.plan import GpuPlan
-from benchmarks.gpu.products import DENSE, GpuProductResult, dense_nbytes, product_tables
+from benchmarks.gpu.products import GpuProductResult, dense_nbytes, product_tables
 from benchmarks.linear.measure import Reference
 from benchmarks.linear.result import BITMASK
 from benchmarks.timer import Budget
@@ -94,7 +94,7 @@ def _results(
     budget = _QUICK_BUDGET if plan.quick else _BUDGET
     entrants = [*yardsticks, *(entrant for entrant, _ in others)]
     timings = contest(plan.device, entrants, budget, str(cell), plan.say)
-    best = min((entrant.name for entrant in yardsticks), key=lambda name: timings[name].summary.median_ms)
+    best = fastest(yardsticks, timings)
     whole = dense_nbytes(cell.shape, cell.dtype)
     shown = [(DENSE, best, whole)] + [(each.name, each.name, size) for each, size in others if each.name in timings]
     return [
@@ -145,14 +145,8 @@ def _codec(plan: GpuPlan, cell: _Cell, weights: Sequence[Tensor]) -> list[GpuPro
 # Products.
 
 
-def _random_rows(plan: GpuPlan, cell: _Cell) -> Tensor:
-    generator = torch.Generator(plan.device.where).manual_seed(plan.header.seed + cell.rows)
-    x = torch.randn(cell.rows, cell.shape[1], generator=generator, device=plan.device.where)
-    return x.to(DTYPES[cell.dtype])
-
-
 def _products(plan: GpuPlan, cell: _Cell, weights: Sequence[Tensor]) -> list[GpuProductResult]:
-    x = _random_rows(plan, cell)
+    x = plan.random_rows(cell.dtype, cell.rows, cell.shape[1])
     is_right = partial(Reference(x, weights[0], rounded_parts=True).accepts, lossy=False)
     packed = [pack_24(weight) for weight in weights]
     nbytes = sum(part.nbytes for part in packed[0])
@@ -179,7 +173,8 @@ def _torch_entrants(
 
 def _blocks(plan: GpuPlan, cell: _Cell, weights: Sequence[Tensor]) -> list[GpuProductResult]:
     """Blocks that are 2:4, beside the same blocks as dense ones."""
-    x, where, n = _random_rows(plan, cell), plan.device.where, cell.shape[0]
+    x = plan.random_rows(cell.dtype, cell.rows, cell.shape[1])
+    where, n = plan.device.where, cell.shape[0]
     weight = BlockWeight.cut_from(weights[0], cell.block, 1 - _DENSITY)
     values, metadata = pack_24(weight.values)
     count = min(max(-(-plan.uncached_nbytes // values.nbytes), _FEWEST_LAYERS), _MOST_LAYERS)

@@ -1,9 +1,10 @@
 """2:4 on a GPU: packed as the CPU does it, products against float64, hostile metadata, torch's own 2:4 as a witness."""
 
+import block_weights
 import pytest
 import torch
 import torch.nn.functional as F
-from block_weights import operands, random_blocks
+from block_weights import check_product, operands, random_blocks
 from conftest import ALL_DTYPES, assert_bits_equal, assert_parts_equal, needs_gpu, random_dense, random_numbers
 from gpu_checks import assert_is_product
 
@@ -217,8 +218,7 @@ def test_blocks(device, dtype, m):
         blocks, parts = two_four_blocks(n, k, block_shape, seed=m, dtype=dtype)
         x, _, bias = operands(blocks, m)
         there = [part.to(device) for part in parts]
-        y = bsr_linear_24(x.to(device), *there, n, bias.to(device))
-        assert_is_product(y, x, blocks.dense, bias)
+        check_product(bsr_linear_24(x.to(device), *there, n, bias.to(device)), blocks, x, bias)
 
 
 @pytest.mark.parametrize("m", [1, 16, 300])
@@ -239,7 +239,7 @@ def test_hostile_blocks(device, dtype, m, fault):
     line = 0 if fault == "crow_indices" else 1
     assert bsr_linear_24(x.to(device), *there, 256)[:, line * 64 + 5].isnan().all()
     torch.cuda.synchronize()
-    assert_is_product(bsr_linear_24(x.to(device), there[0], *sound.values(), 256), x, blocks.dense)
+    check_product(bsr_linear_24(x.to(device), there[0], *sound.values(), 256), blocks, x)
 
 
 def test_layers(device, dtype):
@@ -250,12 +250,13 @@ def test_layers(device, dtype):
     for name in ("values", "metadata", "crow_indices", "col_indices"):
         assert_bits_equal(getattr(there, name).cpu(), getattr(here, name))
     x = random_numbers(9, 256, density=1.0, dtype=dtype)
-    assert_is_product(there(x.to(device)), x, here.to_dense().weight, here.bias)
+    dense = here.to_dense().weight
+    block_weights.assert_is_product(there(x.to(device)), x, dense.t(), here.bias)
     moved = SemiStructuredBlockLinear.from_state_dict(here.state_dict()).to(device)
     assert_bits_equal(moved(x.to(device)), there(x.to(device)))
     given = x.to(device).requires_grad_()
     there(given).sum().backward()
-    assert_is_product(given.grad, torch.ones(9, 192, dtype=dtype), here.to_dense().weight.t())
+    block_weights.assert_is_product(given.grad, torch.ones(9, 192, dtype=dtype), dense)
     with torch.autocast(device.type, torch.bfloat16):
         assert there(x.to(device)).dtype == (dtype if dtype == torch.float64 else torch.bfloat16)
 

@@ -40,6 +40,8 @@ def main() -> None:
         return
     if arguments.rivals:
         parser.error("--rivals needs --device cuda")
+    if len(arguments.suite) > 1 or not suites.keys() >= {*arguments.suite}:
+        parser.error(f"--suite: got {','.join(arguments.suite)}, expected one of {', '.join(sorted(suites))}")
     if arguments.isa and arguments.isa not in bitmask.available_isas():
         parser.error(f"--isa {arguments.isa}: this machine runs {', '.join(bitmask.available_isas())}")
     if arguments.table:
@@ -56,7 +58,7 @@ def main() -> None:
 def _run(
     arguments: argparse.Namespace, suites: dict[str, Suite[Any]], parser: argparse.ArgumentParser
 ) -> Report[CpuResult]:
-    name = arguments.suite or _DEFAULT_SUITE
+    (name,) = arguments.suite or (_DEFAULT_SUITE,)
     suite = suites[name]
     fresh_memory = suite.fresh_memory and map_large_blocks_afresh()
     if arguments.isa:
@@ -78,13 +80,12 @@ def _run_on_the_gpu(arguments: argparse.Namespace, parser: argparse.ArgumentPars
     unknown = [f"--{name}" for name in ("isa", "threads", "plot") if getattr(arguments, name)]
     if unknown:
         parser.error(f"--device cuda knows no {', '.join(unknown)}")
-    if arguments.suite and arguments.suite not in GPU_SUITES:
+    if not GPU_SUITES.keys() >= {*arguments.suite}:
         parser.error(f"--device cuda has the suites {', '.join(GPU_SUITES)}")
     problem = reason_against()
     if problem:
         parser.exit(2, f"{parser.prog}: --device cuda: {problem}\n")
-    suites = (arguments.suite,) if arguments.suite else ()
-    order = GpuOrder(suites, _selection(arguments), arguments.quick, arguments.json, arguments.rivals)
+    order = GpuOrder(arguments.suite, _selection(arguments), arguments.quick, arguments.json, arguments.rivals)
     try:
         report = run_on(CudaDevice(), order, lambda line: print(line, flush=True))
     except RivalsError as error:
@@ -145,7 +146,13 @@ def _parser(suites: dict[str, Suite[Any]]) -> argparse.ArgumentParser:
         epilog=f"suites:\n{listing}\n\nsuites of --device cuda:\n{on_gpu}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--suite", choices=sorted(suites), help="what to run (on a CPU everyday, on a GPU all it has)")
+    parser.add_argument(
+        "--suite",
+        type=_list_of(str),
+        default=(),
+        metavar="NAME[,NAME]",
+        help="what to run (on a CPU one, everyday unless given; on a GPU all it has)",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds: to check that everything works")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--isa", metavar="NAME", help="run with this instruction set only")

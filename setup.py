@@ -140,7 +140,7 @@ def cuda_extension(home: Path) -> Extension:
     architectures, flags = cuda_architectures()
     extension: Extension = cpp_extension.CUDAExtension(
         "bitmask._C_cuda",
-        sources("ops_cuda.cpp", "cuda/*.cu", "cuda/*.cpp"),
+        sources("*_cuda.cpp", "cuda/*.cu", "cuda/*.cpp"),
         include_dirs=[str(ROOT / CUDA_INCLUDE)],
         depends=headers(),
         define_macros=[*DEFINES, ("USE_CUDA", None), ("BITMASK_CUDA_ARCHITECTURES", f'"{architectures}"')],

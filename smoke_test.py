@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 import bitmask
-from bitmask import ops, ops_block, ops_two_four, reference
+from bitmask import ops, ops_block, ops_block_two_four, ops_two_four, reference
 
 EXAMPLE = torch.tensor([[1.0, 0.0, 2.0], [5.0, 3.0, 0.0], [4.0, 0.0, 5.0]])
 SHAPE = torch.Size([65, 131])
@@ -67,6 +67,7 @@ def failures_of(isa: str) -> list[str]:
         "pack_24": all(two_four_comes_back(dtype) for dtype in DTYPES),
         "prune_24": prunes_rows_and_columns(),
         "linear_24": all(two_four_multiplies(dtype, rows) for dtype in DTYPES for rows in ROWS),
+        "bsr_linear_24": all(two_four_blocks_multiply(dtype, rows) for dtype in DTYPES for rows in ROWS),
     }
     bitmask.set_isa(None)
     return failed(checks)
@@ -92,6 +93,9 @@ def failures_on(device: torch.device) -> list[str]:
         name = str(dtype).removeprefix("torch.")
         checks |= {f"linear {name} m={rows}": agrees_on(device, dense.to(dtype), rows) for rows in ROWS}
         checks[f"gradient {name}"] = gradient_agrees(device, dense.to(dtype))
+        checks |= {f"bsr_linear {name} m={rows}": blocks_multiply(dtype, rows, device) for rows in ROWS}
+        checks |= {f"linear_24 {name} m={rows}": two_four_multiplies(dtype, rows, device) for rows in ROWS}
+        checks |= {f"bsr_linear_24 {name} m={rows}": two_four_blocks_multiply(dtype, rows, device) for rows in ROWS}
     return failed(checks)
 
 
@@ -163,16 +167,17 @@ def block_index_agrees() -> bool:
     return same(ops_block.bsr_transpose(*index, cols_of_blocks), reference.bsr_transpose(*index, cols_of_blocks))
 
 
-def blocks_multiply(dtype: torch.dtype, rows: int) -> bool:
+def blocks_multiply(dtype: torch.dtype, rows: int, device: torch.device | str = "cpu") -> bool:
     """Whether a block-sparse product of so many rows of x, and its gradients, are those of a masked weight."""
     index = random_block_index()
+    there = (index[0].to(device), index[1].to(device))
     inputs = [torch.randn(size).to(dtype) for size in ((rows, SHAPE[1]), (len(index[1]), 16, 16), (SHAPE[0],))]
-    x, values, bias = (tensor.requires_grad_() for tensor in inputs)
-    y = ops_block.bsr_linear(x, values, *index, SHAPE[0], bias)
+    x, values, bias = (tensor.detach().to(device).requires_grad_() for tensor in inputs)
+    y = ops_block.bsr_linear(x, values, *there, SHAPE[0], bias)
     wide_x, wide_values, wide_bias = wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     expected = functional.linear(wide_x, reference.bsr_to_dense(wide_values, *index, SHAPE), wide_bias)
     given = torch.randn(rows, SHAPE[0]).to(dtype)
-    found = torch.autograd.grad(y, (x, values, bias), given)
+    found = torch.autograd.grad(y, (x, values, bias), given.to(device))
     gradients = torch.autograd.grad(expected, wide, given.double())
     return close(y, expected) and all(close(*pair) for pair in zip(found, gradients, strict=True))
 
@@ -195,20 +200,35 @@ def prunes_rows_and_columns() -> bool:
     return torch.equal(weight, expected)
 
 
-def two_four_multiplies(dtype: torch.dtype, rows: int) -> bool:
-    """Whether a 2:4 product of so many rows of x, and its gradient, are those of float64; an infinity too."""
-    x = torch.randn(rows, 132).to(dtype).requires_grad_()
+def two_four_multiplies(dtype: torch.dtype, rows: int, device: torch.device | str = "cpu") -> bool:
+    """Whether a 2:4 product of so many rows of x, and its gradient, are those of float64; on a CPU an infinity too."""
+    x = torch.randn(rows, 132).to(dtype)
     parts = ops_two_four.pack_24(torch.randn(65, 132).to(dtype), prune=True)
     dense, bias, given = reference.unpack_24(*parts), torch.randn(65).to(dtype), torch.randn(rows, 65).to(dtype)
-    y = ops_two_four.linear_24(x, *parts, bias)
-    (found,) = torch.autograd.grad(y, x, given)
-    infinite = x.detach().index_fill(1, torch.tensor(7), torch.inf)
+    there = x.clone().to(device).requires_grad_()
+    y = ops_two_four.linear_24(there, parts[0].to(device), parts[1].to(device), bias.to(device))
+    (found,) = torch.autograd.grad(y, there, given.to(device))
+    infinite = x.index_fill(1, torch.tensor(7), torch.inf)
     spread = ops_two_four.linear_24(infinite, *parts)
     return (
         close(y, functional.linear(x.double(), dense.double(), bias.double()))
         and close(found, given.double() @ dense.double())
-        and torch.equal(spread.isnan(), functional.linear(infinite.double(), dense.double()).isnan())
+        and (y.is_cuda or torch.equal(spread.isnan(), functional.linear(infinite.double(), dense.double()).isnan()))
     )
+
+
+def two_four_blocks_multiply(dtype: torch.dtype, rows: int, device: torch.device | str = "cpu") -> bool:
+    """Whether a product with kept blocks that are 2:4, and its gradient, are those of float64."""
+    index = random_block_index()
+    parts = ops_two_four.pack_24(torch.randn(len(index[1]), 16, 16).to(dtype), prune=True)
+    dense = reference.bsr_to_dense(reference.unpack_24(*parts), *index, SHAPE).double()
+    x, bias = torch.randn(rows, SHAPE[1]).to(dtype), torch.randn(SHAPE[0]).to(dtype)
+    there = x.clone().to(device).requires_grad_()
+    values, metadata, crow_indices, col_indices = (part.to(device) for part in (*parts, *index))
+    y = ops_block_two_four.bsr_linear_24(there, values, metadata, crow_indices, col_indices, SHAPE[0], bias.to(device))
+    given = torch.randn(rows, SHAPE[0]).to(dtype)
+    (found,) = torch.autograd.grad(y, there, given.to(device))
+    return close(y, functional.linear(x.double(), dense, bias.double())) and close(found, given.double() @ dense)
 
 
 def has_cuda_ops() -> bool:

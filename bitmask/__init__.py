@@ -10,6 +10,7 @@ from bitmask._C import available_isas, get_isa, set_isa
 from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.block_patcher import BlockSparseModelPatcher, prune_blocks
 from bitmask.block_patterns import block_norms, largest_blocks
+from bitmask.block_semi_structured import SemiStructuredBlockLinear
 from bitmask.block_sparse import BlockSparseLinear
 from bitmask.calls import FormatError
 from bitmask.compare import FormatComparison, compare_formats
@@ -42,6 +43,7 @@ __all__ = [
     "FormatCrossovers",
     "FormatError",
     "NaiveBitmaskTensor",
+    "SemiStructuredBlockLinear",
     "SemiStructuredTensor",
     "__version__",
     "available_isas",

@@ -11,6 +11,7 @@ edges may reach past it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitmask import ops_block
-from bitmask.calls import LINEAR_DTYPES, FormatError
+from bitmask.calls import LINEAR_DTYPES, FormatError, check_strided
 
 # What a layer consists of, beside its bias.
 PARTS = ("values", "crow_indices", "col_indices", "dense_shape")
@@ -67,14 +68,55 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{name}: got dtype {dtype}, expected float32, bfloat16, float16 or float64")
 
 
-def check_parts(parts: Mapping[str, Any], prefix: str) -> tuple[int, int]:
+def check_size(name: str, size: int) -> int:
+    """The size as an int; raises TypeError or ValueError unless it is an integer of at least 0."""
+    try:
+        size = operator.index(size)
+    except TypeError:
+        raise TypeError(f"{name}: got {size!r}, expected an integer") from None
+    if size < 0:
+        raise ValueError(f"{name}: got {size}, expected at least 0")
+    return size
+
+
+def known_sizes(out_features: int | None, in_features: int | None) -> list[int | None]:
+    """What a caller knows of a weight's size, checked."""
+    known = {"out_features": out_features, "in_features": in_features}
+    return [None if size is None else check_size(name, size) for name, size in known.items()]
+
+
+def check_known_sizes(shape: tuple[int, int], expected: Sequence[int | None], prefix: str) -> None:
+    """Raise FormatError unless out_features and in_features are what is known of them."""
+    for name, size, known in zip(("out_features", "in_features"), shape, expected, strict=True):
+        if known is not None and size != known:
+            raise FormatError(f"{prefix}dense_shape: got {name} {size}, expected {known}")
+
+
+def refuse_two_four(state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Raise FormatError if these are the parts of a layer whose blocks are 2:4, which may pass for dense ones."""
+    if prefix + "metadata" in state_dict:
+        raise FormatError(
+            f"{prefix}metadata: got the state of a SemiStructuredBlockLinear, whose blocks are 2:4; expected that of a "
+            "BlockSparseLinear, which has none"
+        )
+
+
+def parts_of(state_dict: Mapping[str, Any], names: Sequence[str], prefix: str) -> dict[str, Any]:
+    """The parts of a layer; raises FormatError if one is missing."""
+    missing = [prefix + name for name in names if prefix + name not in state_dict]
+    if missing:
+        raise FormatError(f"{missing[0]}: not in the state_dict, expected {', '.join(names)} and perhaps bias")
+    return {name: state_dict[prefix + name] for name in names}
+
+
+def check_parts(parts: Mapping[str, Any], prefix: str, sharded: bool = False) -> tuple[int, int]:
     """Raise TypeError or FormatError unless the parts are those of a weight, but for the numbers in its index.
 
-    Returns its shape. `prefix` stands before the names in messages.
+    Returns its shape. `prefix` stands before the names in messages; where values are `sharded`, they may wrap others.
     """
     for name, part in parts.items():
-        if not isinstance(part, Tensor):
-            raise TypeError(f"{prefix}{name}: got {type(part).__name__}, expected a torch.Tensor")
+        if not (sharded and name == "values" and isinstance(part, Tensor)):
+            check_strided(prefix + name, part)
         if name == "values":
             check_dtype(prefix + name, part.dtype)
         elif part.dtype != torch.int64:
@@ -86,6 +128,10 @@ def check_parts(parts: Mapping[str, Any], prefix: str) -> tuple[int, int]:
     out_features, in_features = shape.tolist()
     if min(out_features, in_features) < 0:
         raise FormatError(f"{prefix}dense_shape: got {[out_features, in_features]}, expected no negative size")
+    if out_features * in_features >= 2**63:
+        raise FormatError(
+            f"{prefix}dense_shape: got {[out_features, in_features]}, expected sizes whose product is less than 2^63"
+        )
     if values.ndim != 3 or 0 in values.shape[1:]:
         raise FormatError(f"{prefix}values: got size {list(values.shape)}, expected [blocks, rows, columns] of blocks")
     block_rows = grid_of((out_features, in_features), (values.shape[1], values.shape[2]))[0]
@@ -94,13 +140,18 @@ def check_parts(parts: Mapping[str, Any], prefix: str) -> tuple[int, int]:
     return out_features, in_features
 
 
-def prove_index(parts: Mapping[str, Tensor], prefix: str) -> None:
-    """Raise FormatError unless the index of parts that passed `check_parts` is one."""
-    width, in_features = parts["values"].shape[2], int(parts["dense_shape"][1])
+def prove_index(index: Index, shape: tuple[int, int], width: int, prefix: str = "") -> None:
+    """Raise FormatError unless it is an index of blocks of this width in a weight of `shape`.
+
+    Takes memory that grows with the weight's block columns: RuntimeError if there is none.
+    """
+    crow_indices, col_indices = (tensor.cpu() for tensor in index)
     try:
-        ops_block.bsr_transpose(parts["crow_indices"].cpu(), parts["col_indices"].cpu(), -(-in_features // width))
+        ops_block.bsr_transpose(crow_indices, col_indices, -(-shape[1] // width))
     except FormatError as error:
         raise FormatError(f"{prefix}{error}") from None
+    except RuntimeError as error:
+        raise RuntimeError(f"{prefix}dense_shape: got {list(shape)}: {error}") from error
 
 
 def _check_size(prefix: str, name: str, part: Tensor, size: tuple[int, ...], meaning: str) -> None:
@@ -108,14 +159,18 @@ def _check_size(prefix: str, name: str, part: Tensor, size: tuple[int, ...], mea
         raise FormatError(f"{prefix}{name}: got size {list(part.shape)}, expected {list(size)} ({meaning})")
 
 
+def check_device(name: str, part: Tensor, values: Tensor) -> None:
+    """Raise ValueError unless a part is where the values are."""
+    if part.device != values.device:
+        raise ValueError(f"{name}: got device {part.device}, expected {values.device}, the device of values")
+
+
 def check_bias(bias: Any, values: Tensor, out_features: int, prefix: str) -> None:
     """Raise TypeError, ValueError or FormatError unless the bias goes with a weight of these values."""
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"{prefix}bias: got {type(bias).__name__}, expected a torch.Tensor")
+    check_strided(f"{prefix}bias", bias)
     if bias.dtype != values.dtype:
         raise TypeError(f"{prefix}bias: got dtype {bias.dtype}, expected {values.dtype}, the dtype of values")
-    if bias.device != values.device:
-        raise ValueError(f"{prefix}bias: got device {bias.device}, expected {values.device}, the device of values")
+    check_device(f"{prefix}bias", bias, values)
     _check_size(prefix, "bias", bias, (out_features,), "out_features")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmask import block_layout, block_patterns
+from bitmask import block_layout, block_patterns, native, ops_block
 from bitmask.block_sparse import BlockSparseLinear
 from bitmask.calls import LINEAR_DTYPES, check_block_shape
 from bitmask.compressed_tensor import CompressedTensor
@@ -370,9 +370,12 @@ def _place_against(layer: Any, pattern_is_known: bool = False) -> str:
     tensor = layer.values if isinstance(layer, BlockSparseLinear) else layer.weight
     if tensor.is_meta:
         return "" if pattern_is_known else "it is on device meta: load it first"
-    if tensor.device.type != "cpu" and not isinstance(layer, BlockSparseLinear):
-        return f"it is on device {tensor.device.type}: block-sparse layers run on the CPU only"
-    return ""
+    device = tensor.device.type
+    if device in ops_block.DEVICES or isinstance(layer, BlockSparseLinear):
+        return ""
+    if device == "cuda":
+        return f"it is on device cuda, for which there are no kernels here: {native.cuda_missing}"
+    return f"it is on device {device}: block-sparse layers run on cpu and cuda only"
 
 
 def _shape_of(layer: Any) -> tuple[int, ...]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +11,15 @@ from torch.nn.parameter import is_lazy
 
 from bitmask import block_layout, block_patterns, ops_block
 from bitmask.block_layout import PARTS, Index
-from bitmask.calls import FormatError, check_block_shape
+from bitmask.block_linear import BlockLinear, copy_the_rest, describe
+from bitmask.calls import check_block_shape
 from bitmask.compressed_tensor import CompressedTensor
-from bitmask.dense_copy import DenseCopy
 from bitmask.ops_block import TransposedIndex
 
 _TRANSPOSED = TransposedIndex._fields
 
-_Layer = TypeVar("_Layer", "BlockSparseLinear", nn.Linear)
 
-
-class BlockSparseLinear(nn.Module):
+class BlockSparseLinear(BlockLinear):
     """`nn.Linear` whose weight is zero but for some blocks, which are stored, multiplied and trained alone.
 
     Parameters are `values` [blocks, rows and columns of a block] and `bias`, ordinary ones for optimizers and wrappers;
@@ -57,10 +54,6 @@ class BlockSparseLinear(nn.Module):
     """
 
     values: nn.Parameter
-    bias: nn.Parameter | None
-    crow_indices: Tensor
-    col_indices: Tensor
-    dense_shape: Tensor
 
     def __init__(
         self,
@@ -74,7 +67,10 @@ class BlockSparseLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        shape = (_size("out_features", out_features), _size("in_features", in_features))
+        shape = (
+            block_layout.check_size("out_features", out_features),
+            block_layout.check_size("in_features", in_features),
+        )
         block_shape = check_block_shape(block_shape)
         block_layout.check_dtype("dtype", dtype or torch.get_default_dtype())
         grid = block_layout.grid_of(shape, block_shape)
@@ -98,29 +94,11 @@ class BlockSparseLinear(nn.Module):
         self._set_index(*index)
 
     def _set_index(self, crow_indices: Tensor, col_indices: Tensor) -> None:
-        """Take over a pattern, which is proven thereby; on device meta its numbers are kept aside."""
-        index = (crow_indices.cpu(), col_indices.cpu())
-        transposed = ops_block.bsr_transpose(*index, self._grid[1])
-        device = self.values.device
-        self.crow_indices, self.col_indices = crow_indices.to(device), col_indices.to(device)
-        self.dense_shape = torch.tensor([self.out_features, self.in_features], device=device)
+        """Take over a pattern, which is proven thereby."""
+        transposed = ops_block.bsr_transpose(crow_indices.cpu(), col_indices.cpu(), self._grid[1])
+        super()._set_index(crow_indices, col_indices)
         for name, tensor in zip(_TRANSPOSED, transposed, strict=True):
-            setattr(self, name, tensor.to(device))
-        self._index_of_meta = index if self.values.is_meta else None
-
-    @property
-    def _shape(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
-
-    @property
-    def _grid(self) -> tuple[int, int]:
-        return block_layout.grid_of(self._shape, self.block_shape)
-
-    @property
-    def _index(self) -> Index:
-        """crow_indices and col_indices with their numbers, on device meta too."""
-        known = self._index_of_meta if self.crow_indices.is_meta else None
-        return known or (self.crow_indices, self.col_indices)
+            setattr(self, name, tensor.to(self.values.device))
 
     def _check_whole(self) -> None:
         """Raise ValueError unless all values are here."""
@@ -182,9 +160,9 @@ class BlockSparseLinear(nn.Module):
             block_patterns.check_pattern(pattern, block_layout.grid_of(weight.shape, block_shape))
         index = block_layout.index_of(pattern)
         values = block_layout.take_blocks(weight.detach(), index, block_shape)
-        bias = None if linear.bias is None else linear.bias.detach().clone()
-        layer = cls._of_parts((weight.shape[0], weight.shape[1]), values, bias, index)
-        return _with_flags(layer, linear, weight.requires_grad)
+        layer = cls._of_parts((weight.shape[0], weight.shape[1]), values, None, index)
+        layer.values.requires_grad_(weight.requires_grad)
+        return copy_the_rest(linear, layer)
 
     @classmethod
     def from_bsr(cls, weight: Tensor, bias: Tensor | None = None) -> BlockSparseLinear:
@@ -224,7 +202,8 @@ class BlockSparseLinear(nn.Module):
                 memory is reserved by `dense_shape`, whose in_features nothing else in the file bounds.
 
         Raises:
-            FormatError: tensors that are missing, contradict each other, or are of another size than the expected one.
+            FormatError: tensors that are missing, contradict each other, or are of another size than the expected one,
+                or those of a SemiStructuredBlockLinear.
             TypeError, ValueError: a tensor or an argument of the wrong kind, dtype, device or out of range.
             RuntimeError: sizes for which there is no memory.
 
@@ -233,12 +212,9 @@ class BlockSparseLinear(nn.Module):
         >>> torch.equal(BlockSparseLinear.from_state_dict(model.state_dict(), "0.").values, layer.values)
         True
         """
-        missing = [prefix + name for name in PARTS if prefix + name not in state_dict]
-        if missing:
-            raise FormatError(f"{missing[0]}: not in the state_dict, expected {', '.join(PARTS)} and perhaps bias")
-        parts = {name: state_dict[prefix + name] for name in PARTS}
-        known = {"out_features": out_features, "in_features": in_features}
-        expected = [None if size is None else _size(name, size) for name, size in known.items()]
+        block_layout.refuse_two_four(state_dict, prefix)
+        parts = block_layout.parts_of(state_dict, PARTS, prefix)
+        expected = block_layout.known_sizes(out_features, in_features)
         return cls._of_untrusted_parts(parts, state_dict.get(f"{prefix}bias"), prefix, expected)
 
     @classmethod
@@ -246,11 +222,9 @@ class BlockSparseLinear(nn.Module):
         cls, parts: Mapping[str, Any], bias: Any, prefix: str = "", expected: Sequence[int | None] = (None, None)
     ) -> BlockSparseLinear:
         shape = block_layout.check_parts(parts, prefix)
-        for name, size, known in zip(("out_features", "in_features"), shape, expected, strict=True):
-            if known is not None and size != known:
-                raise FormatError(f"{prefix}dense_shape: got {name} {size}, expected {known}")
-        block_layout.prove_index(parts, prefix)
+        block_layout.check_known_sizes(shape, expected, prefix)
         values = parts["values"]
+        block_layout.prove_index((parts["crow_indices"], parts["col_indices"]), shape, values.shape[2], prefix)
         if bias is not None:
             block_layout.check_bias(bias, values, shape[0], prefix)
             bias = bias.detach().clone()
@@ -264,14 +238,7 @@ class BlockSparseLinear(nn.Module):
         layer._assemble(shape, values, bias, index)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features]; gradients reach `x`, `values` and `bias`."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: got {type(x).__name__}, expected a torch.Tensor")
-        if x.is_nested:
-            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()], layout=x.layout)
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x: got size {list(x.shape)}, expected [..., {self.in_features}] (in_features)")
+    def _multiply(self, x: Tensor) -> Tensor:
         transposed = None  # checking it would cost as much as a small product does
         if x.requires_grad and torch.is_grad_enabled():
             transposed = TransposedIndex(*(getattr(self, name) for name in _TRANSPOSED))
@@ -279,38 +246,15 @@ class BlockSparseLinear(nn.Module):
             x, self.values, self.crow_indices, self.col_indices, self.out_features, self.bias, transposed
         )
 
-    @property
-    def density(self) -> float:
-        """Share of the weight's elements that lie in a block."""
-        inputs = block_layout.inputs_of(self._index, self.in_features, self.block_shape[1])
-        outputs = block_layout.block_sizes(self.out_features, self.block_shape[0])
-        return int(inputs @ outputs) / max(self.out_features * self.in_features, 1)
-
-    @property
-    def pattern(self) -> Tensor:
-        """Which blocks exist: bool [block rows, block columns]."""
-        pattern = torch.zeros(self._grid, dtype=torch.bool, device=self._index[1].device)
-        pattern[block_layout.rows_of(self._index), self._index[1]] = True
-        return pattern
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as a dense copy, made when something is done with it; differentiable, writing to it raises."""
-        return self._dense() if torch.compiler.is_compiling() else DenseCopy(self._dense, self._shape, self.values)
-
-    def _dense(self) -> Tensor:
+    def _blocks(self) -> Tensor:
         self._check_whole()
-        return block_layout.dense_of(self.values, (self.crow_indices, self.col_indices), self._shape)
+        return self.values
 
     def to_dense(self) -> nn.Linear:
         """The dense twin of this layer, of which it shares nothing; hooks stay behind."""
-        layer = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.values.dtype
-        )
-        layer.weight = nn.Parameter(self._dense().detach().clone(memory_format=torch.contiguous_format))
-        if self.bias is not None:
-            layer.bias = nn.Parameter(self.bias.detach().clone())
-        return _with_flags(layer, self, self.values.requires_grad)
+        layer = super().to_dense()
+        layer.weight.requires_grad_(self.values.requires_grad)
+        return layer
 
     def to_bsr(self) -> Tensor:
         """A copy of the weight in torch's BSR layout.
@@ -321,6 +265,7 @@ class BlockSparseLinear(nn.Module):
         self._check_whole()
         if any(size % block for size, block in zip(self._shape, self.block_shape, strict=True)):
             raise ValueError(f"block_shape: got {self.block_shape}, expected sizes that divide {self._shape}")
+        self._prove_index()
         index = (self.crow_indices.clone(), self.col_indices.clone())
         values = self.values.detach().clone()
         return torch.sparse_bsr_tensor(*index, values, size=self._shape, check_invariants=False)
@@ -414,22 +359,6 @@ class BlockSparseLinear(nn.Module):
         self._set_index(*block_layout.index_of(pattern))
         return self
 
-    def extra_repr(self) -> str:
-        """Sizes, blocks, density and dtype."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"block_shape={self.block_shape}, blocks={len(self.values)}, density={self.density:.4f}, "
-            f"dtype={self.values.dtype}"
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockSparseLinear:
-        """Indices keep their numbers where others lose theirs: on device meta, and in what `to_empty` reserves."""
-        index, before = self._index, self.crow_indices
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.crow_indices is not before:
-            self._set_index(*index)
-        return self
-
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -441,22 +370,21 @@ class BlockSparseLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Check everything first: what contradicts itself raises, what has other sizes is reported by torch."""
+        block_layout.refuse_two_four(state_dict, prefix)
         own = (self.values, *self._index, torch.tensor([self.out_features, self.in_features], device="cpu"))
         parts = {name: state_dict.get(prefix + name, tensor) for name, tensor in zip(PARTS, own, strict=True)}
-        shape = block_layout.check_parts(parts, prefix)
-        got = (*parts["values"].shape, *shape)
-        expected = (*self.values.shape, self.out_features, self.in_features)
+        shape = block_layout.check_parts(parts, prefix, sharded=hasattr(self.values, "__tensor_flatten__"))
+        got, expected = describe(parts["values"].shape, shape), describe(self.values.shape, self._shape)
         if got != expected:
             error_msgs.append(
-                f"{prefix}values: got {_describe(*got)}, expected {_describe(*expected)}; "
-                "BlockSparseLinear.from_state_dict makes a layer of any sizes"
+                f"{prefix}values: got {got}, expected {expected}; BlockSparseLinear.from_state_dict makes a layer of "
+                "any sizes"
             )
             return
-        block_layout.prove_index(parts, prefix)
+        block_layout.prove_index((parts["crow_indices"], parts["col_indices"]), shape, self.block_shape[1], prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._set_index(*self._index)
 
 
 def _density_without(pattern: Tensor | None, density: float | None) -> float:
@@ -464,20 +392,6 @@ def _density_without(pattern: Tensor | None, density: float | None) -> float:
     if density is not None and pattern is not None:
         raise ValueError(f"density: got {density} and a pattern, expected one of them")
     return 0.5 if density is None else density
-
-
-def _size(name: str, size: int) -> int:
-    try:
-        size = operator.index(size)
-    except TypeError:
-        raise TypeError(f"{name}: got {size!r}, expected an integer") from None
-    if size < 0:
-        raise ValueError(f"{name}: got {size}, expected at least 0")
-    return size
-
-
-def _describe(blocks: int, rows: int, cols: int, out_features: int, in_features: int) -> str:
-    return f"{blocks} blocks of {rows} x {cols} in a weight of {out_features} x {in_features}"
 
 
 def _dense_weight(linear: nn.Linear) -> Tensor:
@@ -491,15 +405,6 @@ def _dense_weight(linear: nn.Linear) -> Tensor:
         raise TypeError("linear: got a lazy layer, expected one whose weight has a size")
     block_layout.check_dtype("linear.weight", weight.dtype)
     return weight
-
-
-def _with_flags(target: _Layer, source: BlockSparseLinear | nn.Linear, trainable: bool) -> _Layer:
-    """The target, training and taking gradients where the source does."""
-    weight = target.values if isinstance(target, BlockSparseLinear) else target.weight
-    weight.requires_grad_(trainable)
-    if target.bias is not None and source.bias is not None:
-        target.bias.requires_grad_(source.bias.requires_grad)
-    return target.train(source.training)
 
 
 def _state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from bitmask import _C, native
 # Dtypes that have products.
 LINEAR_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
+# Kinds of devices whose autocast is minded.
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu")
+
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -131,14 +134,14 @@ def check_tensors(
     Args:
         floating: by name, tensors of one dtype that has products; the first one is what others are compared with.
         indices: by name, tensors of `index_dtype`.
-        family: of the kernels, which are for CPUs alone.
+        family: of the kernels.
         autocasts: whether the op does what `register_autocast` gives it.
     """
     tensors = floating | indices
     for name, tensor in tensors.items():
         check_strided(name, tensor)
     first_name, first = next(iter(tensors.items()))
-    cast_to = torch.get_autocast_dtype("cpu") if autocasts and torch.is_autocast_enabled("cpu") else None
+    cast_to = _autocast_dtype(first.device.type) if autocasts else None
     for name, tensor in tensors.items():
         if name in indices and tensor.dtype != index_dtype:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {index_dtype}")
@@ -148,18 +151,24 @@ def check_tensors(
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {first.dtype}, the dtype of {first_name}")
         if tensor.device != first.device:
             raise ValueError(f"{name}: got device {tensor.device}, expected {first.device}, the device of {first_name}")
-    check_on_cpu(first_name, first, family)
+    check_has_kernels(first_name, first, family)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to on a kind of device; None where it is off."""
+    enabled = device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
 
 
 def _after_autocast(dtype: torch.dtype, cast_to: torch.dtype | None) -> torch.dtype:
     return dtype if cast_to is None or dtype == torch.float64 else cast_to
 
 
-def check_on_cpu(name: str, tensor: Tensor, family: str) -> None:
+def check_has_kernels(name: str, tensor: Tensor, family: str) -> None:
     """Raise NotImplementedError if the tensor is where a family of ops has no kernels."""
-    if tensor.device.type not in ("cpu", "meta"):
+    if tensor.device.type not in ("cpu", "cuda", "meta"):
         raise NotImplementedError(
-            f"{name}: got device {tensor.device}, expected cpu: bitmask has no {family} kernels for others yet"
+            f"{name}: got device {tensor.device}, expected cpu or cuda: bitmask has no {family} kernels for others"
         )
 
 
@@ -186,7 +195,7 @@ def register_writes(implementations: Any, op: Any, written: slice) -> None:
 
 def register_autocast(implementations: Any, op: Any) -> None:
     """Cast what autocast casts for F.linear in calls of the op: floating-point tensors, but for those of float64."""
-    for device in ("cpu", "cuda", "xpu"):
+    for device in _AUTOCAST_DEVICES:
         key = f"Autocast{device.upper()}"
         name = op._qualified_op_name.removeprefix("bitmask::")
         implementations.impl(name, _autocast(op, device, getattr(torch._C.DispatchKey, key)), key)

@@ -147,7 +147,7 @@ def _byte_table(codes: dict[int, int], columns: int = 4) -> Tensor:
 
 
 def _look_up(table: Tensor, octets: Tensor) -> Tensor:
-    return table.to(octets.device)[octets.int()]
+    return table.to(octets.device, non_blocking=True)[octets.int()]
 
 
 def _masks_of(codes: Tensor, masks: dict[int, int], columns: int) -> Tensor:

@@ -268,7 +268,7 @@ def _reason_against_24(tensor: Tensor) -> str:
 
 _FORMATS = {
     "bitmask": _Format(ops.DEVICES, BitmaskTensor.from_dense, _bitmask_nbytes, lambda tensor: ""),
-    "2:4": _Format(frozenset({"cpu"}), SemiStructuredTensor.from_dense, _semi_structured_nbytes, _reason_against_24),
+    "2:4": _Format(ops_two_four.DEVICES, SemiStructuredTensor.from_dense, _semi_structured_nbytes, _reason_against_24),
 }
 
 

@@ -41,6 +41,9 @@ def _load_cuda(library: Path) -> str | None:
 # Why there are no CUDA ops; None if there are.
 cuda_missing: str | None = _load_cuda(CUDA_LIBRARY)
 
+# Kinds of devices that have native ops.
+DEVICES = frozenset({"cpu"} if cuda_missing else {"cpu", "cuda"})
+
 
 def build_info() -> dict[str, object]:
     """How the native libraries were built: compiler, C++ standard, least torch; toolkit and GPUs of the CUDA ops.

@@ -33,7 +33,7 @@ _DTYPE_NAMES = (
 )
 DTYPES = frozenset(getattr(torch, name) for name in _DTYPE_NAMES.split() if hasattr(torch, name))
 # Kinds of device that have kernels here.
-DEVICES = portable.devices() | ({"cpu"} if native.cuda_missing else {"cpu", "cuda"})
+DEVICES = portable.devices() | native.DEVICES
 
 
 def check_dense(dense: Tensor) -> None:

@@ -8,13 +8,14 @@ PyTorch's BSR layout. Blocks at the edges may reach past the weight, with elemen
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
 
+from bitmask import native
 from bitmask.calls import (
     FormatError,
     call,
@@ -23,6 +24,9 @@ from bitmask.calls import (
     refuse_transforms,
     register_autocast,
 )
+
+# Kinds of devices that have kernels here.
+DEVICES = native.DEVICES
 
 
 class TransposedIndex(NamedTuple):
@@ -38,7 +42,7 @@ class TransposedIndex(NamedTuple):
 
 
 def bsr_transpose(crow_indices: Tensor, col_indices: Tensor, cols_of_blocks: int) -> TransposedIndex:
-    """The same blocks by block columns.
+    """The same blocks by block columns; waits for a GPU if the index is there.
 
     Args:
         crow_indices: int64 [block rows + 1].
@@ -81,13 +85,15 @@ def bsr_linear(
         col_indices: int64 [blocks].
         out_features: rows of the weight.
         bias: [out_features], in the dtype of `values`.
-        transposed: what `bsr_transpose` makes of the index, to save the backward pass from making it again.
+        transposed: what `bsr_transpose` makes of the index, to save the backward pass from making it again, for which
+            it waits for a GPU.
 
     Returns:
         [..., out_features] in the dtype of `x`; sums are kept in float32 (float64 for float64) and rounded once.
 
     Raises:
-        FormatError: an index that contradicts itself, the blocks or the sizes of the weight.
+        FormatError: an index that contradicts itself, the blocks or the sizes of the weight. What an index on a GPU
+            holds is not waited for: where it contradicts, the result is NaN.
         TypeError, ValueError: a tensor of the wrong kind, dtype, device or size.
         NotImplementedError: gradients under torch.func, derivatives in forward mode.
 
@@ -95,12 +101,8 @@ def bsr_linear(
     >>> bsr_linear(torch.tensor([1.0, 10.0, 7.0, 7.0]), values, torch.tensor([0, 0, 1]), torch.tensor([0]), 4)
     tensor([ 0.,  0., 21., 43.])
     """
-    args = (x, values, crow_indices, col_indices, out_features, bias, *_parts_of(transposed))
-    try:
-        return _product(torch.ops.bitmask.bsr_linear.default, *args)
-    except (RuntimeError, TypeError, ValueError):
-        _check_linear(*args)
-        raise
+    parts = _parts_of(transposed)
+    return _linear(x, values, crow_indices, col_indices, out_features, bias, *parts, _allows_tf32(x))
 
 
 def bsr_linear_backward_input(grad: Tensor, values: Tensor, transposed: TransposedIndex, in_features: int) -> Tensor:
@@ -111,12 +113,7 @@ def bsr_linear_backward_input(grad: Tensor, values: Tensor, transposed: Transpos
     >>> bsr_linear_backward_input(torch.tensor([7.0, 7.0, 1.0, 10.0]), values, transposed, 4)
     tensor([31., 42.,  0.,  0.])
     """
-    args = (grad, values, *_parts_of(transposed), in_features)
-    try:
-        return _product(torch.ops.bitmask.bsr_linear_backward_input.default, *args)
-    except (RuntimeError, TypeError, ValueError):
-        _check_backward_input(*args)
-        raise
+    return backward_input(grad, values, *_parts_of(transposed), in_features, _allows_tf32(grad))
 
 
 def bsr_linear_backward_values(
@@ -129,18 +126,44 @@ def bsr_linear_backward_values(
     tensor([[[3., 4.],
              [6., 8.]]])
     """
-    args = (grad, x, crow_indices, col_indices, block_shape)
+    return _backward_values(grad, x, crow_indices, col_indices, block_shape, _allows_tf32(grad))
+
+
+# The ops as they are: with what torch allows as an argument, so that gradients are as precise as what they are of.
+
+
+def _linear(*args: Any) -> Tensor:
+    return _product(torch.ops.bitmask.bsr_linear.default, check_linear, args)
+
+
+def backward_input(*args: Any) -> Tensor:
+    return _product(torch.ops.bitmask.bsr_linear_backward_input.default, _check_backward_input, args)
+
+
+def _backward_values(*args: Any) -> Tensor:
+    return _product(torch.ops.bitmask.bsr_linear_backward_values.default, _check_backward_values, args)
+
+
+def _product(op: Any, check: Callable[..., None], args: tuple[Any, ...]) -> Tensor:
+    """The op of these arguments; if it fails, `check` may know better what is wrong with them."""
     try:
-        return _product(torch.ops.bitmask.bsr_linear_backward_values.default, *args)
+        refuse_transforms(op, args)
+        y: Tensor = call_past_autograd(op, *args, invalid=FormatError)
     except (RuntimeError, TypeError, ValueError):
-        _check_backward_values(*args)
+        check(*args)
         raise
-
-
-def _product(op: Any, *args: Any) -> Tensor:
-    refuse_transforms(op, args)
-    y: Tensor = call_past_autograd(op, *args, invalid=FormatError)
     return y
+
+
+def _allows_tf32(multiplied: Tensor) -> bool:
+    """Whether torch lets tensor cores round what is multiplied there from float32 to tf32."""
+    return isinstance(multiplied, Tensor) and multiplied.is_cuda and _tf32_of_matmuls()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compilers guard the setting
+def _tf32_of_matmuls() -> bool:
+    """By the newer of torch's two ways to ask: the older one, `allow_tf32`, raises if the newer one was used to set."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _parts_of(transposed: TransposedIndex | None) -> tuple[Any, Any, Any]:
@@ -196,17 +219,19 @@ def _check_transpose(crow_indices: Tensor, col_indices: Tensor, cols_of_blocks: 
         raise FormatError(f"col_indices: got size {list(col_indices.shape)}, expected [blocks]")
 
 
-def _check_linear(
+def check_linear(
     x: Tensor,
     values: Tensor,
     crow_indices: Tensor,
     col_indices: Tensor,
     out_features: int,
     bias: Tensor | None,
-    ccol_indices: Tensor | None,
-    row_indices: Tensor | None,
-    order: Tensor | None,
+    ccol_indices: Tensor | None = None,
+    row_indices: Tensor | None = None,
+    order: Tensor | None = None,
+    allow_tf32: bool = False,
 ) -> None:
+    """Raise unless these are the arguments of a product, for all that can be seen without looking at indices."""
     parts = {"ccol_indices": ccol_indices, "row_indices": row_indices, "order": order}
     transposed = {name: part for name, part in parts.items() if part is not None}
     _check_tensors(
@@ -235,7 +260,13 @@ def _check_transposed(ccol_indices: Tensor, row_indices: Tensor, order: Tensor, 
 
 
 def _check_backward_input(
-    grad: Tensor, values: Tensor, ccol_indices: Tensor, row_indices: Tensor, order: Tensor, in_features: int
+    grad: Tensor,
+    values: Tensor,
+    ccol_indices: Tensor,
+    row_indices: Tensor,
+    order: Tensor,
+    in_features: int,
+    allow_tf32: bool,
 ) -> None:
     transposed = {"ccol_indices": ccol_indices, "row_indices": row_indices, "order": order}
     _check_tensors({"values": values, "grad": grad}, transposed)
@@ -247,7 +278,7 @@ def _check_backward_input(
 
 
 def _check_backward_values(
-    grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block_shape: Sequence[int]
+    grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block_shape: Sequence[int], allow_tf32: bool
 ) -> None:
     _check_tensors({"grad": grad, "x": x}, {"crow_indices": crow_indices, "col_indices": col_indices})
     _check_last_size("grad", grad, "out_features")
@@ -285,22 +316,35 @@ def _fake_linear(
     ccol_indices: Tensor | None = None,
     row_indices: Tensor | None = None,
     order: Tensor | None = None,
+    allow_tf32: bool = False,
 ) -> Tensor:
-    _check_linear(x, values, crow_indices, col_indices, out_features, bias, ccol_indices, row_indices, order)
+    transposed = (ccol_indices, row_indices, order)
+    check_linear(x, values, crow_indices, col_indices, out_features, bias, *transposed, allow_tf32)
     return x.new_empty([*x.shape[:-1], out_features])
 
 
 def _fake_backward_input(
-    grad: Tensor, values: Tensor, ccol_indices: Tensor, row_indices: Tensor, order: Tensor, in_features: int
+    grad: Tensor,
+    values: Tensor,
+    ccol_indices: Tensor,
+    row_indices: Tensor,
+    order: Tensor,
+    in_features: int,
+    allow_tf32: bool = False,
 ) -> Tensor:
-    _check_backward_input(grad, values, ccol_indices, row_indices, order, in_features)
+    _check_backward_input(grad, values, ccol_indices, row_indices, order, in_features, allow_tf32)
     return grad.new_empty([*grad.shape[:-1], in_features])
 
 
 def _fake_backward_values(
-    grad: Tensor, x: Tensor, crow_indices: Tensor, col_indices: Tensor, block_shape: Sequence[int]
+    grad: Tensor,
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    block_shape: Sequence[int],
+    allow_tf32: bool = False,
 ) -> Tensor:
-    _check_backward_values(grad, x, crow_indices, col_indices, block_shape)
+    _check_backward_values(grad, x, crow_indices, col_indices, block_shape, allow_tf32)
     return grad.new_empty([col_indices.shape[0], *block_shape])
 
 
@@ -308,7 +352,7 @@ def _fake_backward_values(
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, crow_indices, col_indices, _, _, *transposed = inputs
+    x, values, crow_indices, col_indices, _, _, *transposed, ctx.allow_tf32 = inputs
     needs_x, needs_values, *_ = ctx.needs_input_grad
     ctx.save_for_backward(
         x if needs_values else None, values if needs_x else None, crow_indices, col_indices, *transposed
@@ -324,15 +368,15 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs_x:
         if transposed[0] is None:
             transposed = bsr_transpose(crow_indices, col_indices, _blocks_across(ctx.in_features, ctx.block_shape[1]))
-        grad_x = bsr_linear_backward_input(grad, values, TransposedIndex(*transposed), ctx.in_features)
+        grad_x = backward_input(grad, values, *transposed, ctx.in_features, ctx.allow_tf32)
     if needs_values:
-        grad_values = bsr_linear_backward_values(grad, x, crow_indices, col_indices, ctx.block_shape)
+        grad_values = _backward_values(grad, x, crow_indices, col_indices, ctx.block_shape, ctx.allow_tf32)
     grad_bias = grad.sum_to_size(grad.shape[-1:]) if any(needs_others) else None
-    return grad_x, grad_values, None, None, None, grad_bias, None, None, None
+    return grad_x, grad_values, None, None, None, grad_bias, None, None, None, None
 
 
 def _backward_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, values, *transposed, _ = inputs
+    grad, values, *transposed, _, ctx.allow_tf32 = inputs
     needs_grad, needs_values, *_ = ctx.needs_input_grad
     ctx.save_for_backward(grad if needs_values else None, values if needs_grad else None, *transposed)
     ctx.out_features = grad.shape[-1]
@@ -346,15 +390,15 @@ def _backward_input_backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, .
     crow_indices, col_indices, _ = bsr_transpose(ccol_indices, row_indices, block_rows)
     grad_grad = grad_values = None
     if ctx.needs_input_grad[0]:
-        index = TransposedIndex(*transposed)
-        grad_grad = bsr_linear(grad_x, values, crow_indices, col_indices, ctx.out_features, None, index)
+        index = (crow_indices, col_indices)
+        grad_grad = _linear(grad_x, values, *index, ctx.out_features, None, *transposed, ctx.allow_tf32)
     if ctx.needs_input_grad[1]:
-        grad_values = bsr_linear_backward_values(grad, grad_x, crow_indices, col_indices, ctx.block_shape)
-    return grad_grad, grad_values, None, None, None, None
+        grad_values = _backward_values(grad, grad_x, crow_indices, col_indices, ctx.block_shape, ctx.allow_tf32)
+    return grad_grad, grad_values, None, None, None, None, None
 
 
 def _backward_values_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, x, crow_indices, col_indices, block_shape = inputs
+    grad, x, crow_indices, col_indices, block_shape, ctx.allow_tf32 = inputs
     needs_grad, needs_x, *_ = ctx.needs_input_grad
     ctx.save_for_backward(grad if needs_x else None, x if needs_grad else None, crow_indices, col_indices)
     ctx.out_features, ctx.in_features = grad.shape[-1], x.shape[-1]
@@ -365,11 +409,12 @@ def _backward_values_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | N
     grad, x, crow_indices, col_indices = ctx.saved_tensors
     grad_grad = grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_grad = bsr_linear(x, grad_values, crow_indices, col_indices, ctx.out_features)
+        index = (crow_indices, col_indices)
+        grad_grad = _linear(x, grad_values, *index, ctx.out_features, None, None, None, None, ctx.allow_tf32)
     if ctx.needs_input_grad[1]:
         transposed = bsr_transpose(crow_indices, col_indices, _blocks_across(ctx.in_features, ctx.block_cols))
-        grad_x = bsr_linear_backward_input(grad, grad_values, transposed, ctx.in_features)
-    return grad_grad, grad_x, None, None, None
+        grad_x = backward_input(grad, grad_values, *transposed, ctx.in_features, ctx.allow_tf32)
+    return grad_grad, grad_x, None, None, None, None
 
 
 library.register_fake("bitmask::bsr_linear", _fake_linear)

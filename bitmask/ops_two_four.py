@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, library
 from torch.fx.node import has_side_effect
 
+from bitmask import native
 from bitmask.calls import (
     LINEAR_DTYPES,
     FormatError,
     call,
     call_past_autograd,
     check_flag,
-    check_on_cpu,
+    check_has_kernels,
     check_strided,
     check_tensors,
     refuse_frozen_gradient,
@@ -29,6 +30,9 @@ from bitmask.calls import (
 )
 from bitmask.ops import DTYPES, bitmask_sizes
 from bitmask.reference import stored_columns
+
+# Kinds of devices that have kernels here.
+DEVICES = native.DEVICES
 
 # Real dtypes that have a zero.
 TWO_FOUR_DTYPES = frozenset(
@@ -128,6 +132,9 @@ def linear_24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None =
     The parts are proven while they are used. Gradients flow to `x` and `bias`; the weight is frozen. Under autocast,
     `x`, the values and `bias` are cast as for `F.linear`.
 
+    An infinity or NaN of `x` that meets an element that is not stored makes NaN, as from a dense weight, but not on
+    the sparse tensor cores of GPUs: there it takes no part.
+
     Args:
         x: [..., in_features], in the dtype of `values`: float32, bfloat16, float16 or float64.
         values: [out_features, in_features / 2].
@@ -138,7 +145,8 @@ def linear_24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None =
         [..., out_features] in the dtype of `x`; sums are kept in float32 (float64 for float64) and rounded once.
 
     Raises:
-        FormatError: parts that contradict each other or the layout.
+        FormatError: parts that contradict each other or the layout. What parts on a GPU hold is not waited for: where
+            it contradicts, the result is NaN.
         TypeError, ValueError: a tensor of the wrong kind, dtype, device or size.
 
     >>> values, metadata = pack_24(torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 5.0, 0.0, 3.0]]))
@@ -190,7 +198,7 @@ def _check_kind(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name}: got dtype {tensor.dtype}, expected bool, an integer or a real float dtype that has a zero"
         )
-    check_on_cpu(name, tensor, "2:4")
+    check_has_kernels(name, tensor, "2:4")
 
 
 def _check_packable(name: str, dense: Tensor) -> None:

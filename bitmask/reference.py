@@ -257,6 +257,19 @@ def linear_24_backward_input(grad: Tensor, values: Tensor, metadata: Tensor) -> 
     return (grad.double() @ unpack_24(values, metadata).double()).to(grad.dtype)
 
 
+def bsr_linear_24(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    out_features: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Twin of `bitmask.ops_block_two_four.bsr_linear_24` for valid parts: calculated in float64 and rounded once."""
+    return bsr_linear(x, unpack_24(values, metadata), crow_indices, col_indices, out_features, bias)
+
+
 class NaiveBitmaskTensor:
     """The face of `BitmaskTensor` over the reference ops; not a tensor.
 

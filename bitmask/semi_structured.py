@@ -176,7 +176,8 @@ class SemiStructuredTensor(CompressedTensor):
             ValueError: one that has lost its elements by being transposed.
             FormatError: metadata that are none of the layout.
         """
-        return cls.from_parts(*from_cutlass(*parts_of_torch(tensor)))
+        values, metadata = from_cutlass(*parts_of_torch(tensor))  # proves them
+        return cls(values.detach(), metadata)
 
     def _decompress(self) -> Tensor:
         values, metadata = self._parts()

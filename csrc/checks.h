@@ -105,16 +105,35 @@ void check_groups_of_four(const char* name, const Sizes& sizes) {
   }
 }
 
-// Fails with what is wrong in a row of 2:4 metadata that a kernel found faulty, given the row.
-[[noreturn]] inline void fail_metadata(const uint8_t* bits, int64_t row, int64_t cols) {
+// Fails with the first group of a dense row that has more than two non-zeros, given elements of `width` bytes.
+[[noreturn]] inline void fail_dense(const uint8_t* elements, int64_t row, int64_t cols, const ZeroTest& zero_test, int width) {
+  const auto is_zero = [&](const uint8_t* element) {
+    for (int i = 0; i < width; ++i) {
+      if ((element[i] & zero_test.bytes[i]) != 0) return false;
+    }
+    return true;
+  };
+  for (int64_t col = 0; col < cols; col += 4) {
+    int count = 0;
+    for (int64_t i = col; i < col + 4; ++i) count += is_zero(elements + i * width) ? 0 : 1;
+    if (count > 2) fail("dense: row ", row, ", columns ", col, " to ", col + 3, ": got ", count, " non-zeros, expected at most 2");
+  }
+  fail("dense: row ", row, " changed while it was read");
+}
+
+// Fails with what is wrong in a row of 2:4 metadata that a kernel found faulty, given the row and its name.
+[[noreturn]] inline void fail_metadata(const uint8_t* bits, const std::string& row, int64_t cols) {
   for (int64_t col = 0; col < cols; col += 4) {
     const int count = __builtin_popcount(bits[col / 8] >> (col % 8) & 0xf);
-    if (count != 2) fail("metadata: row ", row, ", columns ", col, " to ", col + 3, ": got ", count, " bits set, expected 2");
+    if (count != 2) fail("metadata: ", row, ", columns ", col, " to ", col + 3, ": got ", count, " bits set, expected 2");
   }
   if (cols % 8 != 0 && bits[cols / 8] >> 4 != 0) {
-    fail("metadata: row ", row, " has padding bits set past column ", cols, ", expected zeros");
+    fail("metadata: ", row, " has padding bits set past column ", cols, ", expected zeros");
   }
-  fail("metadata: row ", row, " changed while it was read");
+  fail("metadata: ", row, " changed while it was read");
+}
+[[noreturn]] inline void fail_metadata(const uint8_t* bits, int64_t row, int64_t cols) {
+  fail_metadata(bits, "row " + std::to_string(row), cols);
 }
 
 // Fails with what is wrong in a row that a kernel found faulty, given its bitmask and its offset. `end` is the next row's offset, or nnz

@@ -130,11 +130,16 @@ std::tuple<Tensor, Tensor, Tensor> compress(const Tensor& dense, bool keep_negat
 STABLE_TORCH_LIBRARY(bitmask, m) {
   m.def(
       "bsr_linear(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, SymInt out_features, Tensor? bias=None, "
-      "Tensor? ccol_indices=None, Tensor? row_indices=None, Tensor? order=None) -> Tensor");
+      "Tensor? ccol_indices=None, Tensor? row_indices=None, Tensor? order=None, bool allow_tf32=False) -> Tensor");
   m.def(
-      "bsr_linear_backward_input(Tensor grad, Tensor values, Tensor ccol_indices, Tensor row_indices, Tensor order, SymInt in_features) "
-      "-> Tensor");
-  m.def("bsr_linear_backward_values(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, SymInt[] block_shape) -> Tensor");
+      "bsr_linear_24(Tensor x, Tensor values, Tensor metadata, Tensor crow_indices, Tensor col_indices, SymInt out_features, "
+      "Tensor? bias=None) -> Tensor");
+  m.def(
+      "bsr_linear_backward_input(Tensor grad, Tensor values, Tensor ccol_indices, Tensor row_indices, Tensor order, SymInt in_features, "
+      "bool allow_tf32=False) -> Tensor");
+  m.def(
+      "bsr_linear_backward_values(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, SymInt[] block_shape, "
+      "bool allow_tf32=False) -> Tensor");
   m.def(
       "bsr_transpose(Tensor crow_indices, Tensor col_indices, SymInt cols_of_blocks) "
       "-> (Tensor ccol_indices, Tensor row_indices, Tensor order)");

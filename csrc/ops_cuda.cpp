@@ -3,13 +3,11 @@
 // Nothing waits for the GPU but compress, which must know the size of its result, and decompress and validate, which throw. Where nobody
 // may wait, in linear and while a CUDA graph is captured, a weight that proves faulty gives NaN instead of an exception.
 #include <cuda_runtime_api.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -19,7 +17,9 @@
 
 #include "checks.h"
 #include "cuda/kernels.h"
+#include "dense_products.h"
 #include "dtypes.h"
+#include "launch.h"
 #include "layout.h"
 #include "operands.h"
 #include "tensors.h"
@@ -28,103 +28,6 @@ namespace bitmask {
 namespace {
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
-using Named = std::pair<const char*, const Tensor*>;
-
-// Decompressed bytes that cuBLAS is given at a time, unless a single row has more: enough rows to fill a large GPU from a few hundred rows
-// of x on, little beside the memory that compressing saves.
-constexpr int64_t kPartBytes = 64 << 20;
-
-// Rows of W in such a part are a multiple of this where so many fit, so that the tiles of cuBLAS are whole.
-constexpr int64_t kPartRows = 128;
-
-// Where an op runs: the GPU of its tensors, made the current one for as long as this lives, and torch's current stream on it.
-class Launch {
- public:
-  Launch(const char* op, std::initializer_list<Named> tensors) : op_(op), index_(index_of(tensors)), guard_(index_) {
-    check(cudaSetDevice(index_));  // this library's own copy of the CUDA runtime has a current device of its own
-    void* stream;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  cudaStream_t stream() const { return stream_; }
-
-  template <typename Sizes>
-  Tensor empty(const Sizes& sizes, int32_t dtype) const {
-    return empty_on(aoti_torch_device_type_cuda(), index_, sizes, dtype);
-  }
-  Tensor bytes(int64_t count) const { return empty(std::vector<int64_t>{count}, aoti_torch_dtype_uint8()); }
-  Tensor int64() const { return empty(std::vector<int64_t>{}, aoti_torch_dtype_int64()); }
-
-  // Throws unless a call of the CUDA runtime or a launcher succeeded.
-  void check(cudaError_t error) const {
-    if (error == cudaSuccess) return;
-    cudaGetLastError();  // or a later call would report it again
-    std::string message = std::string("bitmask: ") + op_ + ": CUDA error: " + cudaGetErrorString(error);
-    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction || error == cudaErrorUnsupportedPtxVersion) {
-      message += "; bitmask was built for " BITMASK_CUDA_ARCHITECTURES ", this GPU has compute capability " +
-                 std::to_string(attribute(cudaDevAttrComputeCapabilityMajor)) + "." +
-                 std::to_string(attribute(cudaDevAttrComputeCapabilityMinor)) + ": build bitmask with TORCH_CUDA_ARCH_LIST set to that";
-    }
-    throw std::runtime_error(message);
-  }
-
-  bool capturing() const {
-    cudaStreamCaptureStatus status;
-    check(cudaStreamIsCapturing(stream_, &status));
-    return status != cudaStreamCaptureStatusNone;
-  }
-
-  void refuse_capture(const char* instead) const {
-    if (!capturing()) return;
-    throw std::runtime_error(std::string("bitmask: ") + op_ + " waits for the GPU, which it cannot while a CUDA graph is captured; " +
-                             instead);
-  }
-
-  // Copies to the CPU and waits for all that the stream holds until here.
-  void read(void* target, const void* source, size_t size) const {
-    check(cudaMemcpyAsync(target, source, size, cudaMemcpyDeviceToHost, stream_));
-    check(cudaStreamSynchronize(stream_));
-  }
-
-  cuda::Device device() const { return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)}; }
-
-  // Throws what a failed allocation was: the GPU may have failed long before.
-  [[noreturn]] void fail_allocation(const OutOfMemory& failure) const {
-    size_t free = 0, total = 0;
-    check(cudaMemGetInfo(&free, &total));
-    throw std::runtime_error(std::string(kOutOfMemory) + failure.what() + " for " + op_ + " on cuda:" + std::to_string(index_) +
-                             ", where " + std::to_string(free >> 20) + " MiB of " + std::to_string(total >> 20) + " MiB are free");
-  }
-
- private:
-  static int32_t index_of(std::initializer_list<Named> tensors) {
-    check_one_device(tensors);
-    return tensors.begin()->second->get_device_index();
-  }
-
-  int attribute(cudaDeviceAttr which) const {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, index_));
-    return value;
-  }
-
-  const char* op_;
-  int32_t index_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
-};
-
-// Runs body(launch) where the tensors are.
-template <typename Body>
-auto launch(const char* op, std::initializer_list<Named> tensors, const Body& body) {
-  const Launch on(op, tensors);
-  try {
-    return body(on);
-  } catch (const OutOfMemory& failure) {
-    on.fail_allocation(failure);
-  }
-}
 
 // ---------------------------------------------------------------------------------------------------------------- codec
 
@@ -175,19 +78,19 @@ Tensor compress_into(const Tensor& dense, bool keep_negative_zero, const Tensor&
 class Proof {
  public:
   Proof(const Launch& on, const Parts& parts)
-      : on_(on), parts_(parts), fault_(on.int64()), workspace_(on.bytes(cuda::codec_workspace_bytes(parts.geometry()))) {}
+      : on_(on), parts_(parts), verdict_(on), workspace_(on.bytes(cuda::codec_workspace_bytes(parts.geometry()))) {}
 
   // Proves the rows [begin, end), which come in order, and writes them to `dense`, unless that is null.
-  void decompress(int64_t begin, int64_t end, void* dense) {
-    on_.check(cuda::decompress(parts_.matrix, begin, end, parts_.element.width, dense, begin == 0, fault(), workspace_.mutable_data_ptr(),
-                               on_.stream()));
+  void expand(int64_t begin, int64_t end, void* dense) const {
+    on_.check(cuda::decompress(parts_.matrix, begin, end, parts_.element.width, dense, begin == 0, verdict_.word(),
+                               workspace_.mutable_data_ptr(), on_.stream()));
   }
-  void decompress_all(void* dense) { decompress(0, parts_.matrix.rows, dense); }
+
+  void expand_all(void* dense) const { expand(0, parts_.matrix.rows, dense); }
 
   // Waits for the proof, and throws what is wrong in the lowest faulty row.
   void throw_fault() const {
-    cuda::Fault fault;
-    on_.read(&fault, fault_.const_data_ptr(), sizeof fault);
+    const cuda::Fault fault = verdict_.read();
     if (fault == cuda::kNoFault) return;
     const BitmaskMatrix& w = parts_.matrix;
     const int64_t row = static_cast<int64_t>(fault), row_bytes = bitmask_bytes(w.cols);
@@ -198,15 +101,13 @@ class Proof {
     fail_row(bits.data(), offsets[0], offsets[1], row, parts_.geometry(), w.nnz);
   }
 
-  // Makes a result NaN if the weight it was calculated from proves faulty.
-  void poison(const Tensor& result) const { on_.check(cuda::poison(result.mutable_data_ptr(), nbytes(result), fault(), on_.stream())); }
+  void poison(const Tensor& result) const { verdict_.poison(result); }
 
  private:
-  cuda::Fault* fault() const { return static_cast<cuda::Fault*>(fault_.mutable_data_ptr()); }
-
   const Launch& on_;
   const Parts& parts_;
-  Tensor fault_, workspace_;
+  Verdict verdict_;
+  Tensor workspace_;
 };
 
 Tensor decompress(const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, IntHeaderOnlyArrayRef shape) {
@@ -218,7 +119,7 @@ Tensor decompress(const Tensor& values, const Tensor& bitmasks, const Tensor& ro
     if (capturing && !all_ones_is_nan(parts.element)) on.refuse_capture("nor could it show faulty parts as NaN in this dtype");
     const Tensor dense = on.empty(sizes, parts.element.dtype);
     Proof proof(on, parts);
-    proof.decompress_all(dense.mutable_data_ptr());
+    proof.expand_all(dense.mutable_data_ptr());
     capturing ? proof.poison(dense) : proof.throw_fault();
     return dense;
   });
@@ -230,50 +131,12 @@ void validate(const Tensor& values, const Tensor& bitmasks, const Tensor& row_of
     on.refuse_capture("validate before");
     const Parts parts = parts_of(values, bitmasks, row_offsets, std::vector<int64_t>(shape.begin(), shape.end()));
     Proof proof(on, parts);
-    proof.decompress_all(nullptr);
+    proof.expand_all(nullptr);
     proof.throw_fault();
   });
 }
 
 // ---------------------------------------------------------------------------------------------------------------- linear
-
-// Calls an out= overload of a torch op that has one result.
-template <typename... Arguments>
-void call_out(const char* op, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // a reference to `out`, released
-}
-
-Tensor matrix(const Tensor& tensor, int64_t rows, int64_t cols) { return torch::stable::view(tensor, std::vector<int64_t>{rows, cols}); }
-
-Tensor slice(Tensor tensor, int64_t dim, int64_t begin, int64_t count) { return torch::stable::narrow(tensor, dim, begin, count); }
-
-// Rows of W that are decompressed at a time, in about equal parts.
-int64_t part_rows(const BitmaskMatrix& w, int64_t width) {
-  const int64_t fitting = std::max<int64_t>(kPartBytes / (std::max<int64_t>(w.cols, 1) * width), 1);
-  const int64_t unit = fitting < kPartRows ? 1 : kPartRows;
-  const int64_t most = fitting / unit * unit;
-  const int64_t parts = (w.rows + most - 1) / most;
-  const int64_t fair = (w.rows + parts - 1) / parts;
-  return std::min((fair + unit - 1) / unit * unit, w.rows);
-}
-
-// y = x W^T + bias by cuBLAS, W being decompressed a part at a time.
-void linear_by_library(const Launch& on, const Parts& weight, const Tensor& x, const std::optional<Tensor>& bias, const Tensor& y) {
-  const BitmaskMatrix& w = weight.matrix;
-  const int64_t step = part_rows(w, weight.element.width), m = geometry(x.sizes()).rows;
-  const Tensor part = on.empty(std::vector<int64_t>{step, w.cols}, weight.element.dtype);
-  const Tensor rows = matrix(x, m, w.cols), result = matrix(y, m, w.rows);
-  Proof proof(on, weight);
-  for (int64_t begin = 0; begin < w.rows; begin += step) {
-    const int64_t count = std::min(step, w.rows - begin);
-    proof.decompress(begin, begin + count, part.mutable_data_ptr());
-    const std::optional<Tensor> offset = bias ? std::make_optional(slice(*bias, 0, begin, count)) : std::nullopt;
-    call_out("aten::linear", rows, slice(part, 0, 0, count), offset, slice(result, 1, begin, count));
-  }
-  proof.poison(y);
-}
 
 Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets, int64_t in_features,
               const std::optional<Tensor>& bias) {
@@ -287,7 +150,7 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmasks, con
     const std::optional<Tensor> offset = bias ? std::make_optional(contiguous("bias", *bias)) : std::nullopt;
     const int32_t dtype = weight.element.dtype;
     if (dtype == aoti_torch_dtype_float64()) {  // has no kernels here
-      linear_by_library(on, weight, rows, offset, y);
+      linear_by_library(on, weight, Proof(on, weight), rows, offset, y);
       return y;
     }
     const cuda::LinearParams params{weight.matrix,
@@ -295,11 +158,11 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmasks, con
                                     offset ? offset->const_data_ptr() : nullptr,
                                     y.mutable_data_ptr(),
                                     geometry(x.sizes()).rows,
-                                    by_linear_dtype(dtype, cuda::kFloat32, cuda::kBfloat16, cuda::kFloat16, cuda::kLinearDtypes)};
+                                    by_linear_dtype(dtype, cuda::kFloat32, cuda::kBfloat16, cuda::kFloat16, cuda::kFloat64)};
     const cuda::Device device = on.device();
     const cuda::LinearPlan plan = cuda::plan_linear(params, device);
     if (plan.way == cuda::LinearWay::kLibrary) {
-      linear_by_library(on, weight, rows, offset, y);
+      linear_by_library(on, weight, Proof(on, weight), rows, offset, y);
       return y;
     }
     const Tensor workspace = on.bytes(plan.workspace_bytes);
@@ -309,22 +172,15 @@ Tensor linear(const Tensor& x, const Tensor& values, const Tensor& bitmasks, con
   });
 }
 
-// W is decompressed as a whole: products with parts of it would have to be summed in the dtype of the result, or in a float32 copy of it.
 Tensor linear_backward_input(const Tensor& grad, const Tensor& values, const Tensor& bitmasks, const Tensor& row_offsets,
                              int64_t in_features) {
   const std::initializer_list<Named> tensors = {
       {"values", &values}, {"bitmasks", &bitmasks}, {"row_offsets", &row_offsets}, {"grad", &grad}};
   return launch("linear_backward_input", tensors, [&](const Launch& on) {
     const Parts weight = weight_of(values, bitmasks, row_offsets, in_features);
-    const BitmaskMatrix& w = weight.matrix;
     const Tensor y = on.empty(backward_input_sizes(grad, weight), weight.element.dtype);
     if (y.numel() == 0) return y;
-    const Tensor dense = on.empty(std::vector<int64_t>{w.rows, w.cols}, weight.element.dtype);
-    Proof proof(on, weight);
-    proof.decompress_all(dense.mutable_data_ptr());
-    const int64_t m = geometry(grad.sizes()).rows;
-    call_out("aten::mm", matrix(contiguous("grad", grad), m, w.rows), dense, matrix(y, m, w.cols));
-    proof.poison(y);
+    backward_input_by_library(on, weight, Proof(on, weight), contiguous("grad", grad), y);
     return y;
   });
 }

@@ -17,6 +17,7 @@
 #include "parallel.h"
 #include "products.h"
 #include "tensors.h"
+#include "two_four_operands.h"
 
 namespace bitmask {
 namespace {
@@ -55,28 +56,9 @@ void prove(const TwoFourMatrix& w) {
   check_fault(row, w);
 }
 
-// Fails with the first group of a row that has more than two non-zeros.
-[[noreturn]] void fail_dense(const uint8_t* data, int64_t row, int64_t cols, const Element& element) {
-  const auto is_zero = [&](const uint8_t* bytes) {
-    for (int i = 0; i < element.width; ++i) {
-      if ((bytes[i] & element.zero_test.bytes[i]) != 0) return false;
-    }
-    return true;
-  };
-  for (int64_t col = 0; col < cols; col += 4) {
-    int count = 0;
-    for (int64_t i = col; i < col + 4; ++i) count += is_zero(data + i * element.width) ? 0 : 1;
-    if (count > 2) {
-      fail("dense: row ", row, ", columns ", col, " to ", col + 3, ": got ", count, " non-zeros, expected at most 2");
-    }
-  }
-  fail("dense: row ", row, " changed while it was read");
-}
-
 std::tuple<Tensor, Tensor> pack_24(const Tensor& dense, bool prune, bool keep_negative_zero) {
   const Element element = element_of(dense, keep_negative_zero);
-  const Magnitude magnitude = magnitude_of("dense", element.dtype);
-  check_groups_of_four("dense", dense.sizes());
+  const Magnitude magnitude = check_packable(dense);
   const Geometry g = geometry(dense.sizes());
   const Tensor source = contiguous("dense", dense);
   const Tensor values = empty(with_last_size(dense, g.cols / 2), element.dtype);
@@ -91,7 +73,7 @@ std::tuple<Tensor, Tensor> pack_24(const Tensor& dense, bool prune, bool keep_ne
     codec.pack_largest(elements, s.task.rows, s.task.cols, element.zero_test, magnitude, kept, mask);
     return s.task.rows;
   });
-  if (row < g.rows) fail_dense(from + row * g.cols * element.width, row, g.cols, element);
+  if (row < g.rows) fail_dense(from + row * g.cols * element.width, row, g.cols, element.zero_test, element.width);
   return {values, metadata};
 }
 
@@ -119,8 +101,8 @@ void validate_24(const Tensor& values, const Tensor& metadata) {
 
 // ------------------------------------------------------------------------------------------------------------- pruning
 
-int by_dtype(const char* name, int32_t dtype) {
-  return by_linear_dtype(dtype, int{cpu::kFloat32}, int{cpu::kBfloat16}, int{cpu::kFloat16}, int{cpu::kFloat64}, name);
+int index_of(const Element& element) {
+  return by_linear_dtype(element.dtype, int{cpu::kFloat32}, int{cpu::kBfloat16}, int{cpu::kFloat16}, int{cpu::kFloat64});
 }
 
 // Bytes that memory brings while one is pruned in rows and in columns.
@@ -128,7 +110,7 @@ constexpr int64_t kPruningCost = 8;
 
 // In rows and in columns at once: a task is whole rows of 4 x 4 elements.
 void prune_transposable(uint8_t* data, const Geometry& g, const Element& element) {
-  const TwoFourLinearKernels& kernels = cpu::kernels().two_four_linear[by_dtype("tensor", element.dtype)];
+  const TwoFourLinearKernels& kernels = cpu::kernels().two_four_linear[index_of(element)];
   const int64_t row_bytes = g.cols * element.width, bytes = g.rows * row_bytes * kPruningCost, lines = g.rows / 4;
   if (bytes == 0) return;
   const int64_t count = std::clamp<int64_t>(task_count(bytes), 1, lines);
@@ -140,14 +122,7 @@ void prune_transposable(uint8_t* data, const Geometry& g, const Element& element
 
 void prune_24(const Tensor& tensor, bool transposable) {
   const Element element = element_of(tensor, false);
-  const Magnitude magnitude = magnitude_of("tensor", element.dtype);
-  if (transposable) by_dtype("tensor", element.dtype);
-  check_groups_of_four("tensor", tensor.sizes());
-  if (transposable && (tensor.dim() < 2 || tensor.size(tensor.dim() - 2) % 4 != 0)) {
-    fail("tensor: got size ", to_text(tensor.sizes()), ", expected [..., rows, cols], both multiples of 4 (transposable)");
-  }
-  if (!tensor.is_contiguous()) fail("tensor: got strides ", to_text(tensor.strides()), ", expected contiguous memory to write to");
-  check_storage("tensor", tensor);
+  const Magnitude magnitude = check_prunable(tensor, transposable);
   const Geometry g = geometry(tensor.sizes());
   uint8_t* const data = mutable_bytes(tensor);
   if (transposable) return prune_transposable(data, g, element);
@@ -166,10 +141,10 @@ struct Weight : TwoFourParts {
 };
 
 Weight weight_of(const Tensor& values, const Tensor& metadata) {
-  const int dtype = by_dtype("values", dtype_of(values));
-  if (values.dim() != 2) fail("values: got size ", to_text(values.sizes()), ", expected [out_features, in_features / 2]");
+  const TwoFourParts parts = two_four_weight_of(values, metadata);
   const cpu::Kernels& table = cpu::kernels();  // looked up once: both must be of one instruction set
-  return {two_four_parts_of(values, metadata), table.two_four_linear[dtype], table.linear[dtype]};
+  const int dtype = index_of(parts.element);
+  return {parts, table.two_four_linear[dtype], table.linear[dtype]};
 }
 
 // The weight as a bitmask, once its metadata are proven: half of each row is stored.

@@ -66,12 +66,13 @@ def random_blocks(n, k, block_shape, density=0.5, seed=0, dtype=torch.float32):
     return Blocks(values, crow_indices, col_indices, (n, k)).with_padding(math.nan)
 
 
-def assert_is_product(got, left, right, bias=None, kept=None):
-    """`got` is left @ right + bias, where `kept`, within the rounding that a product may do.
+def assert_is_product(got, left, right, bias=None, kept=None, tf32=False):
+    """`got` is left @ right + bias, where `kept`, within the rounding that a product may do. Returns the error in norm.
 
     Products of 16-bit numbers are exact in the float32 of the sums, so each addition and a conversion or two are the
     only roundings there, each relative to a partial sum, which the sum of magnitudes bounds; the result is rounded once
-    to its dtype. For float64 the yardstick has the same error, hence the factor of two.
+    to its dtype. For float64 the yardstick has the same error, hence the factor of two. With `tf32`, both factors of a
+    product were rounded to nearest before, to 11 significant bits.
     """
     left, right, bias = (None if t is None else t.detach().double() for t in (left, right, bias))
     exact, magnitude = left @ right, left.abs() @ right.abs()
@@ -82,9 +83,12 @@ def assert_is_product(got, left, right, bias=None, kept=None):
     unit = 2.0**-53 if got.dtype == torch.float64 else 2.0**-24
     info = torch.finfo(got.dtype)
     bound = 2 * (right.shape[0] + 3) * unit * magnitude + 0.51 * info.eps * exact.abs() + info.tiny * info.eps
+    if tf32:
+        bound += 2.0**-10 * magnitude
     assert got.shape == exact.shape
-    error = (got.detach().double() - exact).abs()
+    error = (got.detach().cpu().double() - exact).abs()
     assert bool((error <= bound).all()), f"off by {float((error / bound).max()):.1f} times the bound"
+    return float(error.norm() / exact.norm())
 
 
 def rows_of(tensor):
@@ -92,21 +96,22 @@ def rows_of(tensor):
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def check_gradient_of_x(got, blocks, grad):
+def check_gradient_of_x(got, blocks, grad, tf32=False):
     assert (got.shape, got.dtype) == ((*grad.shape[:-1], blocks.shape[1]), grad.dtype)
-    assert_is_product(rows_of(got), rows_of(grad), blocks.dense)
+    return assert_is_product(rows_of(got), rows_of(grad), blocks.dense, tf32=tf32)
 
 
-def check_gradient_of_values(got, blocks, grad, x):
+def check_gradient_of_values(got, blocks, grad, x, tf32=False):
     assert (got.shape, got.dtype) == (blocks.values.shape, x.dtype)
+    got = got.cpu()
     assert not got[~blocks.inside].any(), "expected zeros past the edges"
     found = reference.bsr_to_dense(got, *blocks.index, blocks.shape)
-    assert_is_product(found, rows_of(grad).t(), rows_of(x), kept=blocks.kept)
+    return assert_is_product(found, rows_of(grad).t(), rows_of(x), kept=blocks.kept, tf32=tf32)
 
 
-def check_product(got, blocks, x, bias=None):
+def check_product(got, blocks, x, bias=None, tf32=False):
     assert (got.shape, got.dtype) == ((*x.shape[:-1], blocks.shape[0]), x.dtype)
-    assert_is_product(rows_of(got), rows_of(x), blocks.dense.t(), bias)
+    return assert_is_product(rows_of(got), rows_of(x), blocks.dense.t(), bias, tf32=tf32)
 
 
 def operands(blocks, m, seed=0):

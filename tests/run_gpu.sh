@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# Builds bitmask on a machine with a GPU and runs everything that needs one, in under 20 minutes.
+# Builds bitmask on a machine with a GPU and runs everything that needs one. Each command of a phase has its limit, of at most nine minutes.
 #
 #   tests/run_gpu.sh [--out DIR] [--quick] [PHASE ...]      default: all phases, in this order
 #
 #   build       the extension with its CUDA library (BITMASK_CUDA=1), installed in place; proves that its CUDA ops are there
 #   tests       pytest tests/gpu, with what takes gigabytes, and the tests of the Triton kernels
+#   tests-blocks
+#               those of block-sparse and 2:4 weights, and the cases on a GPU of tests that also run without one
 #   smoke       smoke_test.py, which must report the GPU
 #   memcheck, racecheck, initcheck, synccheck (or sanitizers: all four)
 #               compute-sanitizer's tool of that name over tests/gpu/small_shapes.py; before, it must find a planted error
-#   benchmark   benchmark.py --device cuda (with --quick on tiny sizes)
+#   benchmark   benchmark.py --device cuda (with --quick on tiny sizes): compression, products and decoding with bitmasks
+#   benchmark-blocks
+#               the same for block-sparse and 2:4 weights
 #
 # Logs and results go to DIR (build/gpu); a summary comes last. Every phase needs that build ran once; all go on when one fails, and the
 # exit status is 1 then. PYTHON names the interpreter, whose torch is used as it is: nothing is downloaded. No setting of the GPU is changed.
@@ -25,12 +29,12 @@ while (($#)); do
     --out) OUT=${2:?--out needs a directory} && shift ;;
     --quick) QUICK=(--quick) ;;
     sanitizers) PHASES+=("${TOOLS[@]}") ;;
-    build | tests | smoke | memcheck | racecheck | initcheck | synccheck | benchmark) PHASES+=("$1") ;;
+    build | tests | tests-blocks | smoke | memcheck | racecheck | initcheck | synccheck | benchmark | benchmark-blocks) PHASES+=("$1") ;;
     *) echo "run_gpu.sh: unknown argument $1" >&2 && exit 2 ;;
   esac
   shift
 done
-((${#PHASES[@]})) || PHASES=(build tests smoke "${TOOLS[@]}" benchmark)
+((${#PHASES[@]})) || PHASES=(build tests tests-blocks smoke "${TOOLS[@]}" benchmark benchmark-blocks)
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 export PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
@@ -47,8 +51,12 @@ run_build() {
 run_tests() {
   local triton=(tests/test_triton*.py)
   [[ -e ${triton[0]} ]] || triton=()
-  timeout 540 "$PYTHON" -m pytest -q --durations=10 tests/gpu "${triton[@]}"
+  timeout 540 "$PYTHON" -m pytest -q --durations=10 tests/gpu "${BLOCKS[@]/#/--ignore=}" "${triton[@]}"
 }
+BLOCKS=(tests/gpu/test_gpu_block.py tests/gpu/test_gpu_two_four.py)
+# Of the latter the files hold many cases that need none: "gpu" is in the path of all tests of the former.
+DEVICES=(tests/test_semi_structured.py tests/test_files_two_four.py)
+run_tests-blocks() { timeout 540 "$PYTHON" -m pytest -q --durations=10 "${BLOCKS[@]}" "${DEVICES[@]}" -k "gpu or cuda"; }
 
 run_smoke() {
   timeout 120 "$PYTHON" smoke_test.py || return
@@ -88,8 +96,12 @@ expect() {
   ((status == expected)) || { echo "run_gpu.sh: status $status instead of $expected: $*" && return 1; }
 }
 
-run_benchmark() {
-  timeout 540 "$PYTHON" benchmark.py --device cuda "${QUICK[@]}" --json "$OUT/benchmark.json"
+run_benchmark() { benchmark codec,linear,decode; }
+run_benchmark-blocks() { benchmark block_sparse,semi_structured,decode_blocks; }
+
+# benchmark SUITES: runs them, and writes what is found to a file that is named like the phase.
+benchmark() {
+  timeout 540 "$PYTHON" benchmark.py --device cuda --suite "$1" "${QUICK[@]}" --json "$OUT/$phase.json"
 }
 
 SUMMARY=()
@@ -108,7 +120,7 @@ for phase in "${PHASES[@]}"; do
     outcome=FAILED STATUS=1
     tail -n 40 "$log"
   fi
-  SUMMARY+=("$(printf '%-11s%-7s%4d s  %s' "$phase" "$outcome" $((SECONDS - start)) "$(tail -n 1 "$log")")")
+  SUMMARY+=("$(printf '%-17s%-7s%4d s  %s' "$phase" "$outcome" $((SECONDS - start)) "$(tail -n 1 "$log")")")
 done
 printf '\n== summary (%s)\n' "$OUT"
 printf '%s\n' "${SUMMARY[@]}"

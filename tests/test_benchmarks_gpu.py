@@ -1,10 +1,13 @@
 """The GPU benchmarks on a stand-in for a GPU: the same cells, checks, reports and tables, with torch's CPU ops."""
 
+import gc
 import json
+import re
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+import weakref
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import benchmark
 from benchmarks.cases import Selection
-from benchmarks.gpu import codec, decode, linear
+from benchmarks.gpu import block_sparse, codec, decode, decode_blocks, linear, semi_structured
 from benchmarks.gpu.contest import Entrant, WrongResultError, contest, poison
 from benchmarks.gpu.decoder import TOY, State, make_decoder
 from benchmarks.gpu.dense import dense_entrants
@@ -25,6 +28,7 @@ from benchmarks.gpu.plan import GpuPlan, microseconds
 from benchmarks.gpu.report import GPU_SUITES, GpuReport
 from benchmarks.gpu.rivals import RivalsError, load_rivals
 from benchmarks.gpu.run import GpuOrder, run_on
+from benchmarks.models.networks import linear_layers
 from benchmarks.timer import Budget, Summary
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +67,9 @@ class StandIn:
 
     def blas(self, name):
         assert name in self.blas_libraries
+        return nullcontext()
+
+    def precision(self, tf32):
         return nullcontext()
 
     def release(self):
@@ -378,6 +385,29 @@ def test_decode_notices_a_weight_that_stayed_dense(monkeypatch):
         decode.run(plan([]))
 
 
+@pytest.mark.parametrize("suite", [decode, decode_blocks])
+def test_the_dense_decoder_is_gone_when_its_twin_is_sized(monkeypatch, suite):
+    held, alive = [], []
+    make, sizes = decode.make_decoder, decode._sizes
+
+    def watched(*args):
+        model = make(*args)
+        held.extend(weakref.ref(each) for each in (model, *(layer.weight for layer in linear_layers(model.blocks))))
+        return model
+
+    def counted(*args):
+        gc.collect()
+        alive.append(sum(each() is not None for each in held))
+        return sizes(*args)
+
+    monkeypatch.setattr(decode, "make_decoder", watched)
+    monkeypatch.setattr(decode, "_sizes", counted)
+    with torch.inference_mode():
+        suite.run(plan([], Selection(sparsities=(0.5,))))
+    assert alive == [len(held), 0]
+    assert len(held) > 1
+
+
 def test_the_decoder_attends_to_what_was_said():
     """Step by step with the memory of keys and values is the whole sequence at once, causally."""
     model = make_decoder(TOY, 12, torch.float64, 0.5, torch.device("cpu"), seed=1)
@@ -419,6 +449,188 @@ def _at_once(model, tokens):
         gate, up = block.gate_up(block.perceptron_norm(hidden)).chunk(2, -1)
         hidden = hidden + block.down(torch.nn.functional.silu(gate) * up)
     return model.head(model.norm(hidden))
+
+
+def test_block_sparse_cells():
+    said = []
+    results = block_sparse.run(plan(said, Selection(dtypes=("fp32",), shapes=((96, 64),))))
+    assert {(r.contender, r.part, r.rows, r.tf32) for r in results} == {
+        (contender, part, rows, tf32)
+        for contender in ("dense", "bitmask")
+        for part in ("forward", "dX", "dW")
+        for rows in (1, 3)
+        for tf32 in (False, True)
+    } | {("torch BSR", "forward", rows, tf32) for rows in (1, 3) for tf32 in (False, True)}
+    dense, packed = results[:2]
+    assert dense.way.endswith((", one", ", other"))
+    assert (packed.block, packed.density, packed.speedup, packed.target_ms) == (16, 0.5, 1.0, dense.dense_ms / 2)
+    assert packed.weight_nbytes == 12 * 16 * 16 * 4 + (7 + 12) * 8
+    text = "\n".join(block_sparse.tables(results))
+    for part in ("**dW, W 96x64 tf32, blocks of 16**", "50%: us", "**Beside others: forward, W 96x64 fp32**"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("bsr_linear", "forward"), ("bsr_linear_backward_input", "dX"), ("bsr_linear_backward_values", "dW")],
+)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_block_sparse_notices_one_lost_column(monkeypatch, name, part, dtype):
+    right = getattr(block_sparse, name)
+
+    def wrong(rows, *rest):
+        return right(rows * (torch.arange(rows.shape[1]) != 7), *rest)
+
+    monkeypatch.setattr(block_sparse, name, wrong)
+    with pytest.raises(WrongResultError, match=f"bitmask is wrong for {part}, 96x64"):
+        block_sparse.run(plan([], Selection(dtypes=(dtype,), shapes=((96, 64),), sparsities=(0.0,))))
+
+
+class Tf32(StandIn):
+    """Notes what precision is asked for, as torch's setting does."""
+
+    tf32 = False
+
+    @contextmanager
+    def precision(self, tf32):
+        self.tf32 = tf32
+        yield
+        self.tf32 = False
+
+
+def rounded(tensor):
+    """Cut to what tf32 holds."""
+    return (tensor.view(torch.int32) & -(2**13)).view(torch.float32)
+
+
+PRODUCTS = {"forward": "bsr_linear", "dX": "bsr_linear_backward_input", "dW": "bsr_linear_backward_values"}
+WIDE = Selection(dtypes=("fp32",), shapes=((512, 512),), sparsities=(0.0,), rows=(64,))
+
+
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize(("part", "name"), PRODUCTS.items())
+def test_tf32_may_round_where_it_was_asked_for(monkeypatch, part, name, always):
+    monkeypatch.setattr(block_sparse, "_PARTS", {part: block_sparse._PARTS[part]})
+    device, right = Tf32(), getattr(block_sparse, name)
+
+    def cut(rows, other, *rest):
+        if always or device.tf32:
+            rows, other = rounded(rows), rounded(other)
+        return right(rows, other, *rest)
+
+    monkeypatch.setattr(block_sparse, name, cut)
+    with pytest.raises(WrongResultError, match="fp32") if always else nullcontext():
+        block_sparse.run(replace(plan([], WIDE), device=device))
+
+
+@pytest.mark.parametrize(("part", "name"), PRODUCTS.items())
+def test_one_lost_tile_is_noticed_in_tf32(monkeypatch, part, name):
+    """16 x 16 sums each lack 16 of their products; in norm that is less than 2% of the whole."""
+    monkeypatch.setattr(block_sparse, "_PARTS", {part: block_sparse._PARTS[part]})
+    device, right = Tf32(), getattr(block_sparse, name)
+
+    def wrong(rows, other, *rest):
+        found = right(rows, other, *rest)
+        if device.tf32:
+            less = rows.clone()
+            less[:16, :16] = 0
+            if part == "dW":
+                found[0] = right(less, other, *rest)[0]
+            else:
+                found[:16, :16] = right(less, other, *rest)[:16, :16]
+        return found
+
+    monkeypatch.setattr(block_sparse, name, wrong)
+    with pytest.raises(WrongResultError, match=f"bitmask is wrong for {part}, 512x512 tf32"):
+        block_sparse.run(replace(plan([], WIDE), device=device))
+
+
+def test_torch_csr_is_told_places_in_32_bits_at_a_tenth_of_the_blocks(monkeypatch):
+    """Of 29 blocks 3 are kept, which is a bit more."""
+    indices, multiply = set(), block_sparse._by_csr
+
+    def noted(weight, x):
+        indices.update({weight.crow_indices().dtype, weight.col_indices().dtype})
+        return multiply(weight, x)
+
+    monkeypatch.setattr(block_sparse, "_by_csr", noted)
+    results = block_sparse.run(plan([], Selection(dtypes=("fp32",), shapes=((16, 464),), sparsities=(0.9,), rows=(3,))))
+    (found,) = {result.density for result in results if result.contender == "torch CSR"}
+    assert 0.1 < found < 0.105
+    assert indices == {torch.int32}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_block_sparse_weights_are_cold(monkeypatch, dtype, sparsity):
+    """Of up to 512 rows, for which it matters where W comes from."""
+    held = {}
+
+    def noted(plan, layers, m, part):
+        held[m] = sum(each.values.nbytes for each in layers.blocks)
+        return []
+
+    monkeypatch.setattr(block_sparse, "_cell", noted)
+    ordered = plan([], Selection(dtypes=(dtype,), shapes=((96, 64),), sparsities=(sparsity,), rows=(1, 512, 4096)))
+    block_sparse.run(ordered)
+    assert held[1] == held[512] >= ordered.uncached_nbytes
+    assert held[4096] <= held[512]
+
+
+def test_semi_structured_cells():
+    said = []
+    results = semi_structured.run(plan(said, Selection(dtypes=("bf16",), shapes=((64, 128),))))
+    assert {(r.contender, r.part, r.rows, r.block) for r in results} >= {
+        *((name, "pack", 0, 0) for name in ("dense", "pack", "prune and pack", "unpack")),
+        *((name, "forward", rows, 0) for name in ("dense", "bitmask") for rows in (1, 3)),
+        *((name, "forward", rows, 16) for name in ("dense", "bitmask", "bitmask, dense blocks") for rows in (1, 3)),
+    }
+    assert {r.density for r in results} == {0.5, 0.125, 0.78125}
+    assert any(line.startswith("torch cuSPARSELt 2:4 left out") for line in said)
+    text = "\n".join(semi_structured.tables(results))
+    for part in (
+        "**forward, W 64x128 bf16**",
+        "blocks of 16**",
+        "**Beside others: pack, W 64x128 bf16**",
+        "dense (copy)",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize("name", ["linear_24", "bsr_linear_24"])
+def test_semi_structured_notices_one_lost_column(monkeypatch, name):
+    right = getattr(semi_structured, name)
+    monkeypatch.setattr(
+        semi_structured, name, lambda x, *parts: right(x * (torch.arange(x.shape[1]) >= x.shape[1] // 2), *parts)
+    )
+    with pytest.raises(WrongResultError, match="bitmask is wrong for forward"):
+        semi_structured.run(plan([], Selection(dtypes=("bf16",), rows=(3,))))
+
+
+def test_decode_blocks_cells():
+    said = []
+    with torch.inference_mode():
+        results = decode_blocks.run(plan(said, Selection(sparsities=(0.5,))))
+    assert [(r.contender, r.rows) for r in results] == [("dense", 1), ("bitmask", 1), ("dense", 8), ("bitmask", 8)]
+    dense, packed = results[:2]
+    assert packed.linear_nbytes < dense.linear_nbytes
+    assert 0 <= packed.difference < 0.02
+    assert "block-sparse tokens/s" in next(iter(decode_blocks.tables(results)))
+
+
+def test_decode_blocks_notices_a_wrong_product(monkeypatch):
+    right = decode_blocks.block_sparse_twin
+
+    def wrong(*args):
+        twin = right(*args)
+        for module in twin.modules():
+            if isinstance(module, decode_blocks.BlockSparseLinear):
+                module.values.data.neg_()
+        return twin
+
+    monkeypatch.setattr(decode_blocks, "block_sparse_twin", wrong)
+    with pytest.raises(WrongResultError, match="logits are off"), torch.inference_mode():
+        decode_blocks.run(plan([], Selection(sparsities=(0.5,))))
 
 
 # The whole run.
@@ -465,7 +677,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--isa", "scalar"], "--device cuda knows no --isa"),
-        (["--suite", "everyday"], "--device cuda has the suites codec, linear, decode"),
+        (["--suite", "everyday"], "--device cuda has the suites codec, linear, decode, block_sparse"),
         (["--rivals", "none.py"], "--rivals: none.py is not a Python file"),
     ],
 )
@@ -499,8 +711,12 @@ def test_what_there_is_no_time_for_is_named():
     assert said[0] == "left out, the time for this suite is up: 96x64 bf16, 50% zeros"
 
 
-def test_all_suites_together_take_less_than_eight_minutes():
-    assert sum(suite.seconds for suite in GPU_SUITES.values()) <= 400
+def test_the_suites_of_a_phase_take_less_than_eight_minutes():
+    script = (ROOT / "tests" / "run_gpu.sh").read_text()
+    phases = [names.split(",") for names in re.findall(r"\{ benchmark (\S+); \}", script)]
+    assert [name for names in phases for name in names] == list(GPU_SUITES)
+    for names in phases:
+        assert sum(GPU_SUITES[name].seconds for name in names) <= 440
 
 
 def test_unknown_reports_are_refused(tmp_path):

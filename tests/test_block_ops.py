@@ -228,15 +228,17 @@ def test_gradients_are_those_of_a_masked_weight(dtype, lead, given):
 
 
 class OpsCalled(TorchDispatchMode):
-    """Notes which ops of bitmask are called."""
+    """Notes which ops of bitmask are called, and which of them may use tf32."""
 
     def __init__(self):
         super().__init__()
-        self.names = set()
+        self.names, self.with_tf32 = set(), set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "bitmask":
             self.names.add(func._opname)
+            if func._schema.arguments[-1].name == "allow_tf32" and args[len(func._schema.arguments) - 1 :] == (True,):
+                self.with_tf32.add(func._opname)
         return func(*args, **(kwargs or {}))
 
 
@@ -285,6 +287,60 @@ def test_gradcheck_of_every_order(given):
         for i in range(len(inputs)):
             alone = [tensor if i == j else tensor.detach() for j, tensor in enumerate(inputs)]
             assert torch.autograd.gradgradcheck(lambda *args, op=op: op(*args) ** 2, alone)
+
+
+PRODUCTS = {"bsr_linear", "bsr_linear_backward_input", "bsr_linear_backward_values"}
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_gradients_of_every_order_use_tf32_where_the_product_does(monkeypatch, allowed):
+    blocks = random_blocks(37, 53, (16, 24)).with_padding(0.0)
+    x, grad, _ = (tensor.requires_grad_() for tensor in operands(blocks, 5))
+    values = blocks.values.requires_grad_()
+    calls_of = {
+        bsr_linear: (x, values, *blocks.index, 37),
+        bsr_linear_backward_input: (grad, values, blocks.transposed, 53),
+        bsr_linear_backward_values: (grad, x, *blocks.index, (16, 24)),
+    }
+    for product, args in calls_of.items():
+        monkeypatch.setattr(ops_block, "_allows_tf32", lambda multiplied: allowed)
+        y = product(*args)
+        monkeypatch.undo()  # what counts is what was allowed when the product was calculated
+        leaves = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
+        with OpsCalled() as called:
+            first = torch.autograd.grad((y**2).sum(), leaves, create_graph=True)
+            torch.autograd.grad(sum((part**2).sum() for part in first), leaves)
+        assert called.names >= PRODUCTS - {product.__name__}
+        assert called.with_tf32 == (called.names & PRODUCTS if allowed else set())
+
+
+@pytest.fixture
+def matmul_settings():
+    """Puts back what torch allows."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_tf32_where_torch_allows_it(matmul_settings):
+    """Whichever of torch's ways to allow it was used, and compiled as well."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + ops_block._tf32_of_matmuls(), backend="eager", fullgraph=True)
+    settings = {
+        lambda: torch.set_float32_matmul_precision("highest"): False,
+        lambda: torch.set_float32_matmul_precision("high"): True,
+        lambda: setattr(matmul_settings, "fp32_precision", "ieee"): False,
+        lambda: setattr(matmul_settings, "fp32_precision", "tf32"): True,
+        lambda: setattr(matmul_settings, "allow_tf32", False): False,
+        lambda: setattr(matmul_settings, "allow_tf32", True): True,
+    }
+    for setting, allowed in settings.items():
+        setting()
+        with FakeTensorMode():
+            assert ops_block._allows_tf32(torch.empty(1, device="cuda")) == allowed
+        assert compiled(torch.zeros(1)).item() == allowed
+        assert not ops_block._allows_tf32(torch.zeros(1))
 
 
 def test_changed_in_place_before_backward():

@@ -257,21 +257,23 @@ def test_bad_arguments(function, change, error, message):
         function(**args)
 
 
-def test_kernels_are_for_cpus():
+def test_kernels_are_for_cpus_and_nvidia_gpus():
     for function, args in arguments().items():
         with FakeTensorMode():
-            there = {name: move(arg) for name, arg in args.items()}
+            results = function(**{name: move(arg, "cuda") for name, arg in args.items()})
+            assert all(part.is_cuda for part in (results if isinstance(results, tuple) else [results]))
+            there = {name: move(arg, "xpu") for name, arg in args.items()}
             with pytest.raises(
-                NotImplementedError, match="got device cuda:0, expected cpu: bitmask has no block-sparse kernels"
+                NotImplementedError, match="got device xpu:0, expected cpu or cuda: bitmask has no block-sparse kernels"
             ):
                 function(**there)
 
 
-def move(arg):
+def move(arg, device):
     """A stand-in for it on a GPU."""
     if isinstance(arg, ops_block.TransposedIndex):
-        return ops_block.TransposedIndex(*map(move, arg))
-    return torch.empty(arg.shape, dtype=arg.dtype, device="cuda") if isinstance(arg, Tensor) else arg
+        return ops_block.TransposedIndex(*(move(part, device) for part in arg))
+    return torch.empty(arg.shape, dtype=arg.dtype, device=device) if isinstance(arg, Tensor) else arg
 
 
 def test_native_ops_by_themselves_refuse_the_same():

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bitmask import BlockSparseLinear, BlockSparseModelPatcher
+from bitmask import BlockSparseLinear, BlockSparseModelPatcher, native, ops_block
 from bitmask.block_patcher import _place_against
 from bitmask.block_patterns import spread_blocks
 
@@ -330,8 +330,19 @@ def test_layers_on_other_devices():
     report = patcher_of(**{"0": {"pattern": pattern}}).patch_model(model)
     assert torch.equal(model[0].pattern, pattern)
     assert [row.reason for row in report.rows] == ["", "it is on device meta: load it first"]
-    elsewhere = SimpleNamespace(weight=SimpleNamespace(is_meta=False, device=torch.device("cuda")))
-    assert _place_against(elsewhere, True) == "it is on device cuda: block-sparse layers run on the CPU only"
+    elsewhere = SimpleNamespace(weight=SimpleNamespace(is_meta=False, device=torch.device("xpu")))
+    assert _place_against(elsewhere, True) == "it is on device xpu: block-sparse layers run on cpu and cuda only"
+
+
+def test_layers_on_gpus_need_kernels_there(monkeypatch):
+    layer = SimpleNamespace(weight=SimpleNamespace(is_meta=False, device=torch.device("cuda")))
+    monkeypatch.setattr(ops_block, "DEVICES", frozenset({"cpu", "cuda"}))
+    assert not _place_against(layer, True)
+    monkeypatch.setattr(ops_block, "DEVICES", frozenset({"cpu"}))
+    monkeypatch.setattr(native, "cuda_missing", "built without CUDA")
+    assert _place_against(layer, True) == (
+        "it is on device cuda, for which there are no kernels here: built without CUDA"
+    )
 
 
 def test_warnings_name_the_layer():

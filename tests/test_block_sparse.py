@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from block_layers import PARTS, SHAPES, TRANSPOSED, assert_consistent, assert_same_layer, dense_weight, linear_of, make
 from conftest import assert_bits_equal
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import bitmask
 from bitmask import BitmaskLinear, BlockSparseLinear, FormatError, block_norms, largest_blocks
@@ -518,6 +520,59 @@ def test_from_dense_on_meta_with_a_pattern():
     assert layer.values.shape == (5, 16, 32)
     assert torch.equal(layer.pattern, pattern)
     assert layer.to_dense().weight.is_meta
+
+
+def with_stand_ins(layer, device):
+    """The layer with tensors on a device that need not be there, in a FakeTensorMode."""
+
+    def there(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    for name, parameter in list(layer.named_parameters()):
+        layer._parameters[name] = nn.Parameter(there(parameter))
+    for name, buffer in list(layer.named_buffers()):
+        layer._buffers[name] = there(buffer)
+    return layer
+
+
+@pytest.mark.parametrize("lead", [(3,), (), (2, 0)], ids=str)
+def test_training_looks_at_no_number(lead):
+    """Where it would, a GPU would have to be waited for."""
+    layer = make()
+    with FakeTensorMode():
+        x = torch.empty(*lead, 70, requires_grad=True)
+        with_stand_ins(layer, "cpu")(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert layer.values.grad.shape == layer.values.shape
+
+
+@contextmanager
+def autocast_on_a_gpu(dtype):
+    """`torch.autocast`, which leaves autocast off where there is no GPU."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
+def test_on_a_gpu():
+    layer = make()
+    with FakeTensorMode(), torch.no_grad():
+        with_stand_ins(layer, "cuda")
+        x = torch.empty(3, 70, device="cuda")
+        assert layer(x).is_cuda
+        with autocast_on_a_gpu(torch.bfloat16):
+            assert layer(x).dtype == layer(x.half()).dtype == torch.bfloat16
+            with pytest.raises(TypeError, match=r"x: got dtype torch.float64, expected torch.float32"):
+                layer(x.double())
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=r"x: got dtype torch.float16"):
+            layer(x.half())
+        with pytest.raises(ValueError, match="x: got device cpu, expected cuda:0, the device of values"):
+            layer(torch.empty(3, 70))
 
 
 def test_share_memory():

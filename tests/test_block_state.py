@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bitmask
-from bitmask import BlockSparseLinear, FormatError, ops_block
+from bitmask import BitmaskTensor, BlockSparseLinear, FormatError, SemiStructuredBlockLinear, ops_block
 
 pytestmark = [
     pytest.mark.usefixtures("seed"),
@@ -139,6 +139,31 @@ CORRUPT = {
     ),
     "no tensor": (lambda s: s.update(col_indices=[0, 1]), TypeError, "col_indices: got list, expected a torch.Tensor"),
     "meta": (lambda s: s.update(crow_indices=s["crow_indices"].to("meta")), FormatError, "crow_indices: got a meta"),
+    "sparse values": (
+        lambda s: s.update(values=s["values"].to_sparse()),
+        TypeError,
+        "values: got a torch.sparse_coo tensor, expected a dense",
+    ),
+    "compressed values": (
+        lambda s: s.update(values=BitmaskTensor.from_dense(s["values"])),
+        TypeError,
+        "values: got a BitmaskTensor, which wraps other tensors",
+    ),
+    "sparse shape": (
+        lambda s: s.update(dense_shape=s["dense_shape"].to_sparse()),
+        TypeError,
+        "dense_shape: got a torch.sparse_coo tensor",
+    ),
+    "nested index": (
+        lambda s: s.update(col_indices=torch.nested.nested_tensor([s["col_indices"]])),
+        TypeError,
+        "col_indices: got a nested tensor",
+    ),
+    "sparse bias": (
+        lambda s: s.update(bias=s["bias"].to_sparse()),
+        TypeError,
+        "bias: got a torch.sparse_coo tensor, expected a dense",
+    ),
 }
 
 
@@ -168,13 +193,52 @@ def test_a_shape_too_narrow_for_the_blocks():
 def test_a_shape_larger_than_memory():
     """Refused for another size before anything is reserved for it; on its own, for the memory."""
     state = make().state_dict()
-    state["dense_shape"] = torch.tensor([50, 2**62])
-    with pytest.raises(RuntimeError, match=f"values: got 6 blocks of 16 x 32 in a weight of 50 x {2**62}"):
+    state["dense_shape"] = torch.tensor([50, 2**57])
+    with pytest.raises(RuntimeError, match=f"values: got 6 blocks of 16 x 32 in a weight of 50 x {2**57}"):
         make().load_state_dict(state)
-    with pytest.raises(RuntimeError, match="cannot allocate"):
-        BlockSparseLinear.from_state_dict(state)
-    with pytest.raises(FormatError, match=rf"^dense_shape: got in_features {2**62}, expected 70"):
+    with pytest.raises(RuntimeError, match=rf"^0\.dense_shape: got \[50, {2**57}\]: .*cannot allocate"):
+        BlockSparseLinear.from_state_dict({f"0.{name}": part for name, part in state.items()}, "0.")
+    with pytest.raises(FormatError, match=rf"^dense_shape: got in_features {2**57}, expected 70"):
         BlockSparseLinear.from_state_dict(state, in_features=70)
+    state["dense_shape"] = torch.tensor([50, 2**62])
+    for work in (make().load_state_dict, BlockSparseLinear.from_state_dict):
+        with pytest.raises(FormatError, match=rf"^dense_shape: got \[50, {2**62}\], expected .* is less than 2\^63"):
+            work(state)
+
+
+def test_state_of_two_four_blocks_is_refused():
+    """Half as wide as they are, its blocks would pass for dense ones."""
+    two_four = SemiStructuredBlockLinear.from_block_sparse(make(128, 128, 1.0, (32, 32)), prune=True)
+    state = nn.Sequential(two_four).state_dict()
+    half = torch.ones(4, 8, dtype=torch.bool)
+    half[:, 4:] = False
+    model = nn.Sequential(make(128, 128, pattern=half, block_shape=(32, 16)))
+    assert model[0].values.shape == two_four.values.shape
+    before, message = copy.deepcopy(model), r"^0\.metadata: got the state of a SemiStructuredBlockLinear"
+    with pytest.raises(FormatError, match=message):
+        BlockSparseLinear.from_state_dict(state, "0.")
+    for strict in (True, False):
+        with pytest.raises(FormatError, match=message):
+            model.load_state_dict(state, strict=strict)
+    assert_same_layer(model[0], before[0])
+
+
+def test_bias_on_another_device_is_not_assigned():
+    layer = make()
+    before, state = copy.deepcopy(layer), layer.state_dict()
+    state["bias"] = state["bias"].to("meta")
+    with pytest.raises(ValueError, match=r"^bias: got device meta, expected cpu, the device of values"):
+        layer.load_state_dict(state, assign=True)
+    assert_same_layer(layer, before)
+
+
+def test_an_index_that_was_written_to_is_proven_again():
+    works = (lambda layer: layer.weight + 0, lambda layer: layer.to_dense(), lambda layer: layer.to_bsr())
+    for work in works:
+        layer = make(96, 64)
+        layer.col_indices[0] = -1
+        with pytest.raises(FormatError, match=r"^col_indices\[0\]: got -1, expected at least 0 and less than 3"):
+            work(layer)
 
 
 def test_sizes_that_are_known():

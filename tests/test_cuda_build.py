@@ -191,6 +191,7 @@ def test_out_of_memory_comes_out_as_torch_has_it():
 def test_build_info():
     info = bitmask.build_info()
     assert info["cuda_missing"] == native.cuda_missing
+    assert ("cuda" in native.DEVICES) == (native.cuda_missing is None)
     assert (info["cuda_toolkit"] is None) == (native.cuda_missing is not None)
     assert (info["cuda_architectures"] is None) == (native.cuda_missing is not None)
 

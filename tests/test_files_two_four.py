@@ -11,7 +11,15 @@ from safetensors.torch import load_file, save_file
 from test_files import check_field_mutations, run_command, sharded
 
 import bitmask
-from bitmask import BitmaskConfig, BitmaskTensor, FormatError, SemiStructuredTensor, load_compressed, load_rows
+from bitmask import (
+    BitmaskConfig,
+    BitmaskTensor,
+    FormatError,
+    SemiStructuredTensor,
+    load_compressed,
+    load_rows,
+    ops_two_four,
+)
 from bitmask.files import (
     compress_checkpoint,
     decompress_checkpoint,
@@ -117,12 +125,20 @@ def test_it_is_mapped(path):
 
 
 def test_devices(path, device):
-    """On a GPU, which has no kernels for 2:4, it is kept as the bitmask that it is as well."""
+    """Where there are no kernels for 2:4, it is kept as the bitmask that it is as well."""
     save_compressed({"w.weight": WEIGHT.to(device)}, path, FORMAT)
     assert_bits_equal(read(path, device=device), WEIGHT.to(device))
     kept = read(path, device=device, decompress=False)
-    assert type(kept) is (SemiStructuredTensor if device.type == "cpu" else BitmaskTensor)
+    assert type(kept) is (SemiStructuredTensor if device.type in ops_two_four.DEVICES else BitmaskTensor)
     assert_bits_equal(kept.to_dense(), WEIGHT.to(device))
+
+
+def test_devices_without_kernels(path, monkeypatch):
+    save_compressed({"w.weight": WEIGHT}, path, FORMAT)
+    monkeypatch.setattr(ops_two_four, "DEVICES", frozenset())
+    kept = read(path, decompress=False)
+    assert type(kept) is BitmaskTensor
+    assert_bits_equal(kept.to_dense(), WEIGHT)
 
 
 STAY_DENSE = {

@@ -12,7 +12,12 @@ CSRC = ROOT / "csrc"
 KERNEL_FILES = sorted(path for wing in ("cpu", "cuda") for path in (CSRC / wing).rglob("*") if path.is_file())
 VOCABULARY_FILES = sorted([*(CSRC / "cpu").glob("simd_*.h"), *(CSRC / "cpu" / "generic").glob("*.h")])
 ISA_FILES = sorted((CSRC / "cpu").glob("isa_*.cpp"))
-TORCH_FREE_FILES = [*KERNEL_FILES, *(CSRC / name for name in ("layout.h", "checks.h", "block_index.h", "module.cpp"))]
+TORCH_FREE_FILES = [
+    *KERNEL_FILES,
+    *(CSRC / name for name in ("layout.h", "two_four_patterns.h", "checks.h", "block_index.h", "module.cpp")),
+]
+# Constants that kernels of every device share.
+SHARED_FILES = [CSRC / "layout.h", CSRC / "two_four_patterns.h"]
 PYTHON_FILES = sorted((ROOT / "bitmask").rglob("*.py"))
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
@@ -49,7 +54,7 @@ def test_no_torch_header(path):
 def test_wings_do_not_see_each_other_nor_the_python_module(path):
     own, other = ("cpu", "cuda") if path.is_relative_to(CSRC / "cpu") else ("cuda", "cpu")
     inside = [(path.parent / name).resolve() for name in includes(path) if not name.startswith("<")]
-    allowed = [CSRC / own, CSRC / "layout.h"]
+    allowed = [CSRC / own, *SHARED_FILES]
     strangers = [name_of(file) for file in inside if not any(file.is_relative_to(place) for place in allowed)]
     assert strangers == [], f"{other} and everything above must stay out of {own}"
     assert not any("pybind11" in name or "Python.h" in name for name in includes(path))
@@ -79,14 +84,15 @@ def test_system_headers_come_before_the_target_region(path):
         assert not re.search(r"#\s*include\s*<", text[region.start() :])
 
 
-@pytest.mark.parametrize("path", [CSRC / "layout.h", CSRC / "cpu" / "kernels.h"], ids=name_of)
+@pytest.mark.parametrize("path", [*SHARED_FILES, CSRC / "cpu" / "kernels.h"], ids=name_of)
 def test_shared_headers_stay_plain(path):
-    assert set(includes(path)) <= {"<cstddef>", "<cstdint>", "../layout.h"}
+    assert set(includes(path)) <= {"<cstddef>", "<cstdint>", *(f"../{shared.name}" for shared in SHARED_FILES)}
 
 
-def test_inline_ptx_lives_in_one_file():
+def test_inline_ptx_lives_in_files_of_its_own():
     comment = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
-    files = [file for file in KERNEL_FILES if file.is_relative_to(CSRC / "cuda") and file.name != "ptx.cuh"]
+    own = {"ptx.cuh", "ptx_warpgroup.cuh"}
+    files = [file for file in KERNEL_FILES if file.is_relative_to(CSRC / "cuda") and file.name not in own]
     assert [name_of(f) for f in files if re.search(r"\b(asm|__asm__)\b", comment.sub("", f.read_text()))] == []
 
 
@@ -100,8 +106,9 @@ ALLOWED = {
     "calls": {"_C", "native"},
     "ops": {"calls", "native", "portable", "reference"},
     "ops_block": {"calls"},
+    "ops_block_two_four": {"calls", "ops_block", "ops_two_four"},
     "ops_convert": {"calls", "ops", "reference"},
-    "ops_two_four": {"calls", "ops", "reference"},
+    "ops_two_four": {"calls", "native", "ops", "reference"},
     "cutlass_layout": {"calls", "ops_two_four"},
 }
 
@@ -167,5 +174,5 @@ def test_imports_have_no_cycle():
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_native_ops_are_called_in_one_place(module):
     """Everything else goes through the functions of ops.py and its sisters, which name the errors."""
-    families = {"ops", "ops_block", "ops_convert", "ops_two_four"}
+    families = {"ops", "ops_block", "ops_block_two_four", "ops_convert", "ops_two_four"}
     assert module in families or "torch.ops.bitmask" not in MODULES[module].read_text()

@@ -1,11 +1,13 @@
 """tests/run_gpu.sh with stand-ins for the programs of a GPU machine: what it runs, and that it notices what fails."""
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+ASKS = re.compile(r"def test_\w+\([^)]*\bdevice\b")  # for the fixture
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PROGRAMS = {
     # What it compiles does nothing; what it was to plant is seen by the stand-in for the sanitizer alone.
@@ -48,15 +50,27 @@ def test_all_phases(run, tmp_path):
     assert done.returncode == 0, done.stdout
     summary = done.stdout.split("== summary")[1].splitlines()[1:]
     assert [line.split()[:2] for line in summary] == [
-        [phase, "ok"] for phase in ("build", "tests", "smoke", *TOOLS, "benchmark")
+        [phase, "ok"] for phase in ("build", "tests", "tests-blocks", "smoke", *TOOLS, "benchmark", "benchmark-blocks")
     ]
     for tool in TOOLS:
         assert f"--tool {tool}" in calls
     assert calls.count("small_shapes.py") == len(TOOLS)
     assert calls.count("small_shapes.py --cublas") == 1
-    assert "python benchmark.py --device cuda --json" in calls
+    assert "python benchmark.py --device cuda --suite codec,linear,decode --json" in calls
+    assert "python benchmark.py --device cuda --suite block_sparse,semi_structured,decode_blocks --json" in calls
     logs = {path.name for path in (tmp_path / "out").iterdir()}
-    assert logs == {f"{name}.log" for name in ("build", "tests", "smoke", "sanitizers", "benchmark")}
+    assert logs == {
+        f"{name}.log"
+        for name in ("build", "tests", "tests-blocks", "smoke", "sanitizers", "benchmark", "benchmark-blocks")
+    }
+
+
+def test_every_test_that_asks_for_a_device_runs_on_a_gpu(run):
+    asking = [path for path in (ROOT / "tests").glob("test_*.py") if ASKS.search(path.read_text())]
+    assert len(asking) >= 2
+    _, calls = run("tests", "tests-blocks")
+    (chosen,) = (line for line in calls.splitlines() if line.endswith("-k gpu or cuda"))
+    assert {f"tests/{path.name}" for path in asking} <= set(chosen.split())
 
 
 def test_chosen_phases(run):
@@ -71,7 +85,7 @@ def test_chosen_phases(run):
 def test_a_sanitizer_that_finds_nothing_planted_is_no_proof(run, tool):
     done, _ = run("sanitizers", BLIND=tool)
     assert done.returncode == 1
-    assert f"{tool:<11}FAILED" in done.stdout
+    assert f"{tool:<17}FAILED" in done.stdout
     assert done.stdout.count("FAILED") == 1
 
 
@@ -79,7 +93,7 @@ def test_a_sanitizer_that_finds_nothing_planted_is_no_proof(run, tool):
 def test_what_a_sanitizer_finds_in_the_kernels_fails(run, tool):
     done, _ = run("sanitizers", FAULTY=f"{tool}*small_shapes")
     assert done.returncode == 1
-    assert f"{tool:<11}FAILED" in done.stdout
+    assert f"{tool:<17}FAILED" in done.stdout
     assert done.stdout.count("FAILED") == 1
 
 

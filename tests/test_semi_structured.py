@@ -72,6 +72,38 @@ def two_of_four(dense):
 # Construction and attributes.
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32], ids=str)
+def test_devices(device, dtype):
+    """Parts move there and back, and are made there."""
+    dense = two_four_numbers(33, 20, dtype=dtype)
+    compressed = SemiStructuredTensor.from_dense(dense)
+    there = compressed.to(device)
+    assert {part.device.type for part in parts_of(there)} == {device.type}
+    assert_parts_equal(parts_of(there.cpu()), parts_of(compressed))
+    assert_bits_equal(there.to_dense().cpu(), dense)
+    assert_parts_equal(parts_of(SemiStructuredTensor.from_dense(dense.to(device)).cpu()), parts_of(compressed))
+
+
+def test_products_on_devices(device):
+    weight, x, bias = two_four_numbers(33, 20), random_numbers(5, 20), random_numbers(33)
+    there = SemiStructuredTensor.from_dense(weight.to(device))
+    rows = x.to(device).requires_grad_()
+    y = F.linear(rows, there, bias.to(device))
+    torch.testing.assert_close(y.detach().cpu(), F.linear(x, weight, bias))
+    y.sum().backward()
+    torch.testing.assert_close(rows.grad.cpu(), weight.sum(0).expand(5, 20))
+
+
+def test_hand_over_on_devices(device):
+    """Values are shared there, too."""
+    compressed = SemiStructuredTensor.from_dense(two_four_numbers(64, 128, dtype=torch.float16).to(device))
+    converted = compressed.to_torch()
+    assert converted.packed.data_ptr() == compressed.values.data_ptr()
+    back = SemiStructuredTensor.from_torch(converted)
+    assert back.values.data_ptr() == compressed.values.data_ptr()
+    assert_parts_equal(parts_of(back), parts_of(compressed))
+
+
 @pytest.mark.parametrize("dtype", sorted(TWO_FOUR_DTYPES, key=str), ids=str)
 @pytest.mark.parametrize("shape", [(0,), (4,), (12,), (5, 0), (0, 8), (3, 12), (2, 3, 4, 20)], ids=str)
 def test_from_dense_and_back(dtype, shape):

@@ -1,6 +1,6 @@
-"""Whole decoders on a GPU, dense against compressed: a token's step captured as a CUDA graph, replayed in turn."""
+"""Whole decoders on a GPU, dense against sparse: a token's step captured as a CUDA graph, replayed in turn."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -15,7 +15,7 @@ from benchmarks.gpu.plan import GpuPlan
 from benchmarks.models.networks import checkpoint_nbytes, compressed_twin, linear_layers, linear_nbytes
 from benchmarks.models.result import BITMASK, DENSE
 from benchmarks.report import Result, markdown_table
-from benchmarks.timer import Budget
+from benchmarks.timer import Budget, Summary
 from bitmask import BitmaskTensor
 
 _DEFAULT = Selection(dtypes=("bf16",), sparsities=(0.5,), rows=(1, 8))
@@ -29,7 +29,7 @@ _LARGEST_DIFFERENCE = 0.1  # of the logits, relative in norm: rounding stays far
 
 @dataclass(frozen=True)
 class DecodeResult(Result):
-    """Steps of a decoder, dense or compressed, with `rows` sequences at once; each yields a token for each of them.
+    """Steps of a decoder, dense or with sparse weights, for `rows` sequences; each yields a token for each of them.
 
     `dense_ms` is the dense one's median in the same cell, `peak_nbytes` the most memory that tensors take in a step
     while this one is alone on the device, and `difference` that of the logits, relative in norm, over some steps.
@@ -75,27 +75,47 @@ class _Sizes:
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """A decoder to measure."""
+class Subject:
+    """A decoder to measure: its share of zeros, and that of single weights that are set to zero when it is made."""
 
     shape: Shape
     dtype: str
     sparsity: float
+    pruned: float
 
     def __str__(self) -> str:
         """The model in words."""
         return f"{self.shape.name}, {self.dtype}, {self.sparsity:.0%} zeros"
 
 
+# Makes the sparse twin of a dense model, which may lose weights by that: both are to compute the same.
+MakeTwin = Callable[[Decoder], Any]
+
+
 def run(plan: GpuPlan) -> list[DecodeResult]:
     """Every model for which there is time."""
     selection = plan.selection.over(_DEFAULT)
+    return decode(plan, selection, [(sparsity, sparsity, _compressed) for sparsity in selection.sparsities])
+
+
+def _compressed(dense: Decoder) -> Any:
+    twin: Any = compressed_twin(dense, BODY)
+    if not all(isinstance(layer.weight, BitmaskTensor) for layer in linear_layers(twin.get_submodule(BODY))):
+        raise WrongResultError("some weights did not get compressed")
+    return twin
+
+
+def decode(plan: GpuPlan, selection: Selection, twins: Sequence[tuple[float, float, MakeTwin]]) -> list[DecodeResult]:
+    """Every model for which there is time, beside each of the twins: `sparsity`, `pruned`, and what makes the twin."""
     shapes = (TOY,) if plan.quick else (LLAMA_1B, LLAMA_8B)
-    subjects = [_Subject(*each) for each in product(shapes, selection.dtypes, selection.sparsities)]
+    subjects = [
+        (Subject(shape, dtype, sparsity, pruned), make)
+        for shape, dtype, (sparsity, pruned, make) in product(shapes, selection.dtypes, twins)
+    ]
     results: list[DecodeResult] = []
-    for subject in plan.in_time(subjects):
+    for subject, make_twin in plan.in_time(subjects):
         plan.say(f"\n{subject}")
-        found = _measure(plan, subject, selection.rows)
+        found = _measure(plan, subject, make_twin, selection.rows)
         for result in found:
             plan.say(result.line())
         results += found
@@ -103,20 +123,18 @@ def run(plan: GpuPlan) -> list[DecodeResult]:
     return results
 
 
-def _measure(plan: GpuPlan, subject: _Subject, batches: Sequence[int]) -> list[DecodeResult]:
+def _measure(plan: GpuPlan, subject: Subject, make_twin: MakeTwin, batches: Sequence[int]) -> list[DecodeResult]:
     """The dense model is alone first, then its twin beside it, which shares all but the body, then the twin alone."""
     dense = make_decoder(
         subject.shape,
         _CONTEXT + _TOKENS + _COMPARED_TOKENS,
         DTYPES[subject.dtype],
-        subject.sparsity,
+        subject.pruned,
         plan.device.where,
         plan.header.seed,
     )
     sizes = {DENSE: _sizes(plan, subject, dense, batches)}
-    twin: Any = compressed_twin(dense, BODY)
-    if not all(isinstance(layer.weight, BitmaskTensor) for layer in linear_layers(twin.get_submodule(BODY))):
-        raise WrongResultError(f"{subject}: some weights did not get compressed")
+    twin = make_twin(dense)
     differences = {rows: _difference(plan, subject, dense, twin, rows) for rows in batches}
     cells = {rows: _time(plan, subject, (dense, twin), rows) for rows in batches}
     del dense
@@ -126,21 +144,21 @@ def _measure(plan: GpuPlan, subject: _Subject, batches: Sequence[int]) -> list[D
             contender=contender,
             dtype=subject.dtype,
             sparsity=subject.sparsity,
-            summary=timings[contender].summary,
+            summary=summaries[contender],
             model=subject.shape.name,
             rows=rows,
-            dense_ms=timings[DENSE].summary.median_ms,
+            dense_ms=summaries[DENSE].median_ms,
             linear_nbytes=sizes[contender].linear_nbytes,
             checkpoint_nbytes=sizes[contender].checkpoint_nbytes,
             peak_nbytes=sizes[contender].peaks[rows],
             difference=differences[rows],
         )
-        for rows, timings in cells.items()
+        for rows, summaries in cells.items()
         for contender in (DENSE, BITMASK)
     ]
 
 
-def _state(plan: GpuPlan, subject: _Subject, model: Decoder, rows: int) -> State:
+def _state(plan: GpuPlan, subject: Subject, model: Decoder, rows: int) -> State:
     return State(subject.shape, rows, _CONTEXT, model.length, model.embedding.weight, plan.header.seed)
 
 
@@ -151,18 +169,18 @@ def _step(model: Decoder, state: State) -> Tensor:
     return logits
 
 
-def _sizes(plan: GpuPlan, subject: _Subject, model: Decoder, batches: Sequence[int]) -> _Sizes:
+def _sizes(plan: GpuPlan, subject: Subject, model: Decoder, batches: Sequence[int]) -> _Sizes:
     peaks = {rows: _peak_nbytes(plan, subject, model, rows) for rows in batches}
     return _Sizes(linear_nbytes(model), checkpoint_nbytes(model), peaks)
 
 
-def _peak_nbytes(plan: GpuPlan, subject: _Subject, model: Decoder, rows: int) -> int:
+def _peak_nbytes(plan: GpuPlan, subject: Subject, model: Decoder, rows: int) -> int:
     step = partial(_step, model, _state(plan, subject, model, rows))
     step()  # what libraries keep from the first call on is there for both
     return plan.device.peak_nbytes(step)
 
 
-def _difference(plan: GpuPlan, subject: _Subject, dense: Decoder, twin: Decoder, rows: int) -> float:
+def _difference(plan: GpuPlan, subject: Subject, dense: Decoder, twin: Decoder, rows: int) -> float:
     """Both continue the dense model's greedy tokens; the largest difference of any step."""
     states = [_state(plan, subject, model, rows) for model in (dense, twin)]
     largest = 0.0
@@ -170,34 +188,34 @@ def _difference(plan: GpuPlan, subject: _Subject, dense: Decoder, twin: Decoder,
         expected, found = (model(state).double() for model, state in zip((dense, twin), states, strict=True))
         difference = float((found - expected).norm() / expected.norm())
         if not difference <= _LARGEST_DIFFERENCE:
-            raise WrongResultError(
-                f"{subject}: the compressed model's logits are off by {difference:.2g} of their norm"
-            )
+            raise WrongResultError(f"{subject}: the sparse model's logits are off by {difference:.2g} of their norm")
         largest = max(largest, difference)
         for state in states:
             state.advance(expected.argmax(-1))
     return largest
 
 
-def _time(plan: GpuPlan, subject: _Subject, models: tuple[Decoder, Decoder], rows: int) -> Any:
+def _time(plan: GpuPlan, subject: Subject, models: tuple[Decoder, Decoder], rows: int) -> dict[str, Summary]:
+    """Steps of both, by name: figures alone, which keep neither model alive."""
     entrants = [
         Entrant(name, [partial(_step, model, _state(plan, subject, model, rows))], _is_finite)
         for name, model in zip((DENSE, BITMASK), models, strict=True)
     ]
     budget = _QUICK_BUDGET if plan.quick else _BUDGET
-    return contest(plan.device, entrants, budget, f"{subject}, batch {rows}", plan.say)
+    timings = contest(plan.device, entrants, budget, f"{subject}, batch {rows}", plan.say)
+    return {name: timing.summary for name, timing in timings.items()}
 
 
 def _is_finite(logits: Tensor) -> bool:
     return bool(logits.isfinite().all())
 
 
-def tables(results: Sequence[DecodeResult]) -> Iterable[str]:
-    """One table: speed and memory, dense beside compressed."""
+def tables(results: Sequence[DecodeResult], sparse: str = BITMASK) -> Iterable[str]:
+    """One table: speed and memory, dense beside sparse, which is called that."""
     if not results:
         return
-    columns = ["model", "dtype", "zeros", "batch", "dense tokens/s", "bitmask tokens/s", "x dense"]
-    columns += ["dense peak GB", "bitmask peak GB", "largest difference of logits"]
+    columns = ["model", "dtype", "zeros", "batch", "dense tokens/s", f"{sparse} tokens/s", "x dense"]
+    columns += ["dense peak GB", f"{sparse} peak GB", "largest difference of logits"]
     pairs = zip(results[::2], results[1::2], strict=True)
     rows = [
         [

@@ -4,15 +4,17 @@ The same product can be asked of torch with the weight stored either way, with t
 times a vector, or with a bias, and of cuBLAS or cuBLASLt; each may end in another kernel.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.gpu.contest import Entrant
+from benchmarks.gpu.contest import Entrant, Timing
 from benchmarks.gpu.device import Device
+
+DENSE = "dense"  # the contender, whichever way it was
 
 Way = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,6 +28,11 @@ def dense_entrants(
         for way, calls in _calls(x, weights).items()
         for library in device.blas_libraries
     ]
+
+
+def fastest(entrants: Iterable[Entrant], timings: Mapping[str, Timing]) -> str:
+    """The name of the one whose median is the least."""
+    return min((entrant.name for entrant in entrants), key=lambda name: timings[name].summary.median_ms)
 
 
 def _calls(x: Tensor, weights: Sequence[Tensor]) -> Mapping[str, Sequence[Callable[[], Tensor]]]:

@@ -16,7 +16,7 @@ import bitmask
 
 _QUEUE_CYCLES = 200_000  # about 0.1 ms, in which the host queues what is timed
 _SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
-_OPS = ("compress", "compress_into", "decompress", "linear")
+_OPS = ("compress", "compress_into", "decompress", "linear", "bsr_linear", "linear_24", "bsr_linear_24")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,9 @@ class Device(Protocol):
 
     def blas(self, library: str) -> AbstractContextManager[None]:
         """Within it, torch's dense products come from this library."""
+
+    def precision(self, tf32: bool) -> AbstractContextManager[None]:
+        """Within it, float32 is multiplied as tf32, or is not."""
 
     def release(self) -> None:
         """Give back the memory of what is no longer used."""
@@ -134,6 +137,17 @@ class CudaDevice:
             yield
         finally:
             torch.backends.cuda.preferred_blas_library(before)
+
+    @contextmanager
+    def precision(self, tf32: bool) -> Iterator[None]:
+        """Torch's setting, which dense products and those of this library ask for when they are called or captured."""
+        matmul: Any = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "tf32" if tf32 else "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
 
     def release(self) -> None:
         """Collect garbage, then empty torch's cache."""

@@ -7,12 +7,11 @@ from itertools import product
 from statistics import median
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from benchmarks.cases import DTYPES, Selection, Shape, Workload, dense_input, shape_name
 from benchmarks.gpu.contest import Entrant, contest
-from benchmarks.gpu.dense import dense_entrants
+from benchmarks.gpu.dense import DENSE, dense_entrants, fastest
 from benchmarks.gpu.plan import GpuPlan, microseconds
 from benchmarks.gpu.rivals import rival_entrants
 from benchmarks.linear.measure import Reference
@@ -20,8 +19,6 @@ from benchmarks.linear.result import BITMASK, LinearTiming
 from benchmarks.report import grouped, markdown_table
 from benchmarks.timer import Budget
 from bitmask import ops
-
-DENSE = "dense"
 
 _SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (512, 2048))
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
@@ -117,7 +114,7 @@ def run(plan: GpuPlan) -> list[GpuLinearResult]:
 
 def _cell(plan: GpuPlan, layers: Layers, rows: int) -> list[GpuLinearResult]:
     workload = layers.workload
-    x = _random_rows(plan, workload, rows)
+    x = plan.random_rows(workload.dtype, rows, workload.shape[1])
     reference = Reference(x, layers.dense[0], rounded_parts=True)
     is_right = partial(reference.accepts, lossy=False)
     dense = dense_entrants(plan.device, x, layers.dense, is_right)
@@ -128,7 +125,7 @@ def _cell(plan: GpuPlan, layers: Layers, rows: int) -> list[GpuLinearResult]:
     budget = _QUICK_BUDGET if plan.quick else _BUDGET
     timings = contest(plan.device, entrants, budget, f"{workload}, m = {rows}", plan.say)
 
-    best = min((entrant.name for entrant in dense), key=lambda name: timings[name].summary.median_ms)
+    best = fastest(dense, timings)
     dense_names = {entrant.name for entrant in dense}
     shown = {DENSE: best} | {name: name for name in timings if name not in dense_names}
     return [
@@ -149,12 +146,6 @@ def _cell(plan: GpuPlan, layers: Layers, rows: int) -> list[GpuLinearResult]:
         )
         for contender, name in shown.items()
     ]
-
-
-def _random_rows(plan: GpuPlan, workload: Workload, rows: int) -> Tensor:
-    generator = torch.Generator(plan.device.where).manual_seed(plan.header.seed + rows)
-    x = torch.randn(rows, workload.shape[1], generator=generator, device=plan.device.where)
-    return x.to(DTYPES[workload.dtype])
 
 
 def tables(results: Sequence[GpuLinearResult]) -> Iterable[str]:

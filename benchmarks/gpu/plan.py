@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from benchmarks.cases import Selection
+import torch
+from torch import Tensor
+
+from benchmarks.cases import DTYPES, Selection
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.header import GpuHeader
 
@@ -32,6 +35,11 @@ class GpuPlan:
     def uncached_nbytes(self) -> int:
         """How many bytes must go by until what was used before them is gone from the device's cache."""
         return 2**16 if self.quick else 4 * self.header.hardware.cache_nbytes
+
+    def random_rows(self, dtype: str, rows: int, columns: int) -> Tensor:
+        """Normal numbers on the device, others for each number of rows."""
+        generator = torch.Generator(self.device.where).manual_seed(self.header.seed + rows)
+        return torch.randn(rows, columns, generator=generator, device=self.device.where).to(DTYPES[dtype])
 
     def in_time(self, cells: Iterable[_Cell], within: str = "") -> Iterator[_Cell]:
         """The cells that begin before the deadline; the others are named."""

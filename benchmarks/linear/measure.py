@@ -15,6 +15,7 @@ from benchmarks.timer import Budget, Contender, interleave, torch_threads
 
 _CHECKED_COLUMNS = 256  # of y, spread over it: a product in float64 of all of them would take longer than the timing
 _LOSSY_ERROR = 0.03  # relative, which int8 with one scale for each row stays below
+_TF32_ERROR = 2.0**-9  # relative, of a product of two factors of which 10 bits of mantissa are left, cut or rounded
 
 
 class WrongProductError(RuntimeError):
@@ -33,10 +34,11 @@ class Setting:
 class Reference:
     """y = x W^T in float64 for some columns of y, and how far from it rounding may lead.
 
-    `rounded_parts` also allows what cuBLAS does: sums of parts of a row may be rounded before they are added.
+    `rounded_parts` also allows what cuBLAS does: sums of parts of a row may be rounded before they are added. `tf32`
+    allows that x and W are rounded to it, each element by itself, so that a lost part of a sum is still noticed.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, rounded_parts: bool = False) -> None:
+    def __init__(self, x: Tensor, weight: Tensor, rounded_parts: bool = False, tf32: bool = False) -> None:
         columns = torch.linspace(0, len(weight) - 1, min(len(weight), _CHECKED_COLUMNS)).long()
         self._columns = columns.to(weight.device)
         wide_x, wide_weight = x.double(), weight[self._columns].double()
@@ -46,6 +48,8 @@ class Reference:
         self._tolerance = torch.finfo(x.dtype).eps * self._y.abs() + accumulated
         if rounded_parts:
             self._tolerance += torch.finfo(x.dtype).eps * (wide_x.square() @ wide_weight.square().T).sqrt()
+        if tf32:
+            self._tolerance += _TF32_ERROR * sums
 
     def accepts(self, y: Tensor, lossy: bool) -> bool:
         """Whether `y` is as near as its dtype allows, or, if lossy, near enough to be of use."""

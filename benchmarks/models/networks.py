@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.suites import UnavailableError
 from bitmask import BitmaskTensor, compress_
+from bitmask.block_linear import BlockLinear
 from bitmask.prune import prune_by_magnitude
 
 
@@ -40,8 +41,10 @@ def compressed_twin(model: nn.Module, body: str = "") -> nn.Module:
 
 
 def linear_nbytes(model: nn.Module) -> int:
-    """Bytes of the weights of the linear layers."""
-    return sum(map(_nbytes, (layer.weight for layer in linear_layers(model))))
+    """Bytes of the weights of the linear layers; of those that are block-sparse, with where the blocks lie."""
+    blocks = [module for module in model.modules() if isinstance(module, BlockLinear)]
+    parts = [part for layer in blocks for part in (layer.values, layer.crow_indices, layer.col_indices)]
+    return sum(map(_nbytes, (layer.weight for layer in linear_layers(model)))) + sum(part.nbytes for part in parts)
 
 
 def checkpoint_nbytes(model: nn.Module) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bitmask import ops_two_four
 from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.calls import FormatError
 from bitmask.compressed_tensor import CompressedTensor
@@ -45,7 +46,7 @@ def load_compressed(
         path: a file, or a directory with `model.safetensors` or `model.safetensors.index.json`.
         compression_config: unused but for its format, which the files must not contradict; they say all by themselves.
         decompress: yield dense tensors; otherwise what is stored compressed comes as a BitmaskTensor or, in 2:4 form
-            and on the CPU, as a SemiStructuredTensor.
+            and where that has kernels, as a SemiStructuredTensor.
         device: where the tensors go.
         show_progress: draw a progress bar.
 
@@ -210,7 +211,7 @@ def read_dense(files: OpenFiles, contents: Contents, name: str) -> Tensor:
 def assemble(name: str, components: Mapping[str, Tensor]) -> CompressedTensor:
     """The tensor of its components, proven: a SemiStructuredTensor if they are of 2:4 form, else a BitmaskTensor.
 
-    Other devices than the CPU have kernels for a BitmaskTensor only, so what is 2:4 is one there, too.
+    Where there are kernels for a BitmaskTensor only, what is 2:4 is one, too.
 
     Raises:
         FormatError: components that are missing or contradict each other.
@@ -225,9 +226,10 @@ def assemble(name: str, components: Mapping[str, Tensor]) -> CompressedTensor:
         check_halved(name, values.shape, shape)
     try:
         if is_two_four(values.shape, shape):
+            if values.device.type in ops_two_four.DEVICES:
+                return SemiStructuredTensor.from_parts(values, components["bitmask"])
             two_four = SemiStructuredTensor.from_parts(values.cpu(), components["bitmask"].cpu())
-            on_cpu = values.device.type == "cpu"
-            return two_four if on_cpu else cast(BitmaskTensor, two_four.to_bitmask().to(values.device))
+            return cast(BitmaskTensor, two_four.to_bitmask().to(values.device))
         return _bitmask(values, components["bitmask"], components.get("row_offsets"), shape)
     except (TypeError, ValueError) as error:
         raise FormatError(_named_as_stored(name, str(error))) from error

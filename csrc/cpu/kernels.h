@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../layout.h"
+#include "../two_four_patterns.h"
 
 namespace bitmask::cpu {
 
@@ -59,14 +60,15 @@ struct LinearKernels {
 
 // Products with a block-sparse W [rows, cols] for one dtype. What is multiplied with W is repacked first, once for all blocks that meet it;
 // how, only the kernels know. Bytes of packed memory are those of whole cache lines; it is aligned to one, and may be null if there are
-// none. The order of `w` is null but for multiply_transposed; m > 0 but for sample.
+// none. The order of `w` is null but for multiply_transposed, its lines may be null but for sample; m > 0 but for sample.
 struct BlockKernels {
   // y = x W^T + bias, x [m, cols], y [m, rows], for few rows of x: bound by the bytes of W. Does the lines [begin, end), which are block
-  // rows, for m <= streaming_rows. `bias` [rows] may be null.
+  // rows, for m <= streaming_rows. `bias` [rows] may be null. Rows of y begin y_cols elements apart: `w` may be some rows of a larger one.
   int64_t streaming_rows;
   int64_t (*rows_bytes)(int64_t m, int64_t cols, int64_t block_cols);
   void (*pack_rows)(const void* x, int64_t m, int64_t cols, int64_t block_cols, void* rows);
-  void (*stream)(const BlockMatrix& w, int64_t begin, int64_t end, const void* rows, int64_t m, const void* bias, void* y, void* scratch);
+  void (*stream)(const BlockMatrix& w, int64_t begin, int64_t end, const void* rows, int64_t m, const void* bias, void* y, int64_t y_cols,
+                 void* scratch);
 
   // The same for more rows of x, m <= most_rows; and y = g W, g [m, rows], y [m, cols], where lines are block columns. Rows are packed by
   // tiles of tile_rows: those from row i on, i a multiple of tile_rows, begin tiles_bytes(i, cols) bytes after the first.
@@ -75,7 +77,7 @@ struct BlockKernels {
   int64_t (*tiles_bytes)(int64_t m, int64_t cols);
   void (*pack_tiles)(const void* x, int64_t m, int64_t cols, void* tiles);
   void (*multiply)(const BlockMatrix& w, int64_t begin, int64_t end, const void* tiles, int64_t m, const void* bias, void* y,
-                   void* scratch);
+                   int64_t y_cols, void* scratch);
   void (*multiply_transposed)(const BlockMatrix& w, int64_t begin, int64_t end, const void* tiles, int64_t m, void* y, void* scratch);
 
   // The kept blocks [begin, end) of g^T x, g [m, rows], x [m, cols], m <= sampled_rows: adds to `earlier`, sums of earlier rows (null:

@@ -12,9 +12,8 @@
 #include <ptx.cuh>
 
 #include <cstdint>
-#include <cstring>
-#include <type_traits>
 
+#include "codec_launch.cuh"
 #include "codec_tile.cuh"
 #include "kernels.h"
 #include "scan.cuh"
@@ -247,23 +246,7 @@ __global__ void __launch_bounds__(kThreads) fill_if_faulty(uint8_t* data, int64_
 
 // ---------------------------------------------------------------------------------------------------------------- launching
 
-constexpr int64_t kMostTiles = 0x7fffffff;  // blocks of a grid
-constexpr int64_t kLoopBlocks = 2048;       // of kernels that loop: enough for any GPU
-
-constexpr int64_t quotient_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
-
-bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0; }
-
-template <typename... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, size_t shared_bytes, cudaStream_t stream,
-                   const std::common_type_t<Parameters>&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned int>(blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
+constexpr int64_t kLoopBlocks = 2048;  // of kernels that loop: enough for any GPU
 
 // A block for each tile, after the workspace has been zeroed.
 template <int W, typename Params>
@@ -272,7 +255,7 @@ cudaError_t launch_tiles(void (*kernel)(Params), const Params& p, cudaStream_t s
   const int64_t tiles = quotient_up(p.bytes.count, kTileBytes<W>);
   if (tiles > kMostTiles) return cudaErrorInvalidValue;
   const cudaError_t zeroed = cudaMemsetAsync(p.workspace.words, 0, static_cast<size_t>(scan::Workspace::bytes(tiles)), stream);
-  return zeroed != cudaSuccess ? zeroed : launch(kernel, tiles, sizeof(TileMemory<W>), stream, p);
+  return zeroed != cudaSuccess ? zeroed : launch_kernel(kernel, {tiles, kThreads, sizeof(TileMemory<W>)}, stream, p);
 }
 
 // Whether all octets of a matrix are whole and aligned.
@@ -303,36 +286,9 @@ cudaError_t launch_count(const void* dense, int64_t elements, const ZeroWords& z
   const int64_t head = to_aligned < elements ? to_aligned : elements;
   const int64_t octets = (elements - head) / 8, tail = (elements - head) % 8;
   const int64_t blocks = quotient_up(octets, kThreads * kCountOctets);
-  return launch(count_elements<W>,
-                blocks < 1             ? 1
-                : blocks < kLoopBlocks ? blocks
-                                       : kLoopBlocks,
-                0, stream, static_cast<const Element<W>*>(dense), head, octets, tail, zero_test, nnz);
-}
-
-// Calls run(std::integral_constant<int, W>) with the width that W is to be.
-template <typename Run>
-cudaError_t for_width(int width, const Run& run) {
-  switch (width) {
-    case 1:
-      return run(std::integral_constant<int, 1>{});
-    case 2:
-      return run(std::integral_constant<int, 2>{});
-    case 4:
-      return run(std::integral_constant<int, 4>{});
-    case 8:
-      return run(std::integral_constant<int, 8>{});
-    case 16:
-      return run(std::integral_constant<int, 16>{});
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
-ZeroWords words_of(const ZeroTest& test) {
-  ZeroWords words;
-  std::memcpy(words.words, test.bytes, sizeof(words.words));
-  return words;
+  const int64_t least = blocks < 1 ? 1 : blocks;
+  return launch_kernel(count_elements<W>, {least < kLoopBlocks ? least : kLoopBlocks, kThreads}, stream,
+                       static_cast<const Element<W>*>(dense), head, octets, tail, zero_test, nnz);
 }
 
 }  // namespace
@@ -344,7 +300,7 @@ int64_t codec_workspace_bytes(const Geometry& g) {
 cudaError_t count_nonzero(const void* dense, const Geometry& g, int width, const ZeroTest& zero_test, int64_t* nnz, cudaStream_t stream) {
   const cudaError_t zeroed = cudaMemsetAsync(nnz, 0, sizeof(*nnz), stream);
   if (zeroed != cudaSuccess || g.rows == 0 || g.cols == 0) return zeroed;
-  return for_width(width, [&](auto bytes) { return launch_count<bytes>(dense, g.rows * g.cols, words_of(zero_test), nnz, stream); });
+  return for_width<16>(width, [&](auto bytes) { return launch_count<bytes>(dense, g.rows * g.cols, words_of(zero_test), nnz, stream); });
 }
 
 cudaError_t compress(const void* dense, const Geometry& g, int width, const ZeroTest& zero_test, uint8_t* bitmasks, int64_t* row_offsets,
@@ -356,7 +312,7 @@ cudaError_t compress(const void* dense, const Geometry& g, int width, const Zero
   }
   const CompressParams p{static_cast<const uint8_t*>(dense), bytes_of(g), words_of(zero_test), bitmasks, row_offsets, values, capacity, nnz,
                          {static_cast<uint64_t*>(workspace)}};
-  return for_width(width, [&](auto bytes) { return launch_compress<bytes>(p, stream); });
+  return for_width<16>(width, [&](auto bytes) { return launch_compress<bytes>(p, stream); });
 }
 
 cudaError_t decompress(const BitmaskMatrix& w, int64_t begin, int64_t end, int width, void* dense, bool first, Fault* fault,
@@ -378,16 +334,17 @@ cudaError_t decompress(const BitmaskMatrix& w, int64_t begin, int64_t end, int w
                            {static_cast<uint64_t*>(workspace)}};
   if (w.cols == 0) {
     const int64_t blocks = quotient_up(end - begin, kThreads);
-    return launch(prove_empty_rows, blocks < kLoopBlocks ? blocks : kLoopBlocks, 0, stream, p);
+    return launch_kernel(prove_empty_rows, {blocks < kLoopBlocks ? blocks : kLoopBlocks, kThreads}, stream, p);
   }
   if (dense == nullptr) return launch_tiles<1>(decompress_tiles<1, Write::kNothing>, p, stream);
-  return for_width(width, [&](auto bytes) { return launch_decompress<bytes>(p, stream); });
+  return for_width<16>(width, [&](auto bytes) { return launch_decompress<bytes>(p, stream); });
 }
 
 cudaError_t poison(void* data, int64_t bytes, const Fault* fault, cudaStream_t stream) {
   if (bytes == 0) return cudaSuccess;
   const int64_t blocks = quotient_up(bytes, kThreads);
-  return launch(fill_if_faulty, blocks < kLoopBlocks ? blocks : kLoopBlocks, 0, stream, static_cast<uint8_t*>(data), bytes, fault);
+  return launch_kernel(fill_if_faulty, {blocks < kLoopBlocks ? blocks : kLoopBlocks, kThreads}, stream, static_cast<uint8_t*>(data), bytes,
+                       fault);
 }
 
 }  // namespace bitmask::cuda

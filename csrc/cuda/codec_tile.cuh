@@ -1,5 +1,5 @@
-// What the kernels of codec.cu are made of: elements, tiles of a bitmask, and spans of elements on their way between global and shared
-// memory.
+// What the kernels of codec.cu and two_four_codec.cu are made of: elements, tiles of a bitmask, and spans of elements on their way between
+// global and shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -49,28 +49,37 @@ struct alignas(W == 1 ? 8 : 16) Octet {
   uint32_t words[2 * W];
 };
 
+// Element e of registers that elements of W bytes lie in one after the other.
+template <int W>
+__device__ __forceinline__ Element<W> get(const uint32_t* words, int e) {
+  if constexpr (W == 16) {
+    return make_uint4(words[4 * e], words[4 * e + 1], words[4 * e + 2], words[4 * e + 3]);
+  } else if constexpr (W == 8) {
+    return make_uint2(words[2 * e], words[2 * e + 1]);
+  } else {
+    return static_cast<Element<W>>(words[e * W / 4] >> (e * W % 4 * 8));
+  }
+}
 template <int W>
 __device__ __forceinline__ Element<W> get(const Octet<W>& octet, int e) {
-  if constexpr (W == 16) {
-    return make_uint4(octet.words[4 * e], octet.words[4 * e + 1], octet.words[4 * e + 2], octet.words[4 * e + 3]);
-  } else if constexpr (W == 8) {
-    return make_uint2(octet.words[2 * e], octet.words[2 * e + 1]);
-  } else {
-    return static_cast<Element<W>>(octet.words[e * W / 4] >> (e * W % 4 * 8));
-  }
+  return get<W>(octet.words, e);
 }
 
 // Element e, which is zero so far, becomes `element`.
 template <int W>
-__device__ __forceinline__ void set(Octet<W>& octet, int e, const Element<W>& element) {
+__device__ __forceinline__ void set(uint32_t* words, int e, const Element<W>& element) {
   if constexpr (W == 16) {
-    octet.words[4 * e] = element.x, octet.words[4 * e + 1] = element.y;
-    octet.words[4 * e + 2] = element.z, octet.words[4 * e + 3] = element.w;
+    words[4 * e] = element.x, words[4 * e + 1] = element.y;
+    words[4 * e + 2] = element.z, words[4 * e + 3] = element.w;
   } else if constexpr (W == 8) {
-    octet.words[2 * e] = element.x, octet.words[2 * e + 1] = element.y;
+    words[2 * e] = element.x, words[2 * e + 1] = element.y;
   } else {
-    octet.words[e * W / 4] |= static_cast<uint32_t>(element) << (e * W % 4 * 8);
+    words[e * W / 4] |= static_cast<uint32_t>(element) << (e * W % 4 * 8);
   }
+}
+template <int W>
+__device__ __forceinline__ void set(Octet<W>& octet, int e, const Element<W>& element) {
+  set<W>(octet.words, e, element);
 }
 
 // ZeroTest, as words.
@@ -95,6 +104,32 @@ __device__ __forceinline__ uint32_t nonzero_bits(const Octet<W>& octet, const Ze
     bits |= set != 0 ? 1u << e : 0;
   }
   return bits;
+}
+
+// Bytes that registers and global memory, or shared and global memory, exchange at a time.
+constexpr int kVector = 16;
+
+// The same for elements of which so many are aligned together.
+template <int W, int kElements>
+constexpr int kVectorBytes = kElements < 1             ? W
+                             : kElements * W < kVector ? kElements * W
+                                                       : kVector;
+
+// Reads kBytes bytes into registers that are zero, in vectors of V bytes; the second half only if it is `whole`.
+template <int V, int kBytes>
+__device__ __forceinline__ void load_vectors(const uint8_t* from, bool whole, uint32_t* words) {
+#pragma unroll
+  for (int i = 0; i < kBytes / V; ++i) {
+    if (whole || i < kBytes / V / 2) set<V>(words, i, reinterpret_cast<const Element<V>*>(from)[i]);
+  }
+}
+
+template <int V, int kBytes>
+__device__ __forceinline__ void store_vectors(const uint32_t* words, bool whole, uint8_t* to) {
+#pragma unroll
+  for (int i = 0; i < kBytes / V; ++i) {
+    if (whole || i < kBytes / V / 2) reinterpret_cast<Element<V>*>(to)[i] = get<V>(words, i);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------- tiles
@@ -134,8 +169,6 @@ constexpr int kBytes = W < 8 ? 8 / W : 1;
 template <int W>
 constexpr int kTileBytes = kThreads * kBytes<W>;
 constexpr int kLeastTileBytes = kThreads;
-
-constexpr int kVector = 16;  // bytes that shared and global memory exchange at a time
 
 template <int W>
 struct TileMemory {

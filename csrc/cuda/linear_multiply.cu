@@ -1,18 +1,17 @@
 // y = x W^T + bias for some rows of x: tensor cores, W expanded in registers (linear_multiply.cuh).
 //
 // A block takes tiles of kTileRows rows of W, a stage of kStageColumns columns at a time: while one stage is multiplied, the values and x
-// of the next one and the bitmask of the one after that are on their way to shared memory. The stages of all tiles, one tile after the
-// other, are dealt to as many blocks as the GPU holds, equally:
-//
-//   tile         0               1               2            blocks that share a tile each write their sums to the workspace; the last
-//   stages   |---------------|---------------|---------------|   one to do so adds them, in the order of the blocks. Where a block begins
-//   blocks   0         1         2         3         4           inside of a tile, its rows' values begin where `count` has counted to.
+// of the next one and the bitmask of the one after that are on their way to shared memory. The stages of all tiles are dealt to blocks
+// (deal.cuh); where one begins inside of a tile, its rows' values begin where `count` has counted to.
 #include "linear_multiply.cuh"
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "deal.cuh"
+#include "elements.cuh"
+#include "launch.cuh"
 #include "linear_multiply.h"
 
 namespace bitmask::cuda {
@@ -21,30 +20,6 @@ namespace {
 constexpr int kTileRows = 128;
 constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int kLeastStages = 2;  // that are worth a block
-
-// ---------------------------------------------------------------------------------------------------------------- the work, dealt
-
-// The stages of all tiles, dealt to blocks.
-struct Deal {
-  int64_t stages;  // of a tile
-  int64_t units;   // of all tiles
-  int64_t blocks;
-
-  __host__ __device__ int64_t begin(int64_t block) const {
-    const int64_t longer = units % blocks;  // blocks, the first ones, that have one unit more
-    return block * (units / blocks) + (block < longer ? block : longer);
-  }
-  __host__ __device__ int64_t block_of(int64_t unit) const {
-    const int64_t share = units / blocks, longer = units % blocks;
-    return unit < longer * (share + 1) ? unit / (share + 1) : longer + (unit - longer * (share + 1)) / share;
-  }
-  __host__ __device__ bool whole_tiles() const { return units % blocks == 0 && units / blocks % stages == 0; }
-};
-
-// Stages of one tile.
-struct Segment {
-  int64_t tile, begin, end;
-};
 
 // What the kernels are told.
 struct Product {
@@ -57,9 +32,8 @@ struct Product {
   int64_t m;
   bool x_aligned;  // its rows, to 16 bytes
   Deal deal;
-  uint32_t* arrived;  // [blocks]: how many blocks have written their sums of the tile that this block is the first of
-  int64_t* counts;    // [blocks][kTileRows]: values in the stages of the tile that this block does not end
-  float4* partials;   // [blocks][2][sums of a tile]: of the tile that the block begins, and of the one that it does not begin
+  Join join;
+  int64_t* counts;  // [blocks][kTileRows]: values in the stages of the tile that this block does not end
 };
 
 // ---------------------------------------------------------------------------------------------------------------- counting
@@ -84,7 +58,7 @@ __device__ int64_t count_bits(const uint8_t* begin, const uint8_t* end, int t) {
 // For the last tile of a block, if it ends in another one: the values of each row in the block's stages of it.
 __global__ __launch_bounds__(4 * kTileRows) void count(const Product p) {
   const int64_t stages = p.deal.stages, begin = p.deal.begin(blockIdx.x), end = p.deal.begin(blockIdx.x + 1);
-  if (threadIdx.x == 0) p.arrived[blockIdx.x] = 0;
+  if (threadIdx.x == 0) p.join.arrived[blockIdx.x] = 0;
   if (end % stages == 0) return;
   const int64_t tile = end / stages, first = begin > tile * stages ? begin % stages : 0;
   const int t = static_cast<int>(threadIdx.x % 4), tile_row = static_cast<int>(threadIdx.x / 4);
@@ -287,23 +261,6 @@ struct WCopier {
 
 // ---------------------------------------------------------------------------------------------------------------- the product
 
-template <LinearDtype kDtype>
-struct Element;
-
-template <>
-struct Element<kBfloat16> {
-  __device__ static float widen(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
-  __device__ static uint16_t narrow(float value) { return ptx::float_to_bfloat16(value); }
-  __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { ptx::mma_bfloat16(d, a, b); }
-};
-
-template <>
-struct Element<kFloat16> {
-  __device__ static float widen(uint16_t bits) { return ptx::half_to_float(bits); }
-  __device__ static uint16_t narrow(float value) { return ptx::float_to_half(value); }
-  __device__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { ptx::mma_float16(d, a, b); }
-};
-
 // What it costs on sm_90a, counted in the SASS for half of W zero: cycles of a multiprocessor for 32 elements of W, where an H100 delivers
 // their bytes in 2.7 and an H200 in 1.9 cycles (a dense W: 4.8 and 3.3). Not timed.
 //
@@ -317,7 +274,6 @@ struct Element<kFloat16> {
 template <int kTiles, int kFragments, LinearDtype kDtype>
 struct Multiply {
   static constexpr int kThreads = kTileRows / (16 * kFragments) * 32;
-  static constexpr int64_t kPartial = int64_t{kFragments} * kTiles * kThreads;  // sums of a tile, in fours
   static constexpr int kRows = WCopier<kFragments>::kRows;
   using Sums = float[kFragments][kTiles][4];
 
@@ -421,47 +377,14 @@ struct Multiply {
     }
   }
 
-  // Writes the sums of a segment that shares its tile with others. The block that comes last gets the sums of all of them, and true.
-  static __device__ bool join(const Product& p, const Segment& s, Sums& sums) {
-    const int64_t first = p.deal.block_of(s.tile * p.deal.stages), last = p.deal.block_of((s.tile + 1) * p.deal.stages - 1);
-    float4* const own = p.partials + (2 * blockIdx.x + (s.begin > 0)) * kPartial + threadIdx.x;
-    float (&flat)[kFragments * kTiles][4] = reinterpret_cast<float (&)[kFragments * kTiles][4]>(sums);
-#pragma unroll
-    for (int i = 0; i < kFragments * kTiles; ++i) own[i * kThreads] = make_float4(flat[i][0], flat[i][1], flat[i][2], flat[i][3]);
-    __syncthreads();
-    bool comes_last = false;
-    if (threadIdx.x == 0) {  // for the block: the barriers tell it what the fences order
-      __threadfence();
-      comes_last = atomicAdd(p.arrived + first, 1u) == static_cast<uint32_t>(last - first);
-      __threadfence();
-    }
-    if (__syncthreads_or(comes_last) == 0) return false;
-#pragma unroll
-    for (auto& four : flat) four[0] = four[1] = four[2] = four[3] = 0;
-    for (int64_t block = first; block <= last; ++block) {
-      const float4* const part = p.partials + (2 * block + (block > first)) * kPartial + threadIdx.x;
-#pragma unroll
-      for (int i = 0; i < kFragments * kTiles; ++i) {
-        const float4 four = part[i * kThreads];
-        flat[i][0] += four.x;
-        flat[i][1] += four.y;
-        flat[i][2] += four.z;
-        flat[i][3] += four.w;
-      }
-    }
-    return true;
-  }
-
   // All segments of a block.
   static __device__ __forceinline__ void run(const Product& p) {
     const int64_t last = p.deal.begin(blockIdx.x + 1);
     for (int64_t unit = p.deal.begin(blockIdx.x); unit < last;) {
-      const int64_t tile = unit / p.deal.stages, begin = unit % p.deal.stages, left = begin + last - unit;
-      const Segment s{tile, begin, left < p.deal.stages ? left : p.deal.stages};
+      const Segment s = p.deal.segment(unit, last);
       Sums sums = {};
       multiply_segment(p, s, sums);
-      const bool whole = s.begin == 0 && s.end == p.deal.stages;
-      if (whole || join(p, s, sums)) store(p, s.tile, sums);
+      if (p.join.add<kThreads>(p.deal, s, reinterpret_cast<float (&)[kFragments * kTiles][4]>(sums))) store(p, s.tile, sums);
       unit += s.end - s.begin;
     }
   }
@@ -473,8 +396,6 @@ __global__ __launch_bounds__(Multiply<kTiles, kFragments, kDtype>::kThreads, kBl
 }
 
 // ---------------------------------------------------------------------------------------------------------------- launching
-
-constexpr int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
 int64_t shared_bytes_of(int tiles) {
   return tiles == 1 ? sizeof(Shared<1>) : tiles == 2 ? sizeof(Shared<2>) : tiles == 4 ? sizeof(Shared<4>) : sizeof(Shared<8>);
@@ -504,22 +425,11 @@ Plan plan(const LinearParams& params, const Device& device) {
   return plan;
 }
 
-cudaError_t launch(void (*kernel)(Product), const Product& product, int threads, int64_t shared_bytes, cudaStream_t stream) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(product.deal.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, product);
-}
-
 template <int kTiles, int kFragments>
 cudaError_t launch_multiply(const Product& product, LinearDtype dtype, cudaStream_t stream) {
   const bool half = dtype == kFloat16;
-  return launch(half ? multiply<kTiles, kFragments, kFloat16> : multiply<kTiles, kFragments, kBfloat16>, product,
-                Multiply<kTiles, kFragments, kBfloat16>::kThreads, sizeof(Shared<kTiles>), stream);
+  return launch_kernel(half ? multiply<kTiles, kFragments, kFloat16> : multiply<kTiles, kFragments, kBfloat16>,
+                       {product.deal.blocks, Multiply<kTiles, kFragments, kBfloat16>::kThreads, sizeof(Shared<kTiles>)}, stream, product);
 }
 
 }  // namespace
@@ -542,16 +452,16 @@ cudaError_t linear_multiply(const LinearParams& params, const Device& device, vo
   product.bitmasks = pieces_of(params.w.bitmasks, params.w.rows * product.row_bytes, 16);
   product.bias = static_cast<const uint16_t*>(params.bias);
   product.deal = plan.deal;
-  product.arrived = reinterpret_cast<uint32_t*>(scratch);
+  product.join.arrived = reinterpret_cast<uint32_t*>(scratch);
   product.counts = reinterpret_cast<int64_t*>(scratch + plan.arrived_bytes);
-  product.partials = reinterpret_cast<float4*>(scratch + plan.arrived_bytes + plan.counts_bytes);
+  product.join.partials = reinterpret_cast<float4*>(scratch + plan.arrived_bytes + plan.counts_bytes);
   product.x_aligned = params.w.cols > 0 && reinterpret_cast<uintptr_t>(params.x) % 16 == 0 && params.w.cols * kWidth % 16 == 0;
   for (int64_t first = 0; first < params.m; first += 8 * plan.tiles) {
     product.x = reinterpret_cast<uintptr_t>(params.x) + static_cast<uintptr_t>(first * params.w.cols * kWidth);
     product.y = static_cast<uint16_t*>(params.y) + first * params.w.rows;
     product.m = params.m - first;
     if (!plan.deal.whole_tiles()) {
-      const cudaError_t error = launch(count, product, 4 * kTileRows, 0, stream);
+      const cudaError_t error = launch_kernel(count, {product.deal.blocks, 4 * kTileRows}, stream, product);
       if (error != cudaSuccess) return error;
     }
     const auto run = plan.tiles == 1   ? launch_multiply<1, 1>

@@ -608,7 +608,7 @@ cudaError_t launch(const Stream& p, const Device& device, cudaStream_t stream_of
 
 cudaError_t linear_stream(const LinearParams& params, const Device& device, void*, cudaStream_t stream_of_work) {
   const BitmaskMatrix& w = params.w;
-  const int64_t width = params.dtype == kFloat32 ? 4 : 2;
+  const int64_t width = width_of(params.dtype);
   if (w.rows == 0 || params.m == 0) return cudaSuccess;
   if (w.cols > kMostStreamColumns) return cudaErrorInvalidValue;
   // As many rows for each block, and as many blocks for each multiprocessor, as come out even.

@@ -1,5 +1,6 @@
-// One instruction per function; nothing else contains inline PTX. Sources include this file as <ptx.cuh>, by the include path, so that
-// tests/cuda/twin can put functions that do the same on a CPU in its place. Semantics: PTX ISA, sections named beside each.
+// One instruction per function; nothing else contains inline PTX, but for what sm_90a alone has (ptx_warpgroup.cuh). Sources include this
+// file as <ptx.cuh>, by the include path, so that tests/cuda/twin can put functions that do the same on a CPU in its place. Semantics: PTX
+// ISA, sections named beside each.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +39,14 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* sha
                : "memory");
 }
 
+// The same with each matrix transposed: lane l gets the elements l / 4 of the rows 2 (l % 4) and 2 (l % 4) + 1.
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(shared_row))
+               : "memory");
+}
+
 // mma.m16n8k16, row.col: d += a b with fp32 sums. With g = lane / 4 and t = lane % 4, a holds the pairs of columns (2t, 2t + 1) of rows g
 // and g + 8, then (2t + 8, 2t + 9) of rows g and g + 8; b the pairs of rows (2t, 2t + 1), then (2t + 8, 2t + 9), of column g; d the columns
 // (2t, 2t + 1) of row g, then of row g + 8.
@@ -51,6 +60,47 @@ __device__ __forceinline__ void mma_float16(float (&d)[4], const uint32_t (&a)[4
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// mma.m16n8k8, row.col, tf32: d += a b with fp32 sums, of operands that round_to_tfloat32 has made. With g = lane / 4 and t = lane % 4, a
+// holds column t of rows g and g + 8, then column t + 4 of rows g and g + 8; b the rows t, then t + 4, of column g; d as above.
+__device__ __forceinline__ void mma_tfloat32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// mma.sp.m16n8k32, row.col: d += a b with fp32 sums, a being 2:4: of each group of four columns two are stored, and only they are
+// multiplied. PTX ISA, "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types". With g = lane / 4 and t = lane % 4, a holds
+// the 16 stored columns as that of mma.m16n8k16; b the pairs of rows (2t, 2t + 1) + 0, 8, 16, 24 of column g; d as above.
+//
+// `codes`: four bits for each group, the lower stored column in the lower two of them, the higher one above: 4, 8, 9, 12, 13 or 14 (others
+// are undefined). Of each four lanes those count whose t / 2 is kSelector: their lower half are the codes of row g, their upper half those
+// of row g + 8, of the columns 16 (t % 2) to 16 (t % 2) + 15. (CUTLASS's reordered metadata say the same: FORMAT.md has memory as [8 rows]
+// [2 selectors][2 halves of 32 columns][rows r, r + 8], and of such 16 bytes ldmatrix hands 4 to each of four lanes.)
+template <int kSelector>
+__device__ __forceinline__ void mma_sparse_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t codes) {
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, "
+      "{%0, %1, %2, %3}, %12, %13;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(codes), "n"(kSelector));
+}
+
+template <int kSelector>
+__device__ __forceinline__ void mma_sparse_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t codes) {
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, "
+      "{%0, %1, %2, %3}, %12, %13;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(codes), "n"(kSelector));
+}
+
+// The bits of a float32 rounded to the 10 bits of mantissa that tf32 has: to nearest, ties away from zero.
+__device__ __forceinline__ uint32_t round_to_tfloat32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
 }
 
 // ld.acquire and st.release at the scope of the GPU.
@@ -82,6 +132,15 @@ __device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_
   uint32_t result;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
   return result;
+}
+
+// The same value, of which the compiler does not know how it came about. It keeps a pointer that it would else compute anew in a loop, and
+// computes anew what it would else keep in registers.
+template <typename T>
+__device__ __forceinline__ T opaque(T value) {
+  if constexpr (sizeof(T) == 4) asm volatile("" : "+r"(value));
+  if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(value));
+  return value;
 }
 
 // Lets others run while waiting for them.

@@ -3,7 +3,6 @@
 #include <ptx.cuh>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <functional>
 #include <string>
@@ -253,73 +252,6 @@ TEST_FAMILY(twin_formats) {
       }
     }
   }
-}
-
-// ---------------------------------------------------------------------------------------------------------------- matrices
-
-// Fragments of mma.m16n8k16 as the PTX ISA has them: groupID is lane / 4, threadID_in_group is lane % 4; i counts a lane's elements.
-int row_of_a(int lane, int i) { return i == 0 || i == 1 || i == 4 || i == 5 ? lane / 4 : lane / 4 + 8; }
-int column_of_a(int lane, int i) { return i < 4 ? lane % 4 * 2 + (i & 1) : lane % 4 * 2 + (i & 1) + 8; }
-int row_of_b(int lane, int i) { return i < 2 ? lane % 4 * 2 + (i & 1) : lane % 4 * 2 + (i & 1) + 8; }
-int column_of_b(int lane, int) { return lane / 4; }
-int row_of_d(int lane, int i) { return i < 2 ? lane / 4 : lane / 4 + 8; }
-int column_of_d(int lane, int i) { return lane % 4 * 2 + (i & 1); }
-
-using Multiply = void (*)(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2], twin::Site);
-
-void test_mma(const Format& format, Multiply multiply) {
-  std::array<uint16_t, 16 * 16> a;
-  std::array<uint16_t, 16 * 8> b;
-  std::array<float, 16 * 8> c, d;
-  const auto random_number = [] { return static_cast<double>(random_below(2001) - 1000) / 64; };
-  for (uint16_t& bits : a) bits = static_cast<uint16_t>(format.encode(random_number()));
-  for (uint16_t& bits : b) bits = static_cast<uint16_t>(format.encode(random_number()));
-  for (float& value : c) value = static_cast<float>(random_number());
-  run_warp([&](int lane) {
-    uint32_t fragment_a[4] = {}, fragment_b[2] = {};
-    float fragment_d[4];
-    for (int i = 0; i < 8; ++i) {
-      const std::size_t at = static_cast<std::size_t>(row_of_a(lane, i) * 16 + column_of_a(lane, i));
-      fragment_a[i / 2] |= static_cast<uint32_t>(a[at]) << (16 * (i % 2));
-    }
-    for (int i = 0; i < 4; ++i) {
-      const std::size_t at = static_cast<std::size_t>(row_of_b(lane, i) * 8 + column_of_b(lane, i));
-      fragment_b[i / 2] |= static_cast<uint32_t>(b[at]) << (16 * (i % 2));
-      fragment_d[i] = c[static_cast<std::size_t>(row_of_d(lane, i) * 8 + column_of_d(lane, i))];
-    }
-    multiply(fragment_d, fragment_a, fragment_b, {"", 0});
-    for (int i = 0; i < 4; ++i) d[static_cast<std::size_t>(row_of_d(lane, i) * 8 + column_of_d(lane, i))] = fragment_d[i];
-  });
-  for (std::size_t m = 0; m < 16; ++m) {
-    for (std::size_t n = 0; n < 8; ++n) {
-      double sum = c[m * 8 + n];
-      for (std::size_t k = 0; k < 16; ++k) sum += format.decode(a[m * 16 + k]) * format.decode(b[k * 8 + n]);
-      check(d[m * 8 + n] == static_cast<float>(sum), "%s d[%zu][%zu]: %g, not %g", format.name, m, n, d[m * 8 + n], sum);
-    }
-  }
-}
-
-TEST_FAMILY(twin_matrix) {
-  for_each_seed(10, [] {
-    test_mma(kFormats[1], ptx::mma_bfloat16);
-    test_mma(kFormats[2], ptx::mma_float16);
-    // ldmatrix: row j of matrix i begins at 16 (8 i + j) bytes, here in reverse order; element e of it is 64 i + 8 j + e.
-    run_warp(
-        [](int lane) {
-          uint16_t* shared = ptx::dynamic_shared<uint16_t>();
-          uint16_t* row = shared + 8 * (31 - lane);
-          for (int e = 0; e < 8; ++e) row[e] = static_cast<uint16_t>(8 * lane + e);
-          __syncwarp();
-          uint32_t r[4];
-          ptx::load_matrix_x4(r, row);
-          for (int i = 0; i < 4; ++i) {
-            const uint32_t first = static_cast<uint32_t>(64 * i + 8 * (lane / 4) + 2 * (lane % 4));
-            expect(r[i] == ((first + 1) << 16 | first), "ldmatrix", r[i]);
-          }
-          expect(ptx::shared_address(row) == static_cast<uint32_t>(16 * (31 - lane)), "shared_address");
-        },
-        512);
-  });
 }
 
 // ---------------------------------------------------------------------------------------------------------------- asynchronous copies

@@ -239,12 +239,12 @@ void test_rows(const Tables& tables, const Input& input, const BlockMatrix& w) {
     if (input.m <= kernels.streaming_rows) {
       Bytes rows = packed_memory(kernels.rows_bytes(input.m, w.cols, w.block_cols)), y(expected.size(), kUntouched);
       kernels.pack_rows(input.x.data(), input.m, w.cols, w.block_cols, rows.data());
-      kernels.stream(w, lines.begin, lines.end, rows.data(), input.m, bias, y.data(), scratch_of(kernels));
+      kernels.stream(w, lines.begin, lines.end, rows.data(), input.m, bias, y.data(), w.rows, scratch_of(kernels));
       test_result("stream", input, y, expected, w.rows, begin, end);
     }
     Bytes tiles = packed_memory(kernels.tiles_bytes(input.m, w.cols)), y(expected.size(), kUntouched);
     kernels.pack_tiles(input.x.data(), input.m, w.cols, tiles.data());
-    kernels.multiply(w, lines.begin, lines.end, tiles.data(), input.m, bias, y.data(), scratch_of(kernels));
+    kernels.multiply(w, lines.begin, lines.end, tiles.data(), input.m, bias, y.data(), w.rows, scratch_of(kernels));
     test_result("multiply", input, y, expected, w.rows, begin, end);
   }
 }

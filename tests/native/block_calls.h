@@ -171,6 +171,9 @@ struct BlockCall {
   Order order;
   int chunks;  // of the rows that are sampled
   int skew;
+  int64_t gap;  // elements between rows of y
+
+  int64_t y_cols(const BlockWeight& weight) const { return (way == kBlockTransposed ? weight.cols : weight.rows) + gap; }
 };
 
 inline void check_surroundings(const BlockSubject& subject, const Buffer& packed, const Bytes& before, const BlockCall& call) {
@@ -191,7 +194,7 @@ inline void run_product(BlockSubject& subject, const BlockWeight& weight, const 
       offsets(bias, call.skew);
   call.way == kBlockStream ? packing.rows_into(packed, weight.block_cols) : packing.tiles_into(packed);
   const Bytes before = packed.bytes();
-  const int64_t y_cols = transposed ? weight.cols : weight.rows, block = transposed ? weight.block_cols : weight.block_rows;
+  const int64_t y_cols = call.y_cols(weight), written = y_cols - call.gap, block = transposed ? weight.block_cols : weight.block_rows;
   for_pieces(0, call.m, call.way == kBlockStream ? call.m : kernels.tile_rows, [&](int64_t first, int64_t last) {
     const uint8_t* const some = packed.data() + (first == 0 ? 0 : kernels.tiles_bytes(first, cols));
     uint8_t* const sums = y.data() + first * y_cols * width;
@@ -200,12 +203,12 @@ inline void run_product(BlockSubject& subject, const BlockWeight& weight, const 
       kernels.multiply_transposed(stored.matrix(), call.begin, call.end, some, last - first, sums, subject.scratch.data());
     } else {
       const auto multiply = call.way == kBlockStream ? kernels.stream : kernels.multiply;
-      multiply(stored.matrix(), call.begin, call.end, some, last - first, call.biased ? offsets.data() : nullptr, sums,
+      multiply(stored.matrix(), call.begin, call.end, some, last - first, call.biased ? offsets.data() : nullptr, sums, y_cols,
                subject.scratch.data());
     }
   });
   check_surroundings(subject, packed, before, call);
-  check(!written_outside(y, y_cols * width, std::min(call.begin * block, y_cols) * width, std::min(call.end * block, y_cols) * width),
+  check(!written_outside(y, y_cols * width, std::min(call.begin * block, written) * width, std::min(call.end * block, written) * width),
         "%s: m %" PRId64 ", lines %" PRId64 " to %" PRId64 ": writes outside", kBlockWayNames[call.way], call.m, call.begin, call.end);
 }
 

@@ -118,7 +118,7 @@ run_extension() {
   # Large products are left to the native tests, which are faster under the sanitizers.
   local left_out="not compile and not opcheck and not larger_sizes and not many_rows"
   sanitized -m pytest -q -p no:cacheprovider -k "$left_out" tests/test_ops.py tests/test_linear.py tests/test_linear_gradient.py \
-    tests/test_block_ops.py tests/test_block_ops_refused.py tests/test_two_four_ops.py tests/test_two_four_linear.py tests/test_sparse_layouts.py
+    tests/test_block_ops.py tests/test_block_ops_refused.py tests/test_two_four_ops.py tests/test_two_four_linear.py tests/test_sparse_layouts.py tests/test_block_two_four_ops.py
   local report=$BUILD/extension.planted.txt
   if sanitized tests/native/planted_extension.py > "$report" 2>&1; then fail "extension: the planted error went unnoticed"; fi
   grep -q 'ERROR: AddressSanitizer: heap-buffer-overflow' "$report" || fail "extension: failed otherwise than planned; see $report"

@@ -117,14 +117,14 @@ void test_product(BlockSubject& subject, const Problem& problem, const BlockCall
   const bool transposed = call.way == kBlockTransposed;
   const int64_t width = weight.format.width, cols = transposed ? weight.cols : weight.rows,
                 block = transposed ? weight.block_cols : weight.block_rows;
-  Buffer y(call.m * cols * width, call.skew);
+  Buffer y(call.m * call.y_cols(weight) * width, call.skew);
   run_product(subject, weight, transposed ? problem.g : problem.x, problem.bias, call, y);
   const Sums& sums = transposed ? problem.transposed : problem.product;
   Mismatches wrong;
   for (int64_t i = 0; i < call.m; ++i) {
     for (int64_t col = call.begin * block; col < std::min(call.end * block, cols); ++col) {
-      const int64_t at = i * cols + col;
-      const size_t index = static_cast<size_t>(at);
+      const int64_t at = i * call.y_cols(weight) + col;
+      const size_t index = static_cast<size_t>(i * cols + col);
       const double offset = call.biased ? problem.bias_values[static_cast<size_t>(col)] : 0;
       wrong.compare(weight.format, y.data() + at * width, sums.exact[index] + offset, (subject.flushes ? sums.flushed : sums.slack)[index],
                     i, col);
@@ -169,7 +169,8 @@ void test_call(BlockSubject& subject, Problem& problem, BlockWay way, int64_t m)
   const bool biased = way < kBlockTransposed && random_below(2) == 0;
   const Order order = way == kBlockTransposed && random_below(2) == 0 ? kShuffled : kOfLines;
   const int chunks = way == kBlockSample ? 1 + static_cast<int>(random_below(std::clamp<int64_t>(m, 1, 4))) : 0;
-  const BlockCall call{way, m, begin, end, biased, order, chunks, kSkews[random_below(3)]};
+  const int64_t gap = way < kBlockTransposed ? random_below(3) : 0;
+  const BlockCall call{way, m, begin, end, biased, order, chunks, kSkews[random_below(3)], gap};
   way == kBlockSample ? test_sample(subject, problem, call) : test_product(subject, problem, call);
 }
 

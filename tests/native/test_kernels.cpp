@@ -419,8 +419,8 @@ void read_past_a_block(const cpu::BlockKernels& block, const char* error) {
   Buffer rows(Bytes(static_cast<size_t>(rows_bytes), 0)), tiles(Bytes(static_cast<size_t>(tiles_bytes), 0)),
       g_columns(Bytes(static_cast<size_t>(columns_bytes), 0)), x_columns(Bytes(static_cast<size_t>(columns_bytes / 2), 0));
   const BlockMatrix lying{values.data(), kSide, kSide, kSide, kSide, line_starts, first, first, nullptr};
-  if (std::strcmp(error, "block_stream") == 0) block.stream(lying, 0, 1, rows.data(), 1, nullptr, y.data(), scratch.data());
-  if (std::strcmp(error, "block_multiply") == 0) block.multiply(lying, 0, 1, tiles.data(), kSide, nullptr, y.data(), scratch.data());
+  if (std::strcmp(error, "block_stream") == 0) block.stream(lying, 0, 1, rows.data(), 1, nullptr, y.data(), kSide, scratch.data());
+  if (std::strcmp(error, "block_multiply") == 0) block.multiply(lying, 0, 1, tiles.data(), kSide, nullptr, y.data(), kSide, scratch.data());
   if (std::strcmp(error, "block_transposed") == 0) block.multiply_transposed(lying, 0, 1, tiles.data(), kSide, y.data(), scratch.data());
   if (std::strcmp(error, "block_sample") == 0) {
     block.sample(lying, 0, 1, g_columns.data(), x_columns.data(), kSide, nullptr, nullptr, y.data());

@@ -372,7 +372,7 @@ void round_band(int64_t row, int64_t rows, int64_t m, uint8_t* y, int64_t y_cols
 // The lines [begin, end), in bands of rows of y: of several lines, or parts of a line.
 template <class L>
 void multiply_lines(const BlockOperand& w, int64_t begin, int64_t end, const void* tiles, int64_t m, const void* bias, void* y,
-                    MultiplyScratch<L>& scratch) {
+                    int64_t y_cols, MultiplyScratch<L>& scratch) {
   using Element = typename L::Element;
   const int64_t last = at_most(end * w.block_rows, w.rows);
   int64_t band = begin * w.block_rows;
@@ -380,7 +380,7 @@ void multiply_lines(const BlockOperand& w, int64_t begin, int64_t end, const voi
     const int64_t line = row / w.block_rows, after = at_most((line + 1) * w.block_rows, last);
     rows = at_most(after - row, kBandRows);
     if (row + rows - band > kBandRows) {
-      round_band<L>(band, row - band, m, static_cast<uint8_t*>(y), w.rows, scratch);
+      round_band<L>(band, row - band, m, static_cast<uint8_t*>(y), y_cols, scratch);
       band = row;
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -389,13 +389,13 @@ void multiply_lines(const BlockOperand& w, int64_t begin, int64_t end, const voi
     }
     multiply_part<L>(w, line, row - line * w.block_rows, rows, static_cast<const uint8_t*>(tiles), m, row - band, scratch);
   }
-  round_band<L>(band, last - band, m, static_cast<uint8_t*>(y), w.rows, scratch);
+  round_band<L>(band, last - band, m, static_cast<uint8_t*>(y), y_cols, scratch);
 }
 
 template <class L>
 void block_multiply(const BlockMatrix& w, int64_t begin, int64_t end, const void* tiles, int64_t m, const void* bias, void* y,
-                    void* scratch) {
-  multiply_lines<L>(forward_operand<L>(w), begin, end, tiles, m, bias, y, *static_cast<MultiplyScratch<L>*>(scratch));
+                    int64_t y_cols, void* scratch) {
+  multiply_lines<L>(forward_operand<L>(w), begin, end, tiles, m, bias, y, y_cols, *static_cast<MultiplyScratch<L>*>(scratch));
 }
 
 template <class L>
@@ -405,5 +405,5 @@ void block_multiply_transposed(const BlockMatrix& w, int64_t begin, int64_t end,
                          static_cast<uint8_t*>(y));
     return;
   }
-  multiply_lines<L>(transposed_operand<L>(w), begin, end, tiles, m, nullptr, y, *static_cast<MultiplyScratch<L>*>(scratch));
+  multiply_lines<L>(transposed_operand<L>(w), begin, end, tiles, m, nullptr, y, w.cols, *static_cast<MultiplyScratch<L>*>(scratch));
 }

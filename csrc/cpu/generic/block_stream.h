@@ -248,10 +248,11 @@ struct Band {
 };
 
 template <class L, int M = L::kStreamedRows>
-void block_stream(const BlockMatrix& w, int64_t begin, int64_t end, const void* rows, int64_t m, const void* bias, void* y, void* scratch) {
+void block_stream(const BlockMatrix& w, int64_t begin, int64_t end, const void* rows, int64_t m, const void* bias, void* y, int64_t y_cols,
+                  void* scratch) {
   constexpr int64_t kWidth = L::Element::kWidth;
   if constexpr (M > 1) {
-    if (m < M) return block_stream<L, M - 1>(w, begin, end, rows, m, bias, y, scratch);
+    if (m < M) return block_stream<L, M - 1>(w, begin, end, rows, m, bias, y, y_cols, scratch);
   }
   const int64_t most = BlockStreamScratch<L>::kSums / M / L::kLanes * L::kLanes * rows_of_unit<L>(w.block_cols);
   for (int64_t line = begin; line < end; ++line) {
@@ -261,7 +262,7 @@ void block_stream(const BlockMatrix& w, int64_t begin, int64_t end, const void* 
                             at_most(height - first, most)};
       band.clear(bias == nullptr ? nullptr : static_cast<const uint8_t*>(bias) + (top + first) * kWidth);
       band.add(w.line_starts[line], w.line_starts[line + 1]);
-      band.round(static_cast<uint8_t*>(y) + (top + first) * kWidth, w.rows * kWidth);
+      band.round(static_cast<uint8_t*>(y) + (top + first) * kWidth, y_cols * kWidth);
     }
   }
 }

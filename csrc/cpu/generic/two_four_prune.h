@@ -5,31 +5,7 @@
 //
 // A lane holds a block of 4 x 4, the blocks of a vector lie side by side. Sums are of doubles, row 0 and row 1 first, then row 2 and row 3,
 // then both. More NaNs are better than fewer, then more infinities, then a larger sum of the others; of equally good patterns the first one
-// stays. They are in the order of their rows, the first row counting most, and rows in that of their last, then their first column.
-
-constexpr int kRowPatterns = 6;
-constexpr int kHalfPatterns = kRowPatterns * kRowPatterns;  // of two rows: kRowPatterns * that of the first + that of the second
-constexpr int kRowPattern[kRowPatterns] = {0x3, 0x5, 0x6, 0x9, 0xa, 0xc};
-
-struct TransposablePatterns {
-  static constexpr int kCount = 90;
-  uint8_t upper[kCount], lower[kCount];  // patterns of the two halves
-
-  constexpr TransposablePatterns() : upper(), lower() {
-    int count = 0;
-    for (int halves = 0; halves < kHalfPatterns * kHalfPatterns; ++halves) {
-      const int high = halves / kHalfPatterns, low = halves % kHalfPatterns;
-      if (in_columns(high) + in_columns(low) != 0x2222) continue;
-      upper[count] = static_cast<uint8_t>(high);
-      lower[count++] = static_cast<uint8_t>(low);
-    }
-  }
-
-  // The elements that a half has in each column, a hexadecimal digit each.
-  static constexpr int in_columns(int half) { return digits(kRowPattern[half / kRowPatterns]) + digits(kRowPattern[half % kRowPatterns]); }
-  static constexpr int digits(int row) { return (row & 1) | (row & 2) << 3 | (row & 4) << 6 | (row & 8) << 9; }
-};
-constexpr TransposablePatterns kTransposable;
+// stays (two_four_patterns.h has them in their order).
 
 constexpr int kBlocksPerVector = Simd::kFoursBytes<4> / 8;  // those of a vector register
 constexpr int kBlockVectors = 2;                            // searched side by side, because each comparison waits for the one before
@@ -160,9 +136,9 @@ inline void prune_four_rows(uint8_t* const (&rows)[4]) {
     }
     for (int block = 0; block < kBlockVectors * kBlocksPerVector; ++block) {
       const int64_t pattern = best[block / kBlocksPerVector][block % kBlocksPerVector];
-      const int upper = kTransposable.upper[pattern], lower = kTransposable.lower[pattern];
-      const int of_rows[4] = {upper / kRowPatterns, upper % kRowPatterns, lower / kRowPatterns, lower % kRowPatterns};
-      for (int row = 0; row < 4; ++row) masks[row] |= static_cast<uint64_t>(kRowPattern[of_rows[row]]) << (col + block * 4);
+      for (int row = 0; row < 4; ++row) {
+        masks[row] |= static_cast<uint64_t>(kTransposable.row(static_cast<int>(pattern), row)) << (col + block * 4);
+      }
     }
   }
   for (int row = 0; row < 4; ++row) keep_pairs<Element::kWidth>(rows[row], masks[row]);

@@ -1,4 +1,4 @@
-// Included by force ahead of csrc/ops_cuda.cpp: makes it an implementation for CPU tensors, over the twin of the CUDA runtime, so that
+// Included by force ahead of csrc/ops*_cuda.cpp: makes them implementations for CPU tensors, over the twin of the CUDA runtime, so that
 // the tests of the ops test it without a GPU. Streams, captures and failures are what a test says they are.
 #pragma once
 

@@ -14,8 +14,6 @@
 #include "twin.h"
 
 #define __global__
-#define __device__
-#define __host__
 #define __constant__
 #define __grid_constant__
 #define __forceinline__ inline

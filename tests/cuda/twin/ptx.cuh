@@ -30,24 +30,38 @@ void copy_async_wait() {
 }
 
 // PTX ISA, "Warp-level matrix load instruction: ldmatrix". Each lane reads the row that it names.
+template <bool kTransposed>
 struct LoadMatrix {
   uint32_t row[4];
   uint32_t r[4];
 
+  uint32_t element(int column) const { return row[column / 2] >> (16 * (column % 2)) & 0xffff; }
+
   static void combine(LoadMatrix* const (&lanes)[twin::kLanes], uint32_t) {
     for (int lane = 0; lane < twin::kLanes; ++lane) {
-      for (int i = 0; i < 4; ++i) lanes[lane]->r[i] = lanes[8 * i + lane / 4]->row[lane % 4];
+      for (int i = 0; i < 4; ++i) {
+        const int row = kTransposed ? 2 * (lane % 4) : lane / 4, column = kTransposed ? lane / 4 : 2 * (lane % 4);
+        const uint32_t low = lanes[8 * i + row]->element(column);
+        const uint32_t high = kTransposed ? lanes[8 * i + row + 1]->element(column) : lanes[8 * i + row]->element(column + 1);
+        lanes[lane]->r[i] = low | high << 16;
+      }
     }
   }
 };
 
-inline void load_matrix_x4(uint32_t (&r)[4], const void* shared_row, BITMASK_TWIN_SITE) {
+template <bool kTransposed>
+void load_matrix(uint32_t (&r)[4], const void* shared_row, twin::Site site) {
   if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0) twin::fail("ldmatrix: %p is not aligned to 16 bytes", shared_row);
   if (!twin::is_shared(shared_row, 16)) twin::fail("ldmatrix: %p is outside of the block's shared memory", shared_row);
-  LoadMatrix mine{};
+  LoadMatrix<kTransposed> mine{};
   std::memcpy(mine.row, shared_row, sizeof(mine.row));
-  twin::exchange<LoadMatrix>("ldmatrix", ~0u, mine, site);
+  twin::exchange<LoadMatrix<kTransposed>>(kTransposed ? "ldmatrix.trans" : "ldmatrix", ~0u, mine, site);
   std::memcpy(r, mine.r, sizeof(mine.r));
+}
+
+inline void load_matrix_x4(uint32_t (&r)[4], const void* shared_row, BITMASK_TWIN_SITE) { load_matrix<false>(r, shared_row, site); }
+inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared_row, BITMASK_TWIN_SITE) {
+  load_matrix<true>(r, shared_row, site);
 }
 
 inline float bfloat16_to_float(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
@@ -101,6 +115,104 @@ inline void mma_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
   twin::exchange<MultiplyMatrix<half_to_float>>("mma.f16", ~0u, mine, site);
 }
 
+// PTX ISA, "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types": a is unpacked by its codes; then as above. Codes that mean
+// nothing are an error, but for those of lanes that the selector passes over.
+template <float (*kToFloat)(uint16_t)>
+struct MultiplySparse {
+  const uint32_t* a;
+  const uint32_t* b;
+  float* d;
+  uint32_t codes;
+  int selector;
+
+  static float element(uint32_t pair, int i) { return kToFloat(static_cast<uint16_t>(pair >> (16 * i))); }
+
+  // Columns 4 group to 4 group + 3 of which row r has its stored columns 2 group and 2 group + 1.
+  static uint32_t code_of(MultiplySparse* const (&lanes)[twin::kLanes], int r, int group) {
+    const MultiplySparse& holder = *lanes[4 * (r % 8) + 2 * lanes[0]->selector + group / 4];
+    const uint32_t code = holder.codes >> (16 * (r / 8) + 4 * (group % 4)) & 15;
+    if ((code & 3) >= code >> 2) twin::fail("mma.sp: code %u of row %d, columns %d to %d", code, r, 4 * group, 4 * group + 3);
+    return code;
+  }
+
+  static void combine(MultiplySparse* const (&lanes)[twin::kLanes], uint32_t) {
+    double stored[16][16], b[32][8], d[16][8];
+    for (int lane = 0; lane < twin::kLanes; ++lane) {
+      const int group = lane / 4, column = 2 * (lane % 4);
+      for (int i = 0; i < 2; ++i) {
+        for (int j = 0; j < 4; ++j) {
+          stored[group + 8 * (j % 2)][column + i + 8 * (j / 2)] = element(lanes[lane]->a[j], i);
+          b[column + i + 8 * j][group] = element(lanes[lane]->b[j], i);
+        }
+        for (int j = 0; j < 2; ++j) d[group + 8 * j][column + i] = lanes[lane]->d[2 * j + i];
+      }
+    }
+    for (int m = 0; m < 16; ++m) {
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t code = code_of(lanes, m, k / 2), column = k % 2 == 0 ? code & 3 : code >> 2;
+        for (int n = 0; n < 8; ++n) d[m][n] += stored[m][k] * b[4 * static_cast<uint32_t>(k / 2) + column][n];
+      }
+    }
+    for (int lane = 0; lane < twin::kLanes; ++lane) {
+      const int group = lane / 4, column = 2 * (lane % 4);
+      for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = static_cast<float>(d[group + 8 * (i / 2)][column + i % 2]);
+    }
+  }
+};
+
+template <int kSelector>
+void mma_sparse_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t codes, BITMASK_TWIN_SITE) {
+  MultiplySparse<bfloat16_to_float> mine{a, b, d, codes, kSelector};
+  twin::exchange<MultiplySparse<bfloat16_to_float>>(kSelector == 0 ? "mma.sp.bf16, 0" : "mma.sp.bf16, 1", ~0u, mine, site);
+}
+
+template <int kSelector>
+void mma_sparse_float16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t codes, BITMASK_TWIN_SITE) {
+  MultiplySparse<half_to_float> mine{a, b, d, codes, kSelector};
+  twin::exchange<MultiplySparse<half_to_float>>(kSelector == 0 ? "mma.sp.f16, 0" : "mma.sp.f16, 1", ~0u, mine, site);
+}
+
+inline uint32_t round_to_tfloat32(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fffffff;
+  return (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & ~0x1fffu;
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k8", tf32. A GPU ignores the low 13 bits of what was not rounded: here that is an error.
+struct MultiplyTfloat32 {
+  const uint32_t* a;
+  const uint32_t* b;
+  float* d;
+
+  static double element(uint32_t bits) {
+    const float value = __uint_as_float(bits);
+    if (value == value && (bits & 0x1fff) != 0) twin::fail("mma.tf32: %a has more bits than tf32", static_cast<double>(value));
+    return value;
+  }
+
+  static void combine(MultiplyTfloat32* const (&lanes)[twin::kLanes], uint32_t) {
+    double a[16][8], b[8][8];
+    for (int lane = 0; lane < twin::kLanes; ++lane) {
+      const int group = lane / 4, column = lane % 4;
+      for (int i = 0; i < 4; ++i) a[group + 8 * (i % 2)][column + 4 * (i / 2)] = element(lanes[lane]->a[i]);
+      for (int i = 0; i < 2; ++i) b[column + 4 * i][group] = element(lanes[lane]->b[i]);
+    }
+    for (int lane = 0; lane < twin::kLanes; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+        double sum = lanes[lane]->d[i];
+        for (int k = 0; k < 8; ++k) sum += a[row][k] * b[k][column];
+        lanes[lane]->d[i] = static_cast<float>(sum);
+      }
+    }
+  }
+};
+
+inline void mma_tfloat32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BITMASK_TWIN_SITE) {
+  MultiplyTfloat32 mine{a, b, d};
+  twin::exchange<MultiplyTfloat32>("mma.tf32", ~0u, mine, site);
+}
+
 template <int kOrder>
 uint64_t load(const char* name, const uint64_t* address, twin::Site site) {
   twin::yield_waiting(name, site);
@@ -131,6 +243,11 @@ inline uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
     result |= (s < 8 ? byte : byte >> 7 != 0 ? 0xff : 0) << (8 * i);
   }
   return result;
+}
+
+template <typename T>
+T opaque(T value) {
+  return value;
 }
 
 inline void pause(BITMASK_TWIN_SITE) { twin::yield_waiting("pause", site); }

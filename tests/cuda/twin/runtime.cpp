@@ -3,6 +3,7 @@
 #include <cstring>
 #include <map>
 
+#include "cuda.h"
 #include "cuda_runtime_api.h"
 #include "twin.h"
 
@@ -150,5 +151,13 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
   const int by_threads = kThreadsOfMultiprocessor / threads;
   *blocks = by_shared < by_threads ? by_shared : by_threads;
   if (*blocks > kBlocksOfMultiprocessor) *blocks = kBlocksOfMultiprocessor;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned int, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  const bool known = std::strcmp(name, "cuTensorMapEncodeTiled") == 0;
+  *function = known ? reinterpret_cast<void*>(cuTensorMapEncodeTiled) : nullptr;
+  *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }

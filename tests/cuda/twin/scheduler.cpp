@@ -4,11 +4,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "copies.h"
 #include "stack.h"
 #include "twin.h"
+#include "warpgroup.h"
 
 namespace bitmask::twin {
 namespace {
@@ -38,6 +40,7 @@ struct Fiber {
   uint64_t seen = 0;
 
   Copies copies;
+  Multiplications multiplications;
 };
 
 // A collective that waits for lanes.
@@ -88,6 +91,7 @@ constexpr uint64_t kEndless = 2'000'000;                      // yields in a row
 Fiber host;  // the caller of the kernel
 Fiber* current = &host;
 std::vector<Fiber*> runnable;
+std::vector<std::pair<const void*, Fiber*>>& parked = *new std::vector<std::pair<const void*, Fiber*>>;  // and what for
 std::vector<Fiber*>& idle = *new std::vector<Fiber*>;  // stacks without a thread, kept to the end of the process
 Launch* running = nullptr;
 char begin_order, end_order;  // host to threads, threads to host
@@ -209,6 +213,7 @@ void end_thread() {
     acquire(&begin_order);
     (*running->thread)();
     finish_copies();
+    finish_multiplications();
     release(&end_order);
     const Unwatched unwatched;
     end_thread();
@@ -379,6 +384,7 @@ void run_grid(const dim3& grid, const dim3& block, std::size_t shared_bytes, con
       run_another();  // back here when the last thread of a block has ended
       end_blocks();
     }
+    finish_warpgroups();
     running = nullptr;
   }
   acquire(&end_order);
@@ -466,6 +472,25 @@ void fence() {
   release(&fence_order);
 }
 
+void park(const void* place, const char* name, Site site) {
+  const Unwatched unwatched;
+  current->waits = true;
+  current->name = name;
+  current->site = site;
+  parked.emplace_back(place, current);
+  run_another();
+}
+
+void unpark(const void* place) {
+  const Unwatched unwatched;
+  yields_waiting = 0;
+  for (std::size_t i = parked.size(); i-- > 0;) {
+    if (parked[i].first != place) continue;
+    make_runnable(parked[i].second);
+    parked.erase(parked.begin() + static_cast<std::ptrdiff_t>(i));
+  }
+}
+
 uint8_t* shared_memory() {
   const Unwatched unwatched;
   return current->block->shared;
@@ -480,6 +505,11 @@ bool is_shared(const void* address, std::size_t bytes) {
 Copies& copies() {
   const Unwatched unwatched;
   return current->copies;
+}
+
+Multiplications& multiplications() {
+  const Unwatched unwatched;
+  return current->multiplications;
 }
 
 int senseless_byte() {

@@ -105,7 +105,7 @@ ALLOWED = {
     "portable": set(),
     "calls": {"_C", "native"},
     "ops": {"calls", "native", "portable", "reference"},
-    "ops_block": {"calls"},
+    "ops_block": {"calls", "native"},
     "ops_block_two_four": {"calls", "ops_block", "ops_two_four"},
     "ops_convert": {"calls", "ops", "reference"},
     "ops_two_four": {"calls", "native", "ops", "reference"},

@@ -51,6 +51,9 @@ struct Slice {
   int depth;  // that there is: less than all past the edge of W, 0 past the end of the line
 };
 
+// Shared memory without which the largest tile has no two stages.
+constexpr int64_t kLeastShared = 2 * (256 + 128) * kStageBytes + 2 * kBatch * sizeof(Slice);
+
 // Tiles of so many rows of x may be shared by threadblocks.
 constexpr int kFewRows = 64;
 
@@ -376,8 +379,8 @@ bool block_multiply_takes(const BlockParams& params, const Device& device) {
   const bool dtype = params.dtype == kBfloat16 || params.dtype == kFloat16 || (params.dtype == kFloat32 && params.tf32);
   const bool blocks = params.block_rows > 0 && params.block_cols > 0 && params.block_rows % 16 == 0 && params.block_cols % 16 == 0;
   const bool whole = params.depth() < INT64_C(1) << 32 && params.depth() * width_of(params.dtype) % kChunkBytes == 0;
-  if (!dtype || !blocks || !whole || !aligned(params.x) || !aligned(params.values) || !aligned(params.y)) return false;
-  return is_empty(params) || plan(params, device).stages >= 2;
+  const bool placed = aligned(params.x) && aligned(params.values) && aligned(params.y);
+  return dtype && blocks && whole && placed && device.shared_bytes >= kLeastShared;
 }
 
 int64_t block_multiply_workspace_bytes(const BlockParams& params, const Device& device) {

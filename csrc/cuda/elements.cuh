@@ -13,21 +13,20 @@ namespace bitmask::cuda {
 template <LinearDtype kDtype>
 struct Element;
 
-template <>
-struct Element<kFloat32> {
-  using Stored = float;
-  using Sum = float;
-  __device__ static float widen(float value) { return value; }
-  __device__ static float narrow(float value) { return value; }
+// One that is summed as it is.
+template <typename Number>
+struct WideElement {
+  using Stored = Number;
+  using Sum = Number;
+  __device__ static Number widen(Number value) { return value; }
+  __device__ static Number narrow(Number value) { return value; }
 };
 
 template <>
-struct Element<kFloat64> {
-  using Stored = double;
-  using Sum = double;
-  __device__ static double widen(double value) { return value; }
-  __device__ static double narrow(double value) { return value; }
-};
+struct Element<kFloat32> : WideElement<float> {};
+
+template <>
+struct Element<kFloat64> : WideElement<double> {};
 
 template <>
 struct Element<kBfloat16> {

@@ -1,5 +1,7 @@
 """What only the CUDA ops on block-sparse weights do: waiting, captured graphs, NaN for faulty indices (see run.sh)."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -44,6 +46,26 @@ def test_who_waits(waits):  # noqa: F811
         bsr_linear(x, values, CROW_INDICES, COL_INDICES, ROWS, bias, index).sum().backward()
         assert torch.allclose(x.grad.double(), dense_of(values.detach()).sum(0).expand(3, COLS), rtol=0.05, atol=0.05)
     assert waits() == 0
+
+
+@pytest.mark.parametrize("m", [16, 255, 256])
+def test_rows_around_those_of_other_kernels(m):
+    """Blocks that warpgroups take, from 256 rows of x on; integers, whose sums are exact."""
+    generator = torch.Generator().manual_seed(m)
+    crow_indices, col_indices = torch.tensor([0, 1, 3]), torch.tensor([1, 0, 2])
+    draw = functools.partial(torch.randint, -3, 4, generator=generator)
+    x, values = draw((m, 192)).bfloat16().requires_grad_(), draw((3, 64, 64)).bfloat16().requires_grad_()
+    y = bsr_linear(
+        x, values, crow_indices, col_indices, 128, None, ops_block.bsr_transpose(crow_indices, col_indices, 3)
+    )
+    grad = draw((m, 128)).bfloat16()
+    y.backward(grad)
+    wide = values.detach().double().requires_grad_()
+    wide_x = x.detach().double().requires_grad_()
+    expected = wide_x @ reference.bsr_to_dense(wide, crow_indices, col_indices, (128, 192)).T
+    expected.backward(grad.double())
+    for got, exact in ((y, expected), (x.grad, wide_x.grad), (values.grad, wide.grad)):
+        assert torch.equal(got, exact.bfloat16())
 
 
 def test_captured():

@@ -14,7 +14,7 @@ torch=$(python -c "import os, torch; print(os.path.dirname(torch.__file__))")
 target=$(python -c "import runpy; print(runpy.run_path('setup.py')['TORCH_TARGET_VERSION'])")
 flags=(-std=c++17 -O2 -fPIC -fvisibility=hidden -Itests/cuda/twin -Icsrc/cuda -Wall -Wextra -Wno-unknown-pragmas)
 ops=(-Wno-unused-parameter -I"$torch/include" -I"$torch/include/torch/csrc/api/include" -include tests/cuda/ops/as_cpu.h
-  -DTORCH_TARGET_VERSION="$target" '-DBITMASK_CUDA_ARCHITECTURES="the twin"')
+  -DTORCH_TARGET_VERSION="$target" '-DBITMASK_CUDA_ARCHITECTURES="the twin, sm_90a"')
 
 rm -rf "$BUILD"
 mkdir -p "$BUILD"

@@ -6,12 +6,28 @@ import torch
 from conftest import assert_bits_equal
 from torch import nn
 
-from bitmask import BlockSparseLinear
+from bitmask import BitmaskTensor, BlockSparseLinear
 
 # in_features, out_features, block_shape: whole blocks, cut ones at both edges, blocks larger than the weight.
 SHAPES = [(64, 96, (32, 32)), (70, 50, (16, 32)), (33, 65, (8, 4)), (35, 7, (32, 32)), (9, 4, (1, 1)), (40, 1, (3, 7))]
 PARTS = ["values", "bias", "crow_indices", "col_indices", "dense_shape"]
 TRANSPOSED = ["ccol_indices", "row_indices", "order"]
+
+
+def _other_kind(name, convert, message):
+    return lambda state: state.update({name: convert(state[name])}), TypeError, f"{name}: got {message}"
+
+
+# Changes of a state_dict that put a tensor of another kind in place of a part, the error and its message.
+OTHER_KINDS = {
+    f"{kind} {name}": _other_kind(name, convert, message)
+    for name in PARTS
+    for kind, convert, message in [
+        ("sparse", torch.Tensor.to_sparse, "a torch.sparse_coo tensor, expected a dense"),
+        ("nested", lambda part: torch.nested.nested_tensor([part]), "a nested tensor"),
+        ("compressed", BitmaskTensor.from_dense, "a BitmaskTensor, which wraps other tensors"),
+    ]
+}
 
 
 def make(in_features=70, out_features=50, density=None, block_shape=(16, 32), **options):

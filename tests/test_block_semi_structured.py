@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from block_layers import linear_of, make
+from block_layers import OTHER_KINDS, linear_of, make
 from conftest import assert_bits_equal, assert_exports
 from torch import nn
 
 import bitmask
-from bitmask import BitmaskTensor, BlockSparseLinear, FormatError, SemiStructuredBlockLinear, prune_24_
+from bitmask import BlockSparseLinear, FormatError, SemiStructuredBlockLinear, prune_24_
 from bitmask.calls import LINEAR_DTYPES
 
 pytestmark = [
@@ -288,31 +288,6 @@ CORRUPT = {
         TypeError,
         "metadata: got a torch.sparse_coo tensor, expected a dense",
     ),
-    "sparse values": (
-        lambda s: s.update(values=s["values"].to_sparse()),
-        TypeError,
-        "values: got a torch.sparse_coo tensor, expected a dense",
-    ),
-    "compressed": (
-        lambda s: s.update(values=BitmaskTensor.from_dense(s["values"])),
-        TypeError,
-        "values: got a BitmaskTensor, which wraps other tensors",
-    ),
-    "sparse index": (
-        lambda s: s.update(col_indices=s["col_indices"].to_sparse()),
-        TypeError,
-        "col_indices: got a torch.sparse_coo tensor",
-    ),
-    "nested shape": (
-        lambda s: s.update(dense_shape=torch.nested.nested_tensor([s["dense_shape"]])),
-        TypeError,
-        "dense_shape: got a nested tensor",
-    ),
-    "sparse bias": (
-        lambda s: s.update(bias=s["bias"].to_sparse()),
-        TypeError,
-        "bias: got a torch.sparse_coo tensor, expected a dense",
-    ),
     "no tensor": (lambda s: s.update(metadata=[1]), TypeError, "metadata: got list, expected a torch.Tensor"),
     "odd": (lambda s: s.update(values=s["values"][..., 1:]), FormatError, r"values: got size \[6, 16, 15\]"),
     "flat": (lambda s: s.update(values=s["values"].flatten(1)), FormatError, r"values: got size \[6, 256\]"),
@@ -324,7 +299,7 @@ CORRUPT = {
     "crow": (lambda s: s.update(crow_indices=s["crow_indices"][:-1]), FormatError, "crow_indices: got size"),
     "shape": (lambda s: s["dense_shape"].neg_(), FormatError, r"dense_shape: got \[-50, -70\]"),
     "huge": (lambda s: s["dense_shape"].fill_(2**62), FormatError, r"dense_shape: got \[4.*, expected .* than 2\^63"),
-}
+} | OTHER_KINDS
 
 
 @pytest.mark.parametrize("name", CORRUPT)

@@ -5,14 +5,14 @@ import re
 
 import pytest
 import torch
-from block_layers import PARTS, assert_consistent, assert_same_layer, linear_of, make
+from block_layers import OTHER_KINDS, PARTS, assert_consistent, assert_same_layer, linear_of, make
 from conftest import assert_bits_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import bitmask
-from bitmask import BitmaskTensor, BlockSparseLinear, FormatError, SemiStructuredBlockLinear, ops_block
+from bitmask import BlockSparseLinear, FormatError, SemiStructuredBlockLinear, ops_block
 
 pytestmark = [
     pytest.mark.usefixtures("seed"),
@@ -139,32 +139,7 @@ CORRUPT = {
     ),
     "no tensor": (lambda s: s.update(col_indices=[0, 1]), TypeError, "col_indices: got list, expected a torch.Tensor"),
     "meta": (lambda s: s.update(crow_indices=s["crow_indices"].to("meta")), FormatError, "crow_indices: got a meta"),
-    "sparse values": (
-        lambda s: s.update(values=s["values"].to_sparse()),
-        TypeError,
-        "values: got a torch.sparse_coo tensor, expected a dense",
-    ),
-    "compressed values": (
-        lambda s: s.update(values=BitmaskTensor.from_dense(s["values"])),
-        TypeError,
-        "values: got a BitmaskTensor, which wraps other tensors",
-    ),
-    "sparse shape": (
-        lambda s: s.update(dense_shape=s["dense_shape"].to_sparse()),
-        TypeError,
-        "dense_shape: got a torch.sparse_coo tensor",
-    ),
-    "nested index": (
-        lambda s: s.update(col_indices=torch.nested.nested_tensor([s["col_indices"]])),
-        TypeError,
-        "col_indices: got a nested tensor",
-    ),
-    "sparse bias": (
-        lambda s: s.update(bias=s["bias"].to_sparse()),
-        TypeError,
-        "bias: got a torch.sparse_coo tensor, expected a dense",
-    ),
-}
+} | OTHER_KINDS
 
 
 @pytest.mark.parametrize("name", CORRUPT)

@@ -207,7 +207,7 @@ def test_compiled_under_autocast():
 
 
 DISTRIBUTED = """
-import sys
+import os, sys
 import torch, torch.distributed as dist, torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
@@ -250,6 +250,7 @@ def run(rank, file):
         else:
             raise AssertionError("what needs all blocks, of a sharded layer")
     dist.destroy_process_group()
+    os._exit(0)  # a thread of gloo that still holds a tensor when the interpreter finalizes aborts the process
 
 if __name__ == "__main__":
     mp.start_processes(run, (sys.argv[1] + "/store",), 2, start_method="spawn")

@@ -705,7 +705,8 @@ def test_killed_while_saving(tmp_path, number):
     """Whenever it is killed, the file is whole: that of one save or of another."""
     path = tmp_path / "model.safetensors"
     code = f"""
-import torch, bitmask
+import signal, torch, bitmask
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 for number in range(10**6):
     bitmask.save_compressed({{"w.weight": torch.full((500, 1000), float(number + 1))}}, {str(path)!r})
     print(number, flush=True)

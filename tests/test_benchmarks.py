@@ -13,7 +13,15 @@ import bitmask
 from benchmarks.block_sparse.checks import blocks_are_right, product_is_right
 from benchmarks.block_sparse.contenders import Contest
 from benchmarks.block_sparse.plot import break_even, verdict
-from benchmarks.block_sparse.result import FORWARD, GRAD_INPUT, GRAD_WEIGHT, PRODUCTS, STEP, BlockSparseResult
+from benchmarks.block_sparse.result import (
+    FORWARD,
+    FORWARD_24,
+    GRAD_INPUT,
+    GRAD_WEIGHT,
+    PRODUCTS,
+    STEP,
+    BlockSparseResult,
+)
 from benchmarks.block_sparse.weights import BlockWeight, Operands
 from benchmarks.cases import Selection, Workload, dense_input
 from benchmarks.codec.measure import WrongRoundTripError
@@ -169,17 +177,24 @@ def test_block_contenders_agree_with_the_masked_weight(part):
     (weight,) = contest.weights
     assert torch.equal(weight.masked() != 0, weight.elements_mask)
     ways = contest.ways()
-    assert [way.weight for way in ways] == [None, weight]
+    assert [way.weight for way in ways] == [None, weight.two_four if part == FORWARD_24 else weight]
     assert all(contest.is_right(way.weight, way.work(way.layers[0])) for way in ways)
 
 
-@pytest.mark.parametrize("part", [FORWARD, GRAD_INPUT, GRAD_WEIGHT])
+@pytest.mark.parametrize("part", [FORWARD, FORWARD_24, GRAD_INPUT, GRAD_WEIGHT])
 def test_block_checks_notice_blocks_at_other_places(part):
     contest = block_contest(part)
+    *_, way = contest.ways()
+    faulty = replace(way.weight, mask=way.weight.mask.roll(1, dims=1))
+    assert not contest.is_right(faulty, way.work(way.layers[0]))
+
+
+def test_block_checks_notice_what_is_not_2_of_4():
+    contest = block_contest(FORWARD_24)
     (weight,) = contest.weights
     *_, way = contest.ways()
-    faulty = replace(weight, mask=weight.mask.roll(1, dims=1))
-    assert not contest.is_right(faulty, way.work(way.layers[0]))
+    assert torch.equal(weight.two_four.mask, weight.mask)
+    assert not contest.is_right(weight, way.work(way.layers[0]))
 
 
 def test_block_checks_notice_one_wrong_element():

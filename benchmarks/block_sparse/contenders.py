@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.block_sparse.checks import blocks_are_right, product_is_right
-from benchmarks.block_sparse.result import BITMASK, DENSE, FORWARD, GRAD_INPUT, GRAD_WEIGHT, STEP, TORCH_BSR
+from benchmarks.block_sparse.result import BITMASK, DENSE, FORWARD, FORWARD_24, GRAD_INPUT, GRAD_WEIGHT, STEP, TORCH_BSR
 from benchmarks.block_sparse.training import TrainedLayer
 from benchmarks.block_sparse.weights import BlockWeight, Operands
 from benchmarks.cases import DTYPES
 from bitmask.ops_block import bsr_linear, bsr_linear_backward_input, bsr_linear_backward_values
+from bitmask.ops_block_two_four import bsr_linear_24
+from bitmask.ops_two_four import pack_24
 
 BLOCK_DTYPES = ("fp32", "bf16", "fp16")
 _MOST_LAYERS = 1024
@@ -58,7 +60,13 @@ class Contest:
 
     def ways(self) -> list[Way]:
         """Every contender, the dense one first."""
-        build = {FORWARD: self._forward, GRAD_INPUT: self._grad_input, GRAD_WEIGHT: self._grad_weight, STEP: self._step}
+        build = {
+            FORWARD: self._forward,
+            FORWARD_24: self._forward_24,
+            GRAD_INPUT: self._grad_input,
+            GRAD_WEIGHT: self._grad_weight,
+            STEP: self._step,
+        }
         return list(build[self.part]())
 
     def is_right(self, weight: BlockWeight | None, result: Any) -> bool:
@@ -75,7 +83,9 @@ class Contest:
                 product_is_right(grad.T, x.T, result) if weight is None else blocks_are_right(x, grad, weight, result)
             )
         dense = self.dense if weight is None else weight.masked()
-        return product_is_right(x, dense, result) if part == FORWARD else product_is_right(grad, dense.T, result)
+        if part == GRAD_INPUT:
+            return product_is_right(grad, dense.T, result)
+        return product_is_right(x, dense, result)
 
     def _forward(self) -> Iterator[Way]:
         x = self.operands.x
@@ -86,6 +96,15 @@ class Contest:
             if torch_multiplies(weight) and 2 * len(x) * weight.kept_elements <= _MOST_TORCH_FLOP:
                 bsr_layers = [weight.torch_bsr(values) for values in layers]
                 yield Way(TORCH_BSR, weight, bsr_layers, functools.partial(functional.linear, x))
+
+    def _forward_24(self) -> Iterator[Way]:
+        x = self.operands.x
+        yield Way(DENSE, None, self._cold(self.dense), functools.partial(functional.linear, x))
+        for weight in (each.two_four for each in self.weights if each.block % 4 == 0):
+            values, metadata = pack_24(weight.values)
+            count = _layer_count(values.nbytes + metadata.nbytes, self.uncached_nbytes, _MOST_LAYERS)
+            layers = [(values.clone(), metadata.clone()) for _ in range(count)]
+            yield Way(BITMASK, weight, layers, functools.partial(_forward_24, weight, x))
 
     def _grad_input(self) -> Iterator[Way]:
         grad = self.operands.grad
@@ -140,6 +159,10 @@ def _layer_count(nbytes: int, uncached_nbytes: int, most: int) -> int:
 
 def _forward(weight: BlockWeight, x: Tensor, values: Tensor) -> Tensor:
     return bsr_linear(x, values, *weight.index, len(weight.dense))
+
+
+def _forward_24(weight: BlockWeight, x: Tensor, parts: tuple[Tensor, Tensor]) -> Tensor:
+    return bsr_linear_24(x, *parts, *weight.index, len(weight.dense))
 
 
 def _grad_input(weight: BlockWeight, grad: Tensor, values: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ BITMASK = "bitmask"
 TORCH_BSR = "torch BSR"
 
 FORWARD = "forward"
+FORWARD_24 = "forward 2:4"  # of blocks that are 2:4
 GRAD_INPUT = "dX"
 GRAD_WEIGHT = "dW"
 STEP = "step"
-PRODUCTS = {FORWARD: 1, GRAD_INPUT: 1, GRAD_WEIGHT: 1, STEP: 3}  # in each part
+PRODUCTS = {FORWARD: 1, FORWARD_24: 1, GRAD_INPUT: 1, GRAD_WEIGHT: 1, STEP: 3}  # in each part
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class BlockSparseResult(CpuResult):
 
     @property
     def gflop_per_s(self) -> float:
-        """GFLOP per second, counting kept elements alone."""
+        """GFLOP per second, counting the elements of kept blocks."""
         return 2 * PRODUCTS[self.part] * self.rows * self.kept_elements / self.summary.median_ms / 1e6
 
     def line(self) -> str:

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from benchmarks.cases import DTYPES, Shape
 from bitmask.ops_block import TransposedIndex, bsr_transpose
+from bitmask.prune import prune_24_
 
 
 class Operands(NamedTuple):
@@ -64,6 +65,13 @@ class BlockWeight:
     def kept_elements(self) -> int:
         """How many elements of W are in kept blocks."""
         return int(self.elements_mask.sum())
+
+    @cached_property
+    def two_four(self) -> "BlockWeight":
+        """The same blocks, of each four columns the two largest magnitudes."""
+        columns = self.dense.shape[1]
+        pruned = prune_24_(functional.pad(self.dense, (0, -columns % 4)))
+        return BlockWeight.cut_from(pruned[:, :columns].contiguous(), self.block, self.sparsity)
 
     def masked(self) -> Tensor:
         """W as a dense matrix, zero where blocks are dropped."""

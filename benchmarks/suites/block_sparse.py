@@ -1,6 +1,7 @@
 """The work of a layer with a block-sparse weight, part by part and as a training step, beside a dense one and torch's.
 
-Forward is y = x W^T, dX = g W and dW = g^T x, in the kept blocks alone; a step is all three, and SGD.
+Forward is y = x W^T, dX = g W and dW = g^T x, in the kept blocks alone; a step is all three, and SGD. Forward 2:4 is
+y = x W^T by what a trained layer becomes: two of every four columns of its kept blocks.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -291,10 +291,11 @@ struct Plan {
   int rows, across;  // of a tile
   int stages, resident;
   int64_t strips_of_line, strips, tiles;
-  int parts;
+  Deal deal;
   bool scheduled;
   int64_t shared_bytes;
-  int64_t arrived_bytes, partials_bytes, schedule_bytes;
+  JoinSpace join;
+  int64_t schedule_bytes;
 };
 
 // As many threadblocks on a multiprocessor as leave each two stages, and then as many stages as they may have.
@@ -335,15 +336,13 @@ Plan plan(const BlockParams& params, const Device& device) {
 
   const int64_t bytes = params.index.blocks / params.index.lines * params.block_depth() * width_of(params.dtype);
   const int64_t worth = bytes / kStageBytes / kLeastStages, wanted = 2 * int64_t{device.multiprocessors} / plan.tiles;
-  const int64_t parts = worth < wanted ? worth : wanted;
-  plan.parts = static_cast<int>(plan.rows != kFewRows || parts < 1 ? 1 : parts < kMostParts ? parts : kMostParts);
-  const int64_t threadblocks = plan.tiles * plan.parts;
+  int64_t parts = worth < wanted ? worth : wanted;
+  parts = plan.rows != kFewRows || parts < 1 ? 1 : parts < kMostParts ? parts : kMostParts;
+  const int64_t threadblocks = plan.tiles * parts;
+  plan.deal = {parts, threadblocks, threadblocks};
+  plan.join = {plan.deal, plan.rows * plan.across};
   const int64_t wave = int64_t{device.multiprocessors} * plan.resident;
   plan.scheduled = threadblocks > wave && threadblocks <= kMostWaves * wave;
-  if (plan.parts > 1) {
-    plan.arrived_bytes = round_up(threadblocks * sizeof(uint32_t), 16);
-    plan.partials_bytes = threadblocks * 2 * plan.rows * plan.across * sizeof(float);
-  }
   if (plan.scheduled) plan.schedule_bytes = round_up(params.index.lines * sizeof(int32_t), 16);
   return plan;
 }
@@ -386,14 +385,13 @@ bool block_multiply_takes(const BlockParams& params, const Device& device) {
 int64_t block_multiply_workspace_bytes(const BlockParams& params, const Device& device) {
   if (!block_multiply_takes(params, device) || is_empty(params)) return 0;
   const Plan p = plan(params, device);
-  return p.arrived_bytes + p.partials_bytes + p.schedule_bytes;
+  return p.join.bytes() + p.schedule_bytes;
 }
 
 cudaError_t block_multiply(const BlockParams& params, const Device& device, void* workspace, cudaStream_t stream) {
   if (!block_multiply_takes(params, device)) return cudaErrorInvalidValue;
   if (is_empty(params)) return cudaSuccess;
   const Plan plan = cuda::plan(params, device);
-  uint8_t* const scratch = static_cast<uint8_t*>(workspace);
   Product product = {};
   product.params = params;
   product.x_stride = params.depth() * width_of(params.dtype);
@@ -404,23 +402,20 @@ cudaError_t block_multiply(const BlockParams& params, const Device& device, void
   product.stages = plan.stages;
   product.slices = static_cast<uint32_t>(params.block_depth() / kSliceDepth);
   product.whole_chunks = product.y_stride % kChunkBytes == 0;
-  product.deal = {plan.parts, plan.tiles * plan.parts, plan.tiles * plan.parts};
-  product.join = {reinterpret_cast<uint32_t*>(scratch), reinterpret_cast<float4*>(scratch + plan.arrived_bytes)};
-  if (plan.parts > 1) {
-    const cudaError_t error = cudaMemsetAsync(scratch, 0, static_cast<size_t>(plan.arrived_bytes), stream);
-    if (error != cudaSuccess) return error;
-  }
-  if (plan.scheduled) {
-    int32_t* const schedule = reinterpret_cast<int32_t*>(scratch + plan.arrived_bytes + plan.partials_bytes);
-    const cudaError_t error = schedule_lines(params.index, schedule, stream);
-    if (error != cudaSuccess) return error;
+  product.deal = plan.deal;
+  product.join = plan.join.at(workspace);
+  cudaError_t error = plan.join.clear(product.join, stream);
+  if (error == cudaSuccess && plan.scheduled) {
+    int32_t* const schedule = reinterpret_cast<int32_t*>(static_cast<uint8_t*>(workspace) + plan.join.bytes());
+    error = schedule_lines(params.index, schedule, stream);
     product.schedule = schedule;
   }
+  if (error != cudaSuccess) return error;
   const bool transposed = params.transposed;
   const Kernel kernel = params.dtype == kFloat32    ? kernel_of<kFloat32>(plan, transposed)
                         : params.dtype == kBfloat16 ? kernel_of<kBfloat16>(plan, transposed)
                                                     : kernel_of<kFloat16>(plan, transposed);
-  return launch_kernel(kernel, {plan.tiles * plan.parts, threads_of(plan.rows), plan.shared_bytes}, stream, product);
+  return launch_kernel(kernel, {plan.deal.blocks, threads_of(plan.rows), plan.shared_bytes}, stream, product);
 }
 
 }  // namespace bitmask::cuda

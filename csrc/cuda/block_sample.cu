@@ -269,7 +269,7 @@ struct Plan {
   int side;
   Deal deal;
   int64_t unit_rows;
-  int64_t arrived_bytes, partials_bytes;  // parts of the workspace
+  JoinSpace join;
 };
 
 Plan plan(const BlockSampleParams& p, const Device& device) {
@@ -281,11 +281,11 @@ Plan plan(const BlockSampleParams& p, const Device& device) {
   const int64_t tiles = blocks_across(p.index.blocks * (p.block_rows / side) * (p.block_cols / side), kColumns / side);
   const int64_t units = tiles * stages;
   if (blocks_across(tiles, resident) * stages <= blocks_across(units, resident) + kJoinStages) {
-    return {side, {1, tiles, tiles < resident ? tiles : resident}, stages * stage_rows, 0, 0};
+    return {side, {1, tiles, tiles < resident ? tiles : resident}, stages * stage_rows, {}};
   }
-  const int64_t worth = units / kLeastStages, blocks = worth < resident ? worth : resident;
-  const int64_t arrived_bytes = round_up(blocks * static_cast<int64_t>(sizeof(uint32_t)), 16);
-  return {side, {stages, units, blocks}, stage_rows, arrived_bytes, blocks * 2 * kColumns * side * static_cast<int64_t>(sizeof(float))};
+  const int64_t worth = units / kLeastStages;
+  const Deal deal = {stages, units, worth < resident ? worth : resident};
+  return {side, deal, stage_rows, {deal, kColumns * side}};
 }
 
 template <LinearDtype kDtype>
@@ -307,8 +307,7 @@ bool block_sample_takes(const BlockSampleParams& p, const Device& device) {
 
 int64_t block_sample_workspace_bytes(const BlockSampleParams& params, const Device& device) {
   if (!block_sample_takes(params, device) || params.index.blocks == 0) return 0;
-  const Plan p = plan(params, device);
-  return p.arrived_bytes + p.partials_bytes;
+  return plan(params, device).join.bytes();
 }
 
 cudaError_t block_sample(const BlockSampleParams& params, const Device& device, void* workspace, cudaStream_t stream) {
@@ -317,13 +316,10 @@ cudaError_t block_sample(const BlockSampleParams& params, const Device& device, 
   const Plan plan = cuda::plan(params, device);
   const int64_t down = params.block_rows / plan.side, across = params.block_cols / plan.side;
   const int64_t step = kThreads * kChunkBytes / kColumns;  // bytes of a column that threads copy at a time, whatever the dtype
-  uint8_t* const scratch = static_cast<uint8_t*>(workspace);
-  const Join join = {reinterpret_cast<uint32_t*>(scratch), reinterpret_cast<float4*>(scratch + plan.arrived_bytes)};
+  const Join join = plan.join.at(workspace);
   const Sampling sampling = {params, down, across, plan.unit_rows, step * params.rows, step * params.cols, plan.deal, join};
-  if (plan.arrived_bytes > 0) {
-    const cudaError_t error = cudaMemsetAsync(join.arrived, 0, static_cast<size_t>(plan.arrived_bytes), stream);
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = plan.join.clear(join, stream);
+  if (error != cudaSuccess) return error;
   const auto kernel = params.dtype == kBfloat16  ? kernel_of<kBfloat16>(plan.side)
                       : params.dtype == kFloat16 ? kernel_of<kFloat16>(plan.side)
                                                  : kernel_of<kFloat32>(plan.side);

@@ -34,7 +34,7 @@ struct Deal {
   __host__ __device__ int64_t block_of(int64_t unit) const {
     return unit < longer * (share + 1) ? unit / (share + 1) : longer + (unit - longer * (share + 1)) / share;
   }
-  bool whole_tiles() const { return longer == 0 && share % stages == 0; }
+  bool whole_tiles() const { return stages == 1 || (longer == 0 && share % stages == 0); }
 
   // What a block does at a time: from `unit` on to the end of its tile, or to `last`, where the block's units end.
   __host__ __device__ Segment segment(int64_t unit, int64_t last) const {
@@ -88,6 +88,27 @@ struct Join {
       }
     }
     return true;
+  }
+};
+
+// What a join takes of a workspace: its counters, then its sums. Nothing if no tile is shared.
+struct JoinSpace {
+  int64_t arrived_bytes = 0, partials_bytes = 0;
+
+  JoinSpace() = default;
+  JoinSpace(const Deal& deal, int64_t sums_of_tile) {
+    if (deal.whole_tiles()) return;
+    arrived_bytes = round_up(deal.blocks * static_cast<int64_t>(sizeof(uint32_t)), 16);
+    partials_bytes = deal.blocks * 2 * sums_of_tile * static_cast<int64_t>(sizeof(float));
+  }
+
+  int64_t bytes() const { return arrived_bytes + partials_bytes; }
+  Join at(void* workspace) const {
+    uint8_t* const space = static_cast<uint8_t*>(workspace);
+    return {reinterpret_cast<uint32_t*>(space), reinterpret_cast<float4*>(space + arrived_bytes)};
+  }
+  cudaError_t clear(const Join& join, cudaStream_t stream) const {
+    return arrived_bytes == 0 ? cudaSuccess : cudaMemsetAsync(join.arrived, 0, static_cast<size_t>(arrived_bytes), stream);
   }
 };
 

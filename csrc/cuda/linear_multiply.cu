@@ -404,7 +404,8 @@ int64_t shared_bytes_of(int tiles) {
 struct Plan {
   int tiles;  // rows of x that a launch takes, in eights
   Deal deal;
-  int64_t arrived_bytes, counts_bytes, partials_bytes;  // parts of the workspace
+  JoinSpace join;
+  int64_t counts_bytes;
 };
 
 Plan plan(const LinearParams& params, const Device& device) {
@@ -418,10 +419,8 @@ Plan plan(const LinearParams& params, const Device& device) {
   const int64_t units = (params.w.rows / kTileRows + (params.w.rows % kTileRows != 0)) * stages;
   const int64_t worth = units / kLeastStages > 0 ? units / kLeastStages : 1;
   plan.deal = {stages, units, worth < resident ? worth : resident};
-  const bool whole = plan.deal.whole_tiles();
-  plan.arrived_bytes = whole ? 0 : round_up(plan.deal.blocks * sizeof(uint32_t), 16);
-  plan.counts_bytes = whole ? 0 : plan.deal.blocks * kTileRows * sizeof(int64_t);
-  plan.partials_bytes = whole ? 0 : plan.deal.blocks * 2 * kTileRows * 8 * plan.tiles * sizeof(float);
+  plan.join = {plan.deal, kTileRows * 8 * plan.tiles};
+  plan.counts_bytes = plan.deal.whole_tiles() ? 0 : plan.deal.blocks * kTileRows * sizeof(int64_t);
   return plan;
 }
 
@@ -437,14 +436,13 @@ cudaError_t launch_multiply(const Product& product, LinearDtype dtype, cudaStrea
 int64_t linear_multiply_workspace_bytes(const LinearParams& params, const Device& device) {
   if (params.m == 0 || params.w.rows == 0) return 0;
   const Plan p = plan(params, device);
-  return p.arrived_bytes + p.counts_bytes + p.partials_bytes;
+  return p.join.bytes() + p.counts_bytes;
 }
 
 cudaError_t linear_multiply(const LinearParams& params, const Device& device, void* workspace, cudaStream_t stream) {
   if (params.dtype != kBfloat16 && params.dtype != kFloat16) return cudaErrorInvalidValue;
   if (params.m == 0 || params.w.rows == 0) return cudaSuccess;
   const Plan plan = cuda::plan(params, device);
-  uint8_t* const scratch = static_cast<uint8_t*>(workspace);
   Product product = {};
   product.w = params.w;
   product.row_bytes = bitmask_bytes(params.w.cols);
@@ -452,9 +450,8 @@ cudaError_t linear_multiply(const LinearParams& params, const Device& device, vo
   product.bitmasks = pieces_of(params.w.bitmasks, params.w.rows * product.row_bytes, 16);
   product.bias = static_cast<const uint16_t*>(params.bias);
   product.deal = plan.deal;
-  product.join.arrived = reinterpret_cast<uint32_t*>(scratch);
-  product.counts = reinterpret_cast<int64_t*>(scratch + plan.arrived_bytes);
-  product.join.partials = reinterpret_cast<float4*>(scratch + plan.arrived_bytes + plan.counts_bytes);
+  product.join = plan.join.at(workspace);
+  product.counts = reinterpret_cast<int64_t*>(static_cast<uint8_t*>(workspace) + plan.join.bytes());
   product.x_aligned = params.w.cols > 0 && reinterpret_cast<uintptr_t>(params.x) % 16 == 0 && params.w.cols * kWidth % 16 == 0;
   for (int64_t first = 0; first < params.m; first += 8 * plan.tiles) {
     product.x = reinterpret_cast<uintptr_t>(params.x) + static_cast<uintptr_t>(first * params.w.cols * kWidth);

@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "launch.cuh"
 
 namespace bitmask::cuda {
 namespace {
@@ -587,15 +588,9 @@ cudaError_t launch(Stream p, const Device& device, cudaStream_t stream_of_work) 
   const int64_t range_units = (free_bytes - warps * warp_bytes) / unit_bytes;
   p.range_units = static_cast<int>(range_units < p.units ? range_units : p.units);
   const int64_t shared_bytes = static_cast<int64_t>(sizeof(Sums<kRows>)) + warps * warp_bytes + p.range_units * unit_bytes;
-  // The limit is the kernel's, not the launch's: lowered, it would meet launches of other threads and those that a CUDA graph holds.
-  const cudaError_t error = cudaFuncSetAttribute(stream<Element, kRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned int>((p.w.rows + p.block_rows - 1) / p.block_rows));
-  config.blockDim = dim3(static_cast<unsigned int>(warps * kLanes));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream_of_work;
-  return cudaLaunchKernelEx(&config, stream<Element, kRows>, p);
+  const int64_t threadblocks = (p.w.rows + p.block_rows - 1) / p.block_rows;
+  const LaunchSize size{threadblocks, static_cast<int>(warps * kLanes), shared_bytes, device.shared_bytes};
+  return launch_kernel(stream<Element, kRows>, size, stream_of_work, p);
 }
 
 template <class Element>

@@ -253,8 +253,9 @@ struct Plan {
   const Kernels* kernels;
   int64_t row_tiles, x_tiles;
   Deal deal;
-  bool scheduled;                                         // whether it is worth it to deal long lines first
-  int64_t arrived_bytes, partials_bytes, schedule_bytes;  // parts of the workspace
+  JoinSpace join;
+  bool scheduled;  // whether it is worth it to deal long lines first
+  int64_t schedule_bytes;
 };
 
 Plan plan(const TwoFourParams& params, const Device& device) {
@@ -278,10 +279,7 @@ Plan plan(const TwoFourParams& params, const Device& device) {
     blocks = most < resident ? most : resident;
   }
   plan.deal = {stages, tiles * stages, blocks < kMostBlocks ? blocks : kMostBlocks};
-  if (!plan.deal.whole_tiles()) {
-    plan.arrived_bytes = round_up(plan.deal.blocks * static_cast<int64_t>(sizeof(uint32_t)), 16);
-    plan.partials_bytes = plan.deal.blocks * 2 * kernels.rows * kernels.x_rows * static_cast<int64_t>(sizeof(float));
-  }
+  plan.join = {plan.deal, kernels.rows * kernels.x_rows};
   plan.scheduled = params.has_blocks() && tiles > resident;
   if (plan.scheduled) plan.schedule_bytes = round_up(lines * static_cast<int64_t>(sizeof(int32_t)), 16);
   return plan;
@@ -306,14 +304,13 @@ bool two_four_multiply_takes(const TwoFourParams& params, const Device& device) 
 int64_t two_four_multiply_workspace_bytes(const TwoFourParams& params, const Device& device) {
   if (is_empty(params)) return 0;
   const Plan p = plan(params, device);
-  return p.arrived_bytes + p.partials_bytes + p.schedule_bytes;
+  return p.join.bytes() + p.schedule_bytes;
 }
 
 cudaError_t two_four_multiply(const TwoFourParams& params, const Device& device, void* workspace, cudaStream_t stream) {
   if (!two_four_multiply_takes(params, device)) return cudaErrorInvalidValue;
   if (is_empty(params)) return cudaSuccess;
   const Plan plan = cuda::plan(params, device);
-  uint8_t* const scratch = static_cast<uint8_t*>(workspace);
   TwoFourProduct product = {};
   product.params = params;
   product.cols = static_cast<int>(params.cols);
@@ -327,17 +324,14 @@ cudaError_t two_four_multiply(const TwoFourParams& params, const Device& device,
   product.row_tiles = plan.row_tiles;
   product.x_tiles = plan.x_tiles;
   product.deal = plan.deal;
-  product.join = {reinterpret_cast<uint32_t*>(scratch), reinterpret_cast<float4*>(scratch + plan.arrived_bytes)};
-  if (plan.arrived_bytes > 0) {
-    const cudaError_t error = cudaMemsetAsync(scratch, 0, static_cast<size_t>(plan.arrived_bytes), stream);
-    if (error != cudaSuccess) return error;
-  }
-  if (plan.scheduled) {
-    int32_t* const schedule = reinterpret_cast<int32_t*>(scratch + plan.arrived_bytes + plan.partials_bytes);
-    const cudaError_t error = schedule_lines(params.index, schedule, stream);
-    if (error != cudaSuccess) return error;
+  product.join = plan.join.at(workspace);
+  cudaError_t error = plan.join.clear(product.join, stream);
+  if (error == cudaSuccess && plan.scheduled) {
+    int32_t* const schedule = reinterpret_cast<int32_t*>(static_cast<uint8_t*>(workspace) + plan.join.bytes());
+    error = schedule_lines(params.index, schedule, stream);
     product.schedule = schedule;
   }
+  if (error != cudaSuccess) return error;
   const auto kernel = params.dtype == kFloat16 ? plan.kernels->float16 : plan.kernels->bfloat16;
   return launch_kernel(kernel, {plan.deal.blocks, kThreads, plan.kernels->shared_bytes}, stream, product);
 }

@@ -13,6 +13,7 @@
 
 #include "elements.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 #include "stream_tiles.cuh"
 
 namespace bitmask::cuda::streaming {
@@ -478,20 +479,11 @@ cudaError_t launch_stream(Stream p, const Device& device, void* workspace, cudaS
   p.deal = {0, steps, steps == 0 ? 1 : steps < device.multiprocessors ? steps : device.multiprocessors};
   p.in_order = static_cast<uint32_t*>(workspace);
   p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + kFlagBytes);
-  // The limit is the kernel's, not the launch's: lowered, it would meet launches of other threads and those that a CUDA graph holds.
-  cudaError_t error = cudaFuncSetAttribute(stream<Weight, kRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
+  const int64_t shared_bytes = int64_t{sizeof(WarpMemory<Weight, kRows>)} * p.warps;
+  const LaunchSize size{p.deal.blocks, p.warps * kLanes, shared_bytes, device.shared_bytes};
+  const cudaError_t error = launch_kernel(stream<Weight, kRows>, size, stream_of_work, p);
   if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned int>(p.deal.blocks));
-  config.blockDim = dim3(static_cast<unsigned int>(p.warps * kLanes));
-  config.dynamicSmemBytes = sizeof(WarpMemory<Weight, kRows>) * static_cast<size_t>(p.warps);
-  config.stream = stream_of_work;
-  error = cudaLaunchKernelEx(&config, stream<Weight, kRows>, p);
-  if (error != cudaSuccess) return error;
-  config.gridDim = dim3(static_cast<unsigned int>((p.rows + kJoinThreads - 1) / kJoinThreads), static_cast<unsigned int>(p.m));
-  config.blockDim = dim3(kJoinThreads);
-  config.dynamicSmemBytes = 0;
-  return cudaLaunchKernelEx(&config, join<Weight::kDtype, kRows>, p);
+  return launch_kernel(join<Weight::kDtype, kRows>, {blocks_across(p.rows, kJoinThreads), kJoinThreads, 0, 0, p.m}, stream_of_work, p);
 }
 
 inline int64_t stream_workspace_bytes(int64_t m, const Device& device) {

@@ -85,8 +85,7 @@ def bsr_linear(
         col_indices: int64 [blocks].
         out_features: rows of the weight.
         bias: [out_features], in the dtype of `values`.
-        transposed: what `bsr_transpose` makes of the index, to save the backward pass from making it again, for which
-            it waits for a GPU.
+        transposed: what `bsr_transpose` makes of the index, to save the backward pass from making it again.
 
     Returns:
         [..., out_features] in the dtype of `x`; sums are kept in float32 (float64 for float64) and rounded once.
@@ -351,6 +350,24 @@ def _fake_backward_values(
 # The three products are the gradients of each other. Each formula saves only what its gradients need.
 
 
+def transposed_for_gradients(crow_indices: Tensor, col_indices: Tensor, cols_of_blocks: int) -> TransposedIndex:
+    """What `bsr_transpose` makes of an index that a product has taken, without waiting for a GPU.
+
+    There, what it makes of a faulty one may be faulty, too, which gradients show as NaN.
+    """
+    if crow_indices.device.type == "cpu":
+        return bsr_transpose(crow_indices, col_indices, cols_of_blocks)
+    return _transpose_by_sorting(crow_indices, col_indices, cols_of_blocks)
+
+
+def _transpose_by_sorting(crow_indices: Tensor, col_indices: Tensor, cols_of_blocks: int) -> TransposedIndex:
+    columns, order = col_indices.sort(stable=True)
+    firsts = torch.arange(cols_of_blocks + 1, device=columns.device)
+    return TransposedIndex(
+        torch.searchsorted(columns, firsts), torch.searchsorted(crow_indices[1:], order, right=True), order
+    )
+
+
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, crow_indices, col_indices, _, _, *transposed, ctx.allow_tf32 = inputs
     needs_x, needs_values, *_ = ctx.needs_input_grad
@@ -367,7 +384,8 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_values = None
     if needs_x:
         if transposed[0] is None:
-            transposed = bsr_transpose(crow_indices, col_indices, _blocks_across(ctx.in_features, ctx.block_shape[1]))
+            lines = _blocks_across(ctx.in_features, ctx.block_shape[1])
+            transposed = transposed_for_gradients(crow_indices, col_indices, lines)
         grad_x = backward_input(grad, values, *transposed, ctx.in_features, ctx.allow_tf32)
     if needs_values:
         grad_values = _backward_values(grad, x, crow_indices, col_indices, ctx.block_shape, ctx.allow_tf32)
@@ -387,7 +405,7 @@ def _backward_input_backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, .
     grad, values, *transposed = ctx.saved_tensors
     ccol_indices, row_indices, _ = transposed
     block_rows = _blocks_across(ctx.out_features, ctx.block_shape[0])
-    crow_indices, col_indices, _ = bsr_transpose(ccol_indices, row_indices, block_rows)
+    crow_indices, col_indices, _ = transposed_for_gradients(ccol_indices, row_indices, block_rows)
     grad_grad = grad_values = None
     if ctx.needs_input_grad[0]:
         index = (crow_indices, col_indices)
@@ -412,7 +430,8 @@ def _backward_values_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | N
         index = (crow_indices, col_indices)
         grad_grad = _linear(x, grad_values, *index, ctx.out_features, None, None, None, None, ctx.allow_tf32)
     if ctx.needs_input_grad[1]:
-        transposed = bsr_transpose(crow_indices, col_indices, _blocks_across(ctx.in_features, ctx.block_cols))
+        lines = _blocks_across(ctx.in_features, ctx.block_cols)
+        transposed = transposed_for_gradients(crow_indices, col_indices, lines)
         grad_x = backward_input(grad, grad_values, *transposed, ctx.in_features, ctx.allow_tf32)
     return grad_grad, grad_x, None, None, None, None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, library
 
 from bitmask.calls import FormatError, call_past_autograd, refuse_frozen_gradient, refuse_transforms, register_autocast
-from bitmask.ops_block import backward_input, bsr_transpose, check_linear
+from bitmask.ops_block import backward_input, check_linear, transposed_for_gradients
 from bitmask.ops_two_four import check_parts_24, unpack_24
 
 
@@ -28,8 +28,8 @@ def bsr_linear_24(
     """`F.linear(x, weight, bias)` straight from the kept 2:4 blocks of a weight [out_features, in_features].
 
     The parts are proven while they are used. Gradients flow to `x` and `bias`; the weight is frozen. Under autocast,
-    `x`, the values and `bias` are cast as for `F.linear`. The gradient of `x` waits for a GPU, so that it cannot be
-    captured in a CUDA graph.
+    `x`, the values and `bias` are cast as for `F.linear`. The gradient of `x` proves the values first, for which it
+    waits for a GPU, unless a CUDA graph is captured.
 
     An infinity or NaN of `x` that meets an element of a kept block that is not stored makes NaN, as from a dense block,
     but not on the sparse tensor cores of GPUs: there it takes no part.
@@ -123,7 +123,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, metadata, crow_indices, col_indices = ctx.saved_tensors
         dense = unpack_24(values, metadata)
         block_cols = dense.shape[2]
-        transposed = bsr_transpose(crow_indices, col_indices, (ctx.in_features + block_cols - 1) // block_cols)
+        lines = (ctx.in_features + block_cols - 1) // block_cols
+        transposed = transposed_for_gradients(crow_indices, col_indices, lines)
         # Not in tf32, even where torch allows it: neither is the product.
         grad_x = backward_input(grad, dense, *transposed, ctx.in_features, False)
     grad_bias = grad.sum_to_size(grad.shape[-1:]) if any(needs_bias) else None

@@ -84,6 +84,7 @@ def test_empty_rows_and_columns_of_blocks(isa, dtype, m):
     counts = rows[some].bincount(minlength=len(whole.crow_indices) - 1)
     blocks = Blocks(whole.values[some], F.pad(counts.cumsum(0), (1, 0)), whole.col_indices[some], whole.shape)
     check(blocks, *operands(blocks, m))
+    assert_index_equal(blocks.transposed, ops_block._transpose_by_sorting(*blocks.index, 19))
 
 
 @pytest.mark.parametrize("m", [1, 9])
@@ -92,7 +93,9 @@ def test_same_as_reference(dtype, m, block_shape):
     blocks = random_blocks(70, 90, block_shape, dtype=dtype)
     x, grad, bias = operands(blocks, m)
     n, k = blocks.shape
-    assert_index_equal(blocks.transposed, reference.bsr_transpose(*blocks.index, -(-k // block_shape[1])))
+    lines = -(-k // block_shape[1])
+    assert_index_equal(blocks.transposed, reference.bsr_transpose(*blocks.index, lines))
+    assert_index_equal(blocks.transposed, ops_block._transpose_by_sorting(*blocks.index, lines))
     expected = (
         reference.bsr_linear(x, blocks.values, *blocks.index, n, bias),
         reference.bsr_linear_backward_input(grad, blocks.values, *blocks.transposed, k),

@@ -342,12 +342,15 @@ def test_captured_products_read_what_is_there_at_their_replay(dtype, m):
     blocks = random_blocks(256, 512, (64, 64), dtype=dtype)
     x, grad, _ = (tensor.to(cuda) for tensor in operands(blocks, m))
     there, transposed = blocks_on(cuda, blocks)
+    x.requires_grad_()
 
     def work():
+        y = bsr_linear(x, there.values, *there.index, 256)
         return (
-            bsr_linear(x, there.values, *there.index, 256),
+            y.detach(),
             bsr_linear_backward_input(grad, there.values, transposed, 512),
-            bsr_linear_backward_values(grad, x, *there.index, (64, 64)),
+            bsr_linear_backward_values(grad, x.detach(), *there.index, (64, 64)),
+            *torch.autograd.grad(y, x, grad),  # transposes the index
         )
 
     side = torch.cuda.Stream()
@@ -359,13 +362,14 @@ def test_captured_products_read_what_is_there_at_their_replay(dtype, m):
         results = work()
     for seed in range(3):
         fresh_x, fresh_grad, _ = operands(blocks, m, seed + 5)
-        x.copy_(fresh_x)
+        x.detach().copy_(fresh_x)
         grad.copy_(fresh_grad)
         for result in results:
             result.fill_(float("nan"))
         graph.replay()
         check_product(results[0], blocks, fresh_x)
         check_gradient_of_x(results[1], blocks, fresh_grad)
+        check_gradient_of_x(results[3], blocks, fresh_grad)
         check_gradient_of_values(results[2], blocks, fresh_grad, fresh_x)
     there.col_indices[0] = 99
     graph.replay()

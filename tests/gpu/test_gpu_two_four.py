@@ -4,7 +4,7 @@ import block_weights
 import pytest
 import torch
 import torch.nn.functional as F
-from block_weights import check_product, operands, random_blocks
+from block_weights import check_gradient_of_x, check_product, operands, random_blocks
 from conftest import ALL_DTYPES, assert_bits_equal, assert_parts_equal, needs_gpu, random_dense, random_numbers
 from gpu_checks import assert_is_product
 
@@ -295,3 +295,32 @@ def test_captured_products_read_what_is_there_at_their_replay(dtype, m):
     metadata[70, 3] = 0
     graph.replay()
     assert y[:, 70].isnan().all()
+
+
+@needs_gpu
+@pytest.mark.parametrize("m", [1, 16, 64, 300])
+def test_captured_blocks_and_their_gradient(dtype, m):
+    blocks, parts = two_four_blocks(256, 512, (64, 64), dtype=dtype)
+    there = [part.to(CUDA) for part in parts]
+    x, grad, _ = (tensor.to(CUDA) for tensor in operands(blocks, m))
+    x.requires_grad_()
+
+    def work():
+        y = bsr_linear_24(x, *there, 256)
+        return y.detach(), *torch.autograd.grad(y, x, grad)
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = work()
+    for seed in range(3):
+        fresh_x, fresh_grad, _ = operands(blocks, m, seed + 5)
+        x.detach().copy_(fresh_x)
+        grad.copy_(fresh_grad)
+        for result in results:
+            result.fill_(float("nan"))
+        graph.replay()
+        check_product(results[0], blocks, fresh_x)
+        check_gradient_of_x(results[1], blocks, fresh_grad)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitmask import FormatError, ops_block, reference
+from bitmask import FormatError, ops_block, ops_block_two_four, reference
 from bitmask.ops_block import TransposedIndex, bsr_linear, bsr_linear_backward_input, bsr_linear_backward_values
 from tests.cuda.ops.cases import OUT_OF_RESOURCES, said, waits  # noqa: F401  # fixtures
 
@@ -83,6 +83,43 @@ def test_captured():
     torch.testing.assert_close(y.double(), x.double() @ dense.t(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grad_x.double(), grad.double() @ dense, rtol=1e-4, atol=1e-4)
     assert grad_values.isfinite().all()
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Gradients transpose indices as those of a GPU."""
+    for module in (ops_block, ops_block_two_four):
+        monkeypatch.setattr(module, "transposed_for_gradients", ops_block._transpose_by_sorting)
+
+
+def test_gradients_that_transpose_are_captured(waits, as_on_a_gpu):  # noqa: F811
+    (x, grad), values = operands(3), values_of()
+
+    def derivatives(x, values, grad, product):
+        """First ones, and those of their squares."""
+        first = torch.autograd.grad(product(x, values), (x, values), grad, create_graph=True)
+        return *first, *torch.autograd.grad(sum(tensor.square().sum() for tensor in first), (x, values))
+
+    waits()
+    said("capturing").value = 1
+    try:
+        product = functools.partial(bsr_linear, crow_indices=CROW_INDICES, col_indices=COL_INDICES, out_features=ROWS)
+        found = derivatives(x.requires_grad_(), values.requires_grad_(), grad, product)
+    finally:
+        said("capturing").value = 0
+    assert waits() == 0
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, values)]
+    expected = derivatives(*exact, grad.double(), lambda x, values: x @ dense_of(values).t())
+    for got, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("entry", [-1, 4, 2**62])
+def test_faulty_indices_give_nan_gradients(as_on_a_gpu, entry):
+    (x, grad), columns = operands(3), COL_INDICES.clone()
+    columns[3] = entry
+    y = bsr_linear(x.requires_grad_(), values_of(), CROW_INDICES, columns, ROWS)
+    assert torch.autograd.grad(y, x, grad)[0].isnan().any()
 
 
 # Entries that are changed, and the block rows that are faulty then.

@@ -9,6 +9,7 @@ from bitmask import FormatError, reference
 from bitmask.ops_block_two_four import bsr_linear_24
 from bitmask.ops_two_four import pack_24
 from tests.cuda.ops.cases import said, waits  # noqa: F401  # fixtures
+from tests.cuda.ops.cases_block import as_on_a_gpu  # noqa: F401
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -50,6 +51,22 @@ def test_waits_for_nothing(waits, dtype, m, capturing):  # noqa: F811
         said("capturing").value = 0
     assert waits() == 0
     assert near(got, expected(x, *parts, bias)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_is_captured(waits, as_on_a_gpu, dtype):  # noqa: F811
+    parts, (x, _) = parts_of(dtype), operands(9, dtype)
+    grad = torch.randn(9, ROWS, generator=torch.Generator().manual_seed(2)).to(dtype)
+    waits()
+    said("capturing").value = 1
+    try:
+        y = bsr_linear_24(x.requires_grad_(), *parts, CROW_INDICES, COL_INDICES, ROWS)
+        (got,) = torch.autograd.grad(y, x, grad)
+    finally:
+        said("capturing").value = 0
+    assert waits() == 0
+    blocks = reference.unpack_24(*parts).double()
+    assert near(got, grad.double() @ reference.bsr_to_dense(blocks, CROW_INDICES, COL_INDICES, (ROWS, COLS))).all()
 
 
 @pytest.mark.parametrize("m", [1, 9, 40])

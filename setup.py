@@ -112,11 +112,20 @@ def wants_cuda(problem: str | None) -> bool:
     return wanted != "0" and problem is None
 
 
+def architecture_names(listed: str) -> str:
+    """An entry of TORCH_CUDA_ARCH_LIST as nvcc names it, so that the library knows what it has; else as it stands."""
+    number = re.fullmatch(r"(\d+)\.(\d+[a-z]?)(\+PTX)?", listed)
+    if number is None:
+        return listed
+    name = number[1] + number[2]
+    return f"sm_{name};compute_{name}" if number[3] else f"sm_{name}"
+
+
 def cuda_architectures() -> tuple[str, list[str]]:
     """What the CUDA library is built for, and nvcc's flags for it: none where torch reads TORCH_CUDA_ARCH_LIST."""
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if listed:
-        return listed.replace(" ", ";"), []
+        return ";".join(map(architecture_names, listed)), []
     flags = [f"-gencode=arch={arch},code={code}" for code, arch in CUDA_ARCHITECTURES.items()]
     return ";".join(CUDA_ARCHITECTURES), flags
 

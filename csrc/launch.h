@@ -91,7 +91,7 @@ class Launch {
   // The instructions of sm_90a are those of that capability alone, and in binaries for no other.
   cuda::Device device() const {
     const bool hopper = attribute(cudaDevAttrComputeCapabilityMajor) == 9 && attribute(cudaDevAttrComputeCapabilityMinor) == 0;
-    const bool built = std::strstr(BITMASK_CUDA_ARCHITECTURES, "90a") != nullptr;
+    const bool built = std::strstr(BITMASK_CUDA_ARCHITECTURES, "sm_90a") != nullptr;
     return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), hopper && built};
   }
 

@@ -130,7 +130,9 @@ def test_architectures(setup_py, monkeypatch):
     assert names == "sm_80;sm_86;sm_89;sm_90a;compute_90"
     assert flags[-2:] == ["-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_90,code=compute_90"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a+PTX")
-    assert setup_py.cuda_architectures() == ("8.0;9.0a+PTX", [])
+    assert setup_py.cuda_architectures() == ("sm_80;sm_90a;compute_90a", [])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "10.0;Hopper")
+    assert setup_py.cuda_architectures() == ("sm_100;Hopper", [])
 
 
 def test_sources_of_the_cuda_library(setup_py, toolkit, monkeypatch):

@@ -142,6 +142,8 @@ __global__ __launch_bounds__(kThreads, 1) void multiply(const __grid_constant__ 
       pipeline.advance();
     }
   }
+#else
+  __trap();  // with CUDA_FORCE_PTX_JIT drivers leave the binary alone, and its result would be whatever is there
 #endif
 }
 
@@ -263,6 +265,8 @@ __global__ __launch_bounds__(kThreads, 1) void sample(const __grid_constant__ Sa
       pipeline.advance();
     }
   }
+#else
+  __trap();  // with CUDA_FORCE_PTX_JIT drivers leave the binary alone, and its result would be whatever is there
 #endif
 }
 
@@ -372,8 +376,8 @@ bool block_sample_warpgroup_takes(const BlockSampleParams& p, const Device& devi
   const bool typed = p.dtype == kBfloat16 || p.dtype == kFloat16;
   const bool shaped = p.block_rows % 64 == 0 && p.block_cols % 64 == 0 && p.rows % 8 == 0 && p.cols % 8 == 0;
   const bool placed = is_aligned(p.values) && is_aligned(p.g) && is_aligned(p.x);
-  const bool sized = p.m > 0 && p.m <= INT32_MAX && p.rows <= INT32_MAX && p.cols <= INT32_MAX;
-  return has_what_it_takes(device) && typed && shaped && placed && sized;
+  const auto sized = [](int64_t size) { return size > 0 && size <= INT32_MAX; };
+  return has_what_it_takes(device) && typed && shaped && placed && sized(p.m) && sized(p.rows) && sized(p.cols);
 }
 
 int64_t block_sample_warpgroup_workspace_bytes(const BlockSampleParams&, const Device&) { return 0; }

@@ -2,10 +2,10 @@
 
     python tests/cuda/resources.py [--update] [FILE.cu ...]       default: every csrc/cuda/*.cu
 
-Fails where a kernel spills registers, keeps a stack frame, or takes more registers or static shared memory than the
-table says, and where the table and the kernels are not the same ones. Dynamic shared memory is no business of ptxas:
-launchers ask for it. --update writes the table anew; spills and stack frames still fail. nvcc is that of CUDA_HOME,
-else of /usr/local/cuda, else of PATH.
+Fails where a kernel spills registers, keeps a stack frame, has its wgmma instructions serialized, or takes more
+registers or static shared memory than the table says, and where the table and the kernels are not the same ones.
+Dynamic shared memory is no business of ptxas: launchers ask for it. --update writes the table anew; spills, stack
+frames and serialized instructions still fail. nvcc is that of CUDA_HOME, else of /usr/local/cuda, else of PATH.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def compile_verbosely(nvcc: str, source: Path, architecture: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"resources.py: {' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
+    text = done.stdout + done.stderr
+    if lines := [line for line in text.splitlines() if "serialized" in line]:  # wgmma, where ptxas takes sums for used
+        raise SystemExit(f"resources.py: {source.name}: {lines[0]}")
+    return text
 
 
 def parse(text: str) -> Table:

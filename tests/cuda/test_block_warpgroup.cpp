@@ -135,6 +135,24 @@ void test_arguments() {
   check(changed([=](auto& p) { p.values = odd; }), "takes values that are not aligned");
 }
 
+void test_sample_arguments() {
+  place = "block_sample_warpgroup";
+  cuda::BlockSampleParams params{};
+  params.m = params.rows = params.cols = params.block_rows = params.block_cols = 64;
+  params.dtype = cuda::kBfloat16;
+  const auto refused = [&](const auto& change) {
+    cuda::BlockSampleParams p = params;
+    change(p);
+    return !cuda::block_sample_warpgroup_takes(p, kDevices[0]);
+  };
+  check(!refused([](auto&) {}), "refuses what it takes");
+  check(refused([](auto& p) { p.m = 0; }), "takes no rows of x");
+  check(refused([](auto& p) { p.rows = 0; }), "takes a weight without rows");
+  check(refused([](auto& p) { p.cols = 0; }), "takes a weight without columns");
+  check(refused([](auto& p) { p.rows = 60; }), "takes rows of g that are not aligned");
+  check(refused([](auto& p) { p.block_cols = 32; }), "takes blocks of 32 columns");
+}
+
 TEST_FAMILY(block_warpgroup) {
   for (const cuda::LinearDtype dtype : kDtypes) {
     for (const bool transposed : {false, true}) test_products(dtype, transposed);
@@ -150,6 +168,7 @@ TEST_FAMILY(block_sample_warpgroup) {
     test_samples(dtype);
     test_sample_faults(dtype);
   }
+  test_sample_arguments();
 }
 
 // A weight that claims a block more than it has: what the sanitizers see of the copies of boxes.

@@ -15,7 +15,7 @@ from block_weights import (
 from conftest import assert_bits_equal, needs_gpu, random_numbers
 from torch import nn
 
-from bitmask import BlockSparseLinear, FormatError
+from bitmask import BlockSparseLinear, FormatError, native
 from bitmask.ops_block import (
     TransposedIndex,
     bsr_linear,
@@ -330,6 +330,26 @@ def test_tf32_only_where_it_is_asked_for(device, m):
             check_gradient_of_values(values, blocks, grad, x, tf32=tf32),
         ]
         assert m < 300 or all((error > TF32_ERROR) == tf32 for error in errors)  # few rows may be multiplied exactly
+
+
+@needs_gpu
+@pytest.mark.skipif(
+    native.cuda_missing is not None or "sm_90a" not in native.build_info()["cuda_architectures"],
+    reason="built without the kernels for sm_90a",
+)
+def test_hopper_has_kernels_of_its_own():
+    """Their results are those of the others: whether they are chosen shows in their names alone."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("another GPU")
+    cuda = torch.device("cuda")
+    blocks = random_blocks(256, 512, (64, 64), dtype=torch.bfloat16)
+    x, grad, _ = operands(blocks, 512)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        products_on(cuda, blocks, x, grad)
+        torch.cuda.synchronize()
+    ours = [event.key for event in profile.key_averages() if "Tile<" in event.key]
+    assert any("multiply<" in name for name in ours)
+    assert any("sample<" in name for name in ours)
 
 
 # Graphs, streams, memory.

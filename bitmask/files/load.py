@@ -127,7 +127,7 @@ def _read_rows(
     files: OpenFiles, parts: Mapping[str, Stored], shape: Sequence[int], start: int, stop: int
 ) -> CompressedTensor:
     """Rows of the first dimension, proven as far as their own bits and all row offsets tell."""
-    rows = torch.tensor([stop - start, *shape[1:]])
+    rows = torch.tensor([stop - start, *shape[1:]], device="cpu")
     if is_two_four(parts["compressed"].sizes, shape):
         stored = {component: parts[component] for component in ("compressed", "bitmask")}
         cut = {component: files.rows(part, start, stop) for component, part in stored.items()}
@@ -152,7 +152,7 @@ def _checked_offsets(files: OpenFiles, parts: Mapping[str, Stored], counts: Tens
     """Where the values of row `first` begin, of rows that have `counts` values."""
     offsets = parts["row_offsets"]
     nnz = parts["compressed"].numel
-    bounds = torch.cat([files.tensor(offsets), torch.tensor([nnz])])
+    bounds = torch.cat([files.tensor(offsets), torch.tensor([nnz], device="cpu")])
     in_order = int(bounds[0]) == 0 or offsets.numel == 0
     in_order = in_order and bool((bounds >= 0).all()) and bool((bounds <= nnz).all())
     lengths = bounds.diff()

@@ -160,7 +160,7 @@ def _zeros_of(tensor: Tensor) -> int:
 
 
 def _components_of(tensor: BitmaskTensor | SemiStructuredTensor) -> dict[str, Tensor]:
-    shape = torch.tensor(list(tensor.shape), dtype=torch.int64)
+    shape = torch.tensor(list(tensor.shape), dtype=torch.int64, device="cpu")
     if isinstance(tensor, SemiStructuredTensor):  # whose shape is a column in files
         return dict(zip(COMPONENTS_24, (tensor.values, tensor.metadata, shape[:, None]), strict=True))
     parts = (tensor.values, tensor.bitmasks, shape, tensor.row_offsets)

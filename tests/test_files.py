@@ -855,6 +855,18 @@ def test_dtypes_that_are_not_compressed(tmp_path, dtype):
     assert verify_checkpoint(small, source) == 1
 
 
+@pytest.mark.parametrize("pruning", [{"prune": 0.5}, {"prune_24": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float4_e2m1fn_x2, torch.float8_e8m0fnu], ids=str)
+def test_dtypes_that_are_not_pruned(tmp_path, dtype, pruning):
+    source, small = tmp_path / "a", tmp_path / "b"
+    octets = torch.full((8, 8), 0x51, dtype=torch.uint8)
+    save_file({"a.weight": octets.view(dtype), "b.weight": torch.ones(8, 64)}, source)
+    assert compress_checkpoint(source, small, **pruning).keys() == {"a.weight"}
+    found = dict(load_compressed(small))
+    assert torch.equal(found["a.weight"].view(torch.uint8), octets)
+    assert int(found["b.weight"].count_nonzero()) == 256
+
+
 def test_single_file(tmp_path):
     source, small, back = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors"))
     tensors = {"a.weight": SPARSE, "b": torch.ones(2)}

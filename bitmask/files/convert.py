@@ -48,7 +48,8 @@ def compress_checkpoint(
         compression_format: "sparse-bitmask" or "sparse-24-bitmask"; by default that of `config`, or the former.
         min_sparsity, keep_negative_zero, key_style: as for `save_compressed`.
         config: what config.json is to say, but for the sparsity, which is counted.
-        prune: set this fraction of the smallest magnitudes of each weight of two or more dimensions to zero first.
+        prune: set this fraction of the smallest magnitudes of each weight of two or more dimensions to zero first; as
+            with `prune_24`, of floating-point dtypes that have a zero and a codec, others are left alone.
         prune_24: then set two of every four neighbours in a row to zero, the smallest ones, in weights that are
             matrices with columns in fours.
         show_progress: draw progress bars.
@@ -76,11 +77,12 @@ def compress_checkpoint(
     config = _config_for(compression_format, config)
 
     def change(name: str, tensor: Tensor) -> Tensor:
-        if tensor.ndim < 2 or not tensor.is_floating_point() or not name.endswith("weight"):
+        has_zero = tensor.is_floating_point() and tensor.dtype in TWO_FOUR_DTYPES
+        if tensor.ndim < 2 or not has_zero or not name.endswith("weight"):
             return tensor
         if prune > 0:
             tensor = prune_by_magnitude(tensor, prune)
-        in_fours = tensor.ndim == 2 and tensor.shape[1] % 4 == 0 and tensor.dtype in TWO_FOUR_DTYPES
+        in_fours = tensor.ndim == 2 and tensor.shape[1] % 4 == 0
         return prune_24_(tensor.clone()) if prune_24 and in_fours else tensor  # what is mapped is not written to
 
     def content(metadata: Mapping[str, str]) -> FileContent:

@@ -431,6 +431,22 @@ def test_format_that_the_config_denies(path):
         dict(load_compressed(path, BitmaskConfig("dense")))
 
 
+@pytest.mark.parametrize("config", ["dense", {"format": "dense"}])
+def test_what_is_no_config(path, config):
+    save_compressed({"w.weight": SPARSE}, path)
+    kind = type(config).__name__
+    with pytest.raises(TypeError, match=f"compression_config: got {kind}, expected a BitmaskConfig"):
+        dict(load_compressed(path, config))
+    with pytest.raises(TypeError, match=f"config: got {kind}, expected a BitmaskConfig"):
+        compress_checkpoint(path, path.with_name("other"), config=config)
+
+
+def test_no_memory_to_load_into(path):
+    save_compressed({"w.weight": SPARSE}, path)
+    with pytest.raises(ValueError, match=r"^device: got meta, expected one that has memory"):
+        dict(load_compressed(path, device="meta"))
+
+
 def test_truncated_or_trailing(path, tensors):
     save_compressed(tensors, path)
     whole = path.read_bytes()
@@ -887,6 +903,8 @@ def test_aliases_survive(tmp_path):
 
 def test_wrong_arguments(path, tensors):
     for arguments, options, error in (
+        (([SPARSE],), {}, TypeError),
+        ((None,), {}, TypeError),
         (({"a": [1.0]},), {}, TypeError),
         (({3: torch.ones(1)},), {}, TypeError),
         (({"a": torch.ones(1, device="meta")},), {}, ValueError),
@@ -894,11 +912,18 @@ def test_wrong_arguments(path, tensors):
         (({"a": SPARSE.to(torch.complex128)},), {}, TypeError),
         ((tensors,), {"compression_format": "zip"}, FormatError),
         ((tensors,), {"key_style": "other"}, ValueError),
+        ((tensors,), {"key_style": []}, ValueError),
         ((tensors,), {"min_sparsity": 2}, ValueError),
+        ((tensors,), {"min_sparsity": "x"}, TypeError),
+        ((tensors,), {"metadata": ["a"]}, TypeError),
+        ((tensors,), {"metadata": {1: "a"}}, TypeError),
+        ((tensors,), {"metadata": {"a": 1}}, TypeError),
         (({"a.weight": SPARSE, "a.compressed": torch.ones(2)},), {}, ValueError),
     ):
-        with pytest.raises(error):
+        with pytest.raises(error, match=r": got |: is an entry of two tensors"):
             save_compressed(arguments[0], path, **options)
         assert not path.exists()
     with pytest.raises(TypeError, match="Module"):
         bitmask.save_compressed_model(tensors, path)
+    with pytest.raises(TypeError, match=r"prune: got '0\.5', expected a number from 0 to 1"):
+        compress_checkpoint(path, path, prune="0.5")

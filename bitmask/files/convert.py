@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from bitmask.calls import FormatError
-from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig, format_of, quantization_of
+from bitmask.calls import FormatError, check_fraction
+from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig, check_config, format_of, quantization_of
 from bitmask.files.contents import Contents, OpenFiles, read_contents
 from bitmask.files.load import read_dense
 from bitmask.files.save import FileContent, KeyStyle
@@ -58,7 +58,8 @@ def compress_checkpoint(
         Which tensors of two or more dimensions stay dense, and why.
 
     Raises:
-        ValueError: a format that compresses nothing, or another one than that of `config`.
+        TypeError, ValueError: arguments of a wrong kind, a format that compresses nothing, or another one than that of
+            `config`.
         FormatError: a source that contradicts itself, or is quantized: no loader expects bitmasks there.
         FileExistsError: a target that would be mixed with other files.
 
@@ -72,8 +73,7 @@ def compress_checkpoint(
     >>> (folder / "small").stat().st_size < (folder / "dense").stat().st_size / 8
     True
     """
-    if not 0 <= prune <= 1:
-        raise ValueError(f"prune: got {prune}, expected 0 to 1")
+    check_fraction("prune", prune)
     config = _config_for(compression_format, config)
 
     def change(name: str, tensor: Tensor) -> Tensor:
@@ -93,6 +93,7 @@ def compress_checkpoint(
 
 
 def _config_for(compression_format: str | None, config: BitmaskConfig | None) -> BitmaskConfig:
+    check_config("config", config)
     wanted = None if compression_format is None else format_of(compression_format)
     config = config or BitmaskConfig(wanted or BITMASK_FORMAT)
     if DENSE_FORMAT in (wanted, config.format):

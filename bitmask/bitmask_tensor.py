@@ -184,6 +184,8 @@ class BitmaskTensor(CompressedTensor):
         NumPy or `.data`) are the writer's business here. `to_dense` always proves.
         """
         values, bitmasks, offsets = self._parts()
+        if offsets.is_meta:
+            raise ValueError("tensor: got a meta tensor, expected one with data, which says where rows begin")
         if not self._held.untouched():
             ops.validate(values, bitmasks, offsets, self.shape)
             self._held.replace((values, bitmasks, offsets))

@@ -268,7 +268,7 @@ class BlockSparseLinear(BlockLinear):
         self._prove_index()
         index = (self.crow_indices.clone(), self.col_indices.clone())
         values = self.values.detach().clone()
-        return torch.sparse_bsr_tensor(*index, values, size=self._shape, check_invariants=False)
+        return torch.sparse_bsr_tensor(*index, values, size=self._shape, device=values.device, check_invariants=False)
 
     @torch.no_grad()
     def update_pattern_(

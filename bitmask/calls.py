@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, TypeVar, cast
 
 import torch
@@ -97,6 +98,14 @@ def check_flag(name: str, value: object) -> None:
     """Raise TypeError unless it is True or False."""
     if not isinstance(value, bool | torch.SymBool):
         raise TypeError(f"{name}: got {value!r}, expected True or False")
+
+
+def check_fraction(name: str, value: object) -> None:
+    """Raise TypeError or ValueError unless it is a number from 0 to 1."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: got {value!r}, expected a number from 0 to 1")
+    if not 0 <= float(value) <= 1:
+        raise ValueError(f"{name}: got {value}, expected 0 to 1")
 
 
 def check_block_shape(block_shape: Sequence[int]) -> tuple[int, int]:

@@ -264,7 +264,11 @@ class CompressedTensor(Tensor):
     @data.setter
     def data(self, source: Tensor) -> None:
         if not isinstance(source, type(self)):
-            raise TypeError(f"data: got {type(source).__name__}, expected a {type(self).__name__}")
+            kind = type(self).__name__
+            raise TypeError(
+                f"data: got {type(source).__name__}, expected a {kind}; copy_ compresses a dense tensor, and to_empty "
+                f"takes no {kind} that is on that device already"
+            )
         kinds = [(tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in (source, self)]
         if kinds[0] != kinds[1]:
             raise ValueError(f"data: got shape, dtype and device {kinds[0]}, expected {kinds[1]}")

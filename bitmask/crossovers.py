@@ -191,12 +191,12 @@ def _weights(
 ) -> Iterator[tuple[float, Tensor, tuple[str, ...]]]:
     """Shares of zeros, normal weights with as many, and the formats that they suit."""
     generator = torch.Generator().manual_seed(0)
-    normal = torch.randn(shape, generator=generator)
+    normal = torch.randn(shape, generator=generator, device="cpu")
     for share in shares:
-        scattered = torch.rand(shape, generator=generator) >= share
+        scattered = torch.rand(shape, generator=generator, device="cpu") >= share
         yield share, normal * scattered, (COO, CSR, CSC, BITMASK)
         if shape[0] % blocks[0] == 0 and shape[1] % blocks[1] == 0:
-            kept = torch.rand(shape[0] // blocks[0], shape[1] // blocks[1], generator=generator) >= share
+            kept = torch.rand(shape[0] // blocks[0], shape[1] // blocks[1], generator=generator, device="cpu") >= share
             yield share, normal * kept.repeat_interleave(blocks[0], 0).repeat_interleave(blocks[1], 1), (BSR,)
     if shape[1] % 4 == 0:
         yield _HALF, prune_24_(normal), (TWO_FOUR,)

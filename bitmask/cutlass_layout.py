@@ -139,7 +139,7 @@ def _layout_of(name: str, packed: Tensor) -> _Layout:
 
 def _byte_table(codes: dict[int, int], columns: int = 4) -> Tensor:
     """uint8 [256]: what each byte of two entries becomes, the first one in its low bits; zero for those not known."""
-    table = torch.zeros(256, dtype=torch.uint8)
+    table = torch.zeros(256, dtype=torch.uint8, device="cpu")
     for low, low_code in codes.items():
         for high, high_code in codes.items():
             table[low | high << 4] = low_code | high_code << columns

@@ -98,7 +98,7 @@ def _grid(shape: tuple[int, int], block_shape: tuple[int, int]) -> tuple[int, in
 def _crowded_groups(bitmasks: Tensor) -> int:
     """Groups of four bits of which more than two are set."""
     crowded = [sum((byte >> shift & 15).bit_count() > 2 for shift in (0, 4)) for byte in range(256)]
-    return int(torch.bincount(bitmasks.flatten().cpu(), minlength=256) @ torch.tensor(crowded))
+    return int(torch.bincount(bitmasks.flatten().cpu(), minlength=256) @ torch.tensor(crowded, device="cpu"))
 
 
 def _occupied_blocks(bitmasks: Tensor, cols: int, block_shape: tuple[int, int]) -> int:

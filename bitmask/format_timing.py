@@ -65,7 +65,9 @@ def with_short_indices(matrix: Tensor) -> Tensor:
     starts = matrix.crow_indices() if by_row else matrix.ccol_indices()
     positions = matrix.col_indices() if by_row else matrix.row_indices()
     parts = starts.int(), positions.int(), matrix.values()
-    return torch.sparse_compressed_tensor(*parts, matrix.shape, layout=matrix.layout, check_invariants=False)
+    return torch.sparse_compressed_tensor(
+        *parts, matrix.shape, layout=matrix.layout, device=matrix.device, check_invariants=False
+    )
 
 
 def torch_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -90,7 +92,8 @@ def product_times(dense: Tensor, chosen: Mapping[str, Format], rows: Iterable[in
     with _without_notices():
         weights = {name: each.make(dense) for name, each in chosen.items()}
         for count in rows:
-            x = torch.randn(count, dense.shape[1], generator=torch.Generator().manual_seed(0)).to(dense.dtype)
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(count, dense.shape[1], generator=generator, device="cpu").to(dense.dtype)
             exact = F.linear(x.float(), dense.float()) if dense.itemsize < 4 else F.linear(x, dense)
             calls = {name: partial(each.multiply, x, weights[name]) for name, each in chosen.items()}
             problems = {name: _problem(call, exact, x) for name, call in calls.items()}

@@ -144,10 +144,8 @@ def compress_(
     """
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: got {filter_fn!r}, expected a function of name and module")
-    if min_sparsity is not None and not isinstance(min_sparsity, int | float):
-        raise TypeError(f"min_sparsity: got {min_sparsity!r}, expected a number from 0 to 1")
-    if min_sparsity is not None and not 0 <= min_sparsity <= 1:
-        raise ValueError(f"min_sparsity: got {min_sparsity}, expected 0 to 1")
+    if min_sparsity is not None:
+        calls.check_fraction("min_sparsity", min_sparsity)
     into = _format_of(format)
     for weight in tqdm(linear_weights(model), desc="Compressing", unit="weight", disable=not progress):
         row = _row(weight, into)

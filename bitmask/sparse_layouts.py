@@ -35,7 +35,9 @@ def to_coo(parts: _Parts, shape: torch.Size) -> Tensor:
     """A coalesced torch.sparse_coo tensor without dense dimensions."""
     _break_graph(parts, torch.ops.aten.sparse_coo_tensor.indices)
     indices, values = ops_convert.to_coo(*parts, shape)
-    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True, check_invariants=_checks_invariants())
+    return torch.sparse_coo_tensor(
+        indices, values, shape, device=values.device, is_coalesced=True, check_invariants=_checks_invariants()
+    )
 
 
 def to_csr(parts: _Parts, shape: torch.Size) -> Tensor:
@@ -82,14 +84,20 @@ def _compressed(layout: torch.layout, lists: _Parts, shape: torch.Size) -> Tenso
     if len(batch) > 0:
         count = math.prod(batch)
         lines = (len(starts) - 1) // count
-        borders = starts[torch.arange(count + 1) * lines]
+        borders = starts[torch.arange(count + 1, device=starts.device) * lines]
         entries = _entries_of_each(borders)
         starts = torch.cat([starts[:-1].reshape(count, lines), borders[1:, None]], dim=1) - borders[:-1, None]
         starts = starts.reshape(*batch, lines + 1)
         positions = positions.reshape(*batch, entries)
         values = values.reshape(*batch, entries, *values.shape[1:])
     return torch.sparse_compressed_tensor(
-        starts, positions, values, shape, layout=layout, check_invariants=_checks_invariants()
+        starts,
+        positions,
+        values,
+        shape,
+        layout=layout,
+        device=values.device,
+        check_invariants=_checks_invariants(),
     )
 
 
@@ -240,7 +248,7 @@ def _from_hybrid(tensor: Tensor, keep_negative_zero: bool) -> _Parts:
         marks = ops_convert.from_csr(entries, starts, positions, entries_shape)
     indices, _ = ops_convert.to_coo(*marks, entries_shape)
     *batch, row, col = indices if by_row else [*indices[:-2], indices[-1], indices[-2]]
-    within = torch.arange(block.numel()).reshape(block)
+    within = torch.arange(block.numel(), device=values.device).reshape(block)
     spread = [index[:, None, None].expand(-1, *block) for index in batch]
     row = row[:, None, None] * block[0] + within // block[1]
     col = col[:, None, None] * block[1] + within % block[1]

@@ -285,7 +285,7 @@ def check_shape(shape: Sequence[int]) -> None:
 
 def refuse(values: Tensor, bitmasks: Tensor, row_offsets: Tensor, shape: Sequence[int]) -> NoReturn:
     """Raise what the CPU op says of parts that have proven faulty; it looks at the values' number alone."""
-    unread = torch.empty(values.shape, dtype=values.dtype)
+    unread = torch.empty(values.shape, dtype=values.dtype, device="cpu")
     native_validate(unread, bitmasks.cpu(), row_offsets.cpu(), shape)
     raise FormatError("bitmasks or row_offsets: changed while they were read")
 

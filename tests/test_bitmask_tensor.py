@@ -155,3 +155,9 @@ def test_inference_mode(dense):
         compressed.row_offsets.add_(1)
     with pytest.raises(FormatError, match=r"row_offsets\[0\]: got 1, expected 0"):
         compressed[1]
+
+
+@pytest.mark.parametrize("cut", [lambda t: t[2:4], lambda t: t[0], lambda t: t.split(2), list])
+def test_rows_without_data_are_refused(compressed, cut):
+    with pytest.raises(ValueError, match="tensor: got a meta tensor, expected one with data, which says where"):
+        cut(compressed.to("meta"))

@@ -431,6 +431,12 @@ def test_module_to_meta_and_empty(linear):
     assert linear.to_empty(device="cpu").weight.device.type == "cpu"
 
 
+def test_module_that_is_there_is_not_emptied(linear, dense):
+    with pytest.raises(TypeError, match=r"data: got Tensor, expected a \w+; .* to_empty takes no \w+ that is on that"):
+        linear.to_empty(device="cpu")
+    assert_is_compressed(linear.weight, dense)
+
+
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda m: torch.load(saved(m), weights_only=False)])
 def test_module_copies(linear, dense, make):
     copied = make(linear)

@@ -431,6 +431,22 @@ def test_format_that_the_config_denies(path):
         dict(load_compressed(path, BitmaskConfig("dense")))
 
 
+@pytest.mark.parametrize("config", ["dense", {"format": "dense"}])
+def test_what_is_no_config(path, config):
+    save_compressed({"w.weight": SPARSE}, path)
+    kind = type(config).__name__
+    with pytest.raises(TypeError, match=f"compression_config: got {kind}, expected a BitmaskConfig"):
+        dict(load_compressed(path, config))
+    with pytest.raises(TypeError, match=f"config: got {kind}, expected a BitmaskConfig"):
+        compress_checkpoint(path, path.with_name("other"), config=config)
+
+
+def test_no_memory_to_load_into(path):
+    save_compressed({"w.weight": SPARSE}, path)
+    with pytest.raises(ValueError, match=r"^device: got meta, expected one that has memory"):
+        dict(load_compressed(path, device="meta"))
+
+
 def test_truncated_or_trailing(path, tensors):
     save_compressed(tensors, path)
     whole = path.read_bytes()
@@ -855,6 +871,18 @@ def test_dtypes_that_are_not_compressed(tmp_path, dtype):
     assert verify_checkpoint(small, source) == 1
 
 
+@pytest.mark.parametrize("pruning", [{"prune": 0.5}, {"prune_24": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float4_e2m1fn_x2, torch.float8_e8m0fnu], ids=str)
+def test_dtypes_that_are_not_pruned(tmp_path, dtype, pruning):
+    source, small = tmp_path / "a", tmp_path / "b"
+    octets = torch.full((8, 8), 0x51, dtype=torch.uint8)
+    save_file({"a.weight": octets.view(dtype), "b.weight": torch.ones(8, 64)}, source)
+    assert compress_checkpoint(source, small, **pruning).keys() == {"a.weight"}
+    found = dict(load_compressed(small))
+    assert torch.equal(found["a.weight"].view(torch.uint8), octets)
+    assert int(found["b.weight"].count_nonzero()) == 256
+
+
 def test_single_file(tmp_path):
     source, small, back = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors"))
     tensors = {"a.weight": SPARSE, "b": torch.ones(2)}
@@ -875,6 +903,8 @@ def test_aliases_survive(tmp_path):
 
 def test_wrong_arguments(path, tensors):
     for arguments, options, error in (
+        (([SPARSE],), {}, TypeError),
+        ((None,), {}, TypeError),
         (({"a": [1.0]},), {}, TypeError),
         (({3: torch.ones(1)},), {}, TypeError),
         (({"a": torch.ones(1, device="meta")},), {}, ValueError),
@@ -882,11 +912,18 @@ def test_wrong_arguments(path, tensors):
         (({"a": SPARSE.to(torch.complex128)},), {}, TypeError),
         ((tensors,), {"compression_format": "zip"}, FormatError),
         ((tensors,), {"key_style": "other"}, ValueError),
+        ((tensors,), {"key_style": []}, ValueError),
         ((tensors,), {"min_sparsity": 2}, ValueError),
+        ((tensors,), {"min_sparsity": "x"}, TypeError),
+        ((tensors,), {"metadata": ["a"]}, TypeError),
+        ((tensors,), {"metadata": {1: "a"}}, TypeError),
+        ((tensors,), {"metadata": {"a": 1}}, TypeError),
         (({"a.weight": SPARSE, "a.compressed": torch.ones(2)},), {}, ValueError),
     ):
-        with pytest.raises(error):
+        with pytest.raises(error, match=r": got |: is an entry of two tensors"):
             save_compressed(arguments[0], path, **options)
         assert not path.exists()
     with pytest.raises(TypeError, match="Module"):
         bitmask.save_compressed_model(tensors, path)
+    with pytest.raises(TypeError, match=r"prune: got '0\.5', expected a number from 0 to 1"):
+        compress_checkpoint(path, path, prune="0.5")

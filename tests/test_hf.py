@@ -231,6 +231,8 @@ def test_two_four_with_a_config(tmp_path):
     for told in ("sparse-bitmask", "dense", "zip"):
         with pytest.raises(ValueError, match=r"save_compressed|format"):
             model.save_pretrained(tmp_path / "b", sparsity_config=config, save_compressed=told)
+    with pytest.raises(TypeError, match="sparsity_config: got dict, expected a BitmaskConfig"):
+        model.save_pretrained(tmp_path / "b", sparsity_config=config.to_dict())
     assert not (tmp_path / "b").exists()
 
 

@@ -141,6 +141,12 @@ class BitmaskConfig:
         return {**changed, "quantization_config": quantization} if quantizes else changed
 
 
+def check_config(name: str, config: object) -> None:
+    """Raise TypeError unless it is a BitmaskConfig or None."""
+    if not isinstance(config, BitmaskConfig | None):
+        raise TypeError(f"{name}: got {type(config).__name__}, expected a BitmaskConfig")
+
+
 def quantization_of(fields: Mapping[str, Any]) -> bool:
     """Whether a `quantization_config` says anything of quantization, beside sparsity and whose it is."""
     beside = {"quant_method", "version", "transform_config", "dequantize", _SPARSITY, _OUR_VERSION}

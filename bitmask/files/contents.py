@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -35,6 +36,9 @@ VERSION = "bitmask_version"  # that wrote the file
 ALIAS = "bitmask_alias:"  # followed by another name of a tensor that is stored once
 
 _MOST_DIMENSIONS = 64
+
+# The device on which safetensors makes tensors of what it reads; it asks for none and would get torch's default one.
+_ON_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,13 @@ class OpenFiles:
             del self._handles[path]
 
     def tensor(self, stored: Stored) -> Tensor:
-        with _named(stored.file, stored.key):
+        with _named(stored.file, stored.key), _ON_CPU:
             tensor: Tensor = self[stored.file].get_tensor(stored.key)
             return tensor
 
     def rows(self, stored: Stored, start: int, stop: int) -> Tensor:
         """Part of the first dimension; the bounds are clamped without a word, so the caller has checked them."""
-        with _named(stored.file, stored.key):
+        with _named(stored.file, stored.key), _ON_CPU:
             tensor: Tensor = self[stored.file].get_slice(stored.key)[start:stop]
             return tensor
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from bitmask.calls import FormatError
-from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig, format_of, quantization_of
+from bitmask.calls import FormatError, check_fraction
+from bitmask.files.config import BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig, check_config, format_of, quantization_of
 from bitmask.files.contents import Contents, OpenFiles, read_contents
 from bitmask.files.load import read_dense
 from bitmask.files.save import FileContent, KeyStyle
@@ -48,7 +48,8 @@ def compress_checkpoint(
         compression_format: "sparse-bitmask" or "sparse-24-bitmask"; by default that of `config`, or the former.
         min_sparsity, keep_negative_zero, key_style: as for `save_compressed`.
         config: what config.json is to say, but for the sparsity, which is counted.
-        prune: set this fraction of the smallest magnitudes of each weight of two or more dimensions to zero first.
+        prune: set this fraction of the smallest magnitudes of each weight of two or more dimensions to zero first; as
+            with `prune_24`, of floating-point dtypes that have a zero and a codec, others are left alone.
         prune_24: then set two of every four neighbours in a row to zero, the smallest ones, in weights that are
             matrices with columns in fours.
         show_progress: draw progress bars.
@@ -57,7 +58,8 @@ def compress_checkpoint(
         Which tensors of two or more dimensions stay dense, and why.
 
     Raises:
-        ValueError: a format that compresses nothing, or another one than that of `config`.
+        TypeError, ValueError: arguments of a wrong kind, a format that compresses nothing, or another one than that of
+            `config`.
         FormatError: a source that contradicts itself, or is quantized: no loader expects bitmasks there.
         FileExistsError: a target that would be mixed with other files.
 
@@ -71,16 +73,16 @@ def compress_checkpoint(
     >>> (folder / "small").stat().st_size < (folder / "dense").stat().st_size / 8
     True
     """
-    if not 0 <= prune <= 1:
-        raise ValueError(f"prune: got {prune}, expected 0 to 1")
+    check_fraction("prune", prune)
     config = _config_for(compression_format, config)
 
     def change(name: str, tensor: Tensor) -> Tensor:
-        if tensor.ndim < 2 or not tensor.is_floating_point() or not name.endswith("weight"):
+        has_zero = tensor.is_floating_point() and tensor.dtype in TWO_FOUR_DTYPES
+        if tensor.ndim < 2 or not has_zero or not name.endswith("weight"):
             return tensor
         if prune > 0:
             tensor = prune_by_magnitude(tensor, prune)
-        in_fours = tensor.ndim == 2 and tensor.shape[1] % 4 == 0 and tensor.dtype in TWO_FOUR_DTYPES
+        in_fours = tensor.ndim == 2 and tensor.shape[1] % 4 == 0
         return prune_24_(tensor.clone()) if prune_24 and in_fours else tensor  # what is mapped is not written to
 
     def content(metadata: Mapping[str, str]) -> FileContent:
@@ -91,6 +93,7 @@ def compress_checkpoint(
 
 
 def _config_for(compression_format: str | None, config: BitmaskConfig | None) -> BitmaskConfig:
+    check_config("config", config)
     wanted = None if compression_format is None else format_of(compression_format)
     config = config or BitmaskConfig(wanted or BITMASK_FORMAT)
     if DENSE_FORMAT in (wanted, config.format):

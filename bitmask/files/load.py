@@ -16,7 +16,7 @@ from bitmask import ops_two_four
 from bitmask.bitmask_tensor import BitmaskTensor
 from bitmask.calls import FormatError
 from bitmask.compressed_tensor import CompressedTensor
-from bitmask.files.config import DENSE_FORMAT, BitmaskConfig
+from bitmask.files.config import DENSE_FORMAT, BitmaskConfig, check_config
 from bitmask.files.contents import (
     COMPONENTS_24,
     Contents,
@@ -51,6 +51,7 @@ def load_compressed(
         show_progress: draw a progress bar.
 
     Raises:
+        TypeError, ValueError: another config, or device meta.
         FormatError: a file that contradicts itself; names file, tensor, what was got and what was expected.
         OSError: a file that is missing or cannot be read.
 
@@ -62,8 +63,12 @@ def load_compressed(
     ...     print(name, torch.equal(tensor, torch.eye(64)))
     layer.weight True
     """
+    check_config("compression_config", compression_config)
+    device = torch.device(device)
+    if device.type == "meta":
+        raise ValueError("device: got meta, expected one that has memory; list_checkpoint reads no more than shapes")
     shards = shard_files(Path(path))
-    with OpenFiles(str(torch.device(device)), read_ahead=True) as files:
+    with OpenFiles(str(device), read_ahead=True) as files:
         contents = read_contents(files, shards)
         if compression_config is not None and compression_config.format == DENSE_FORMAT and contents.compressed:
             name = next(iter(contents.compressed))
@@ -127,7 +132,7 @@ def _read_rows(
     files: OpenFiles, parts: Mapping[str, Stored], shape: Sequence[int], start: int, stop: int
 ) -> CompressedTensor:
     """Rows of the first dimension, proven as far as their own bits and all row offsets tell."""
-    rows = torch.tensor([stop - start, *shape[1:]])
+    rows = torch.tensor([stop - start, *shape[1:]], device="cpu")
     if is_two_four(parts["compressed"].sizes, shape):
         stored = {component: parts[component] for component in ("compressed", "bitmask")}
         cut = {component: files.rows(part, start, stop) for component, part in stored.items()}
@@ -152,7 +157,7 @@ def _checked_offsets(files: OpenFiles, parts: Mapping[str, Stored], counts: Tens
     """Where the values of row `first` begin, of rows that have `counts` values."""
     offsets = parts["row_offsets"]
     nnz = parts["compressed"].numel
-    bounds = torch.cat([files.tensor(offsets), torch.tensor([nnz])])
+    bounds = torch.cat([files.tensor(offsets), torch.tensor([nnz], device="cpu")])
     in_order = int(bounds[0]) == 0 or offsets.numel == 0
     in_order = in_order and bool((bounds >= 0).all()) and bool((bounds <= nnz).all())
     lengths = bounds.diff()

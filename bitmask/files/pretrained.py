@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from bitmask import ops
 from bitmask.calls import FormatError
 from bitmask.compressed_tensor import CompressedTensor
-from bitmask.files.config import BITMASK_24_FORMAT, BITMASK_FORMAT, DENSE_FORMAT, BitmaskConfig, format_of
+from bitmask.files.config import (
+    BITMASK_24_FORMAT,
+    BITMASK_FORMAT,
+    DENSE_FORMAT,
+    BitmaskConfig,
+    check_config,
+    format_of,
+)
 from bitmask.files.convert import compress_checkpoint
 from bitmask.files.replacing import moved_in
 from bitmask.files.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json, write_json
@@ -75,6 +82,7 @@ def with_compression(save_pretrained: Any) -> Any:
 
 def _wanted(model: nn.Module, config: BitmaskConfig | None, save_compressed: bool | str) -> BitmaskConfig | None:
     """How a model is to be saved; None if dense, and nobody said so."""
+    check_config("sparsity_config", config)
     told = format_of(save_compressed) if isinstance(save_compressed, str) else None
     if config is not None:
         if told not in (None, config.format):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from bitmask import ops, ops_two_four
 from bitmask.bitmask_tensor import BitmaskTensor
+from bitmask.calls import check_fraction
 from bitmask.compressed_tensor import CompressedTensor
 from bitmask.files.config import BITMASK_24_FORMAT, BITMASK_FORMAT, DENSE_FORMAT, format_of
 from bitmask.files.contents import ALIAS, COMPONENTS, COMPONENTS_24, KEY_STYLE, OURS, VERSION, WEIGHT, prefixes_of
@@ -38,8 +39,8 @@ class FileContent:
         self._format = format_of(compression_format)
         if key_style not in ("module", "parameter"):
             raise ValueError(f"key_style: got {key_style!r}, expected 'module' or 'parameter'")
-        if not 0 <= min_sparsity <= 1:
-            raise ValueError(f"min_sparsity: got {min_sparsity}, expected 0 to 1")
+        check_fraction("min_sparsity", min_sparsity)
+        _check_metadata(metadata)
         self._style = key_style
         self._min_sparsity = min_sparsity
         self._keep_negative_zero = keep_negative_zero
@@ -160,7 +161,7 @@ def _zeros_of(tensor: Tensor) -> int:
 
 
 def _components_of(tensor: BitmaskTensor | SemiStructuredTensor) -> dict[str, Tensor]:
-    shape = torch.tensor(list(tensor.shape), dtype=torch.int64)
+    shape = torch.tensor(list(tensor.shape), dtype=torch.int64, device="cpu")
     if isinstance(tensor, SemiStructuredTensor):  # whose shape is a column in files
         return dict(zip(COMPONENTS_24, (tensor.values, tensor.metadata, shape[:, None]), strict=True))
     parts = (tensor.values, tensor.bitmasks, shape, tensor.row_offsets)
@@ -207,7 +208,7 @@ def save_compressed(
     True
     """
     _check_tensors(tensors)
-    style = key_style or _style_for(tensors)
+    style = _style_for(tensors) if key_style is None else key_style
     content = FileContent(compression_format, style, min_sparsity, keep_negative_zero, metadata)
     first_names: dict[Any, str] = {}
     for name, tensor in tqdm(tensors.items(), desc="Compressing", unit="tensor", disable=not show_progress):
@@ -236,7 +237,17 @@ def save_compressed_model(
     save_compressed(model.state_dict(), path, compression_format, **options)
 
 
+def _check_metadata(metadata: Mapping[str, str] | None) -> None:
+    if not isinstance(metadata, Mapping | None):
+        raise TypeError(f"metadata: got {type(metadata).__name__}, expected a mapping of str to str")
+    for entry in (metadata or {}).items():
+        if not all(isinstance(text, str) for text in entry):
+            raise TypeError(f"metadata: got the entry {entry!r}, expected two of str")
+
+
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    if not hasattr(tensors, "items"):  # nn.ParameterDict has, and is no Mapping
+        raise TypeError(f"tensors: got {type(tensors).__name__}, expected a mapping of names to tensors")
     for name, tensor in tensors.items():
         if not isinstance(name, str):
             raise TypeError(f"tensors: got the name {name!r}, expected a str")

@@ -15,7 +15,8 @@ class DenseCopy(Tensor):
 
     Code that only looks at weights stays cheap so. Being no plain tensor, it also keeps nn.TransformerEncoderLayer from
     its fused inference, which would multiply by the dense copy instead of calling the layer. What is written to a copy
-    would be lost: that is refused, of views and detached ones, too.
+    would be lost: that is refused, of views and detached ones, too, and so is asking for its memory. What numpy() and
+    `__dlpack__` give is memory of their own.
 
     >>> copy = DenseCopy(lambda: torch.ones(2, 3), (2, 3), torch.ones(1))
     >>> copy.shape, copy @ torch.ones(3)
@@ -32,6 +33,7 @@ class DenseCopy(Tensor):
         copy: DenseCopy = Tensor._make_wrapper_subclass(
             cls, shape, dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
         )
+        torch._C._set_throw_on_mutable_data_ptr(copy)  # to_dlpack asks past Python, and would take a null pointer
         copy._make = make
         return copy
 
@@ -41,6 +43,8 @@ class DenseCopy(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _LOOKS:
                 return func(*args)
+            if func in _MEMORY:
+                raise TypeError(f"weight: got {func.__name__} of a dense copy; use layer.to_dense().weight")
             made: list[Tensor] = []
             result = _on_copies(func, args, kwargs, made)
             owned = {_memory(tensor) for tensor in made} - {None}
@@ -60,6 +64,13 @@ class DenseCopy(Tensor):
 
 # What can be said of a tensor without its elements.
 _LOOKS = [getattr(Tensor, name).__get__ for name in ("device", "dtype", "ndim", "requires_grad", "shape")]
+
+# What gives memory away: it would be that of a copy, gone by then or written to in vain.
+_MEMORY = [
+    *(getattr(Tensor, name) for name in ("data_ptr", "storage", "untyped_storage")),
+    getattr(Tensor, "const_data_ptr", None),  # not in torch 2.10
+    Tensor.__cuda_array_interface__.__get__,
+]
 
 
 def _on_copies(func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> Any:

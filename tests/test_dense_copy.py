@@ -1,6 +1,7 @@
 """The dense copy that a block-sparse layer's `weight` is: made when it is needed, refused where it is written to."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -84,6 +85,53 @@ def test_writing_to_weight_is_refused(name, grad):
     ):
         WRITES[name](layer.weight)
     assert_same_layer(layer, before)
+
+
+MEMORY = {
+    "data_ptr": lambda weight: weight.data_ptr(),
+    "storage": lambda weight: weight.storage(),
+    "typed storage": lambda weight: weight._typed_storage(),
+    "untyped storage": lambda weight: weight.untyped_storage(),
+    "detached": lambda weight: weight.detach().data_ptr(),
+    "function": lambda weight: torch.Tensor.data_ptr(weight),
+    "CUDA arrays": lambda weight: weight.__cuda_array_interface__,
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_of_weight_is_refused(name):
+    with pytest.raises(TypeError, match=r"^weight: got \w+ of a dense copy; use layer\.to_dense\(\)\.weight"):
+        MEMORY[name](make().weight)
+
+
+def test_safetensors_save_the_dense_twin_of_weight():
+    safetensors = pytest.importorskip("safetensors.torch")
+    layer = make()
+    with pytest.raises(TypeError, match="weight: got storage of a dense copy; use layer"):
+        safetensors.save({"weight": layer.weight})
+    saved = safetensors.load(safetensors.save({"weight": layer.to_dense().weight}))
+    assert torch.equal(saved["weight"], dense_weight(layer))
+
+
+def test_memory_of_weight_is_refused_where_only_torch_asks():
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.utils.dlpack.to_dlpack(make().weight.detach())
+
+
+def test_what_weight_is_copied_to_outlives_it():
+    layer = make()
+    expected = dense_weight(layer)
+    weight = layer.weight.detach()
+    arrays = weight.numpy(), weight.__array__(), torch.from_dlpack(weight)
+    file = io.BytesIO()
+    torch.save(weight, file)
+    file.seek(0)
+    others = weight.cpu(), torch.load(file)
+    del weight
+    assert all(torch.equal(torch.as_tensor(array), expected) for array in (*arrays, *others))
+    arrays[2].zero_()
+    assert torch.equal(layer.weight, expected)
+    assert "weight" not in layer.state_dict()
 
 
 def test_weight_under_transforms_and_as_sparse():

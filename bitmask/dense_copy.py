@@ -94,6 +94,8 @@ def _memory(tensor: Tensor) -> int | None:
 
 def _targets(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """The arguments that a function writes to: by the schema of an op, by the name of another function."""
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        func = getattr(func, torch._C._jit_resolve_packet(func._qualified_op_name, *args, **kwargs))
     schema = getattr(func, "_schema", None)
     if schema is not None:
         given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from block_layers import assert_same_layer, dense_weight, make
 from torch import nn
 
-from bitmask import BlockSparseLinear
+from bitmask import BlockSparseLinear, prune_24_
 
 pytestmark = [
     pytest.mark.usefixtures("seed"),
@@ -64,6 +64,9 @@ WRITES = {
     "foreach": lambda weight: torch._foreach_add_([weight], 1),
     "op": lambda weight: torch.ops.aten.fill_.Scalar(weight, 1),
     "packet": lambda weight: torch.ops.aten.fill_(weight, 1),
+    "packet, out=": lambda weight: torch.ops.aten.add(torch.ones(50, 70), 1, out=weight),
+    "packet of another name": lambda weight: torch.ops.bitmask.prune_24(tensor=weight, transposable=False),
+    "prune_24_": lambda weight: prune_24_(weight[0, :68]),
     ".data =": lambda weight: setattr(weight, "data", torch.ones(50, 70)),
     ".grad =": lambda weight: setattr(weight, "grad", torch.ones(50, 70)),
     "data": lambda weight: weight.data.fill_(1),
@@ -153,6 +156,9 @@ def test_what_weight_gives_may_be_written_to():
         assert torch.equal((layer.weight.data * 1).mul_(2), 2 * expected)
         assert torch.equal(torch.empty(70, 50).copy_(layer.weight.t()), expected.t())
         assert not (~layer.weight.bool() & (expected != 0)).any()
+        assert torch.equal(torch.ops.aten.add(torch.zeros(50, 70), layer.weight), expected)
+        assert torch.equal(torch.ops.aten.sort(layer.weight)[0], expected.sort()[0])
+        assert torch.equal(torch.ops.aten.add(layer.weight, 0, out=torch.empty(50, 70)), expected)
 
 
 def test_writing_past_torch_function_is_refused():

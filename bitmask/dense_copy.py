@@ -37,6 +37,13 @@ class DenseCopy(Tensor):
         copy._make = make
         return copy
 
+    def _refuse_operator(self, *args: object) -> Any:
+        """Refuse here: torch takes the TypeError of an operator for "not implemented", and would do it out of place."""
+        raise TypeError("weight: got an in-place operator of a dense copy; write to values")
+
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = __ifloordiv__ = __imod__ = _refuse_operator
+    __iand__ = __ior__ = __ixor__ = __ilshift__ = __irshift__ = __ipow__ = _refuse_operator  # type: ignore[assignment]
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Make the copy, unless the function needs no elements; what shares its memory is a copy as well."""
@@ -93,7 +100,7 @@ def _memory(tensor: Tensor) -> int | None:
 
 
 def _targets(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments that a function writes to: by the schema of an op, by the name of another function."""
+    """The arguments that a function writes to: by the schema of an op, by name and options of another function."""
     if isinstance(func, torch._ops.OpOverloadPacket):
         func = getattr(func, torch._C._jit_resolve_packet(func._qualified_op_name, *args, **kwargs))
     schema = getattr(func, "_schema", None)
@@ -102,4 +109,6 @@ def _targets(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[
         return [given.get(arg.name) for arg in schema.arguments if arg.alias_info and arg.alias_info.is_write]
     name = func.__name__
     in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__set__", "__setitem__")
-    return [*(args[:1] or kwargs.values() if in_place else ()), kwargs.get("out")]
+    first = args[:1] or kwargs.values() if in_place or kwargs.get("inplace") else ()
+    renormed = () if kwargs.get("max_norm") is None else args  # by embeddings, the rows that they look up
+    return [*first, *renormed, kwargs.get("out")]

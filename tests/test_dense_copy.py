@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 
 import pytest
 import torch
@@ -47,7 +48,16 @@ def add_to_data(weight):
     weight.data += 1
 
 
+OPERATORS = ["add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor"]
+
 WRITES = {
+    **{f"i{name}": lambda weight, name=name: getattr(operator, f"i{name}")(weight, 2) for name in OPERATORS},
+    "relu, inplace": lambda weight: F.relu(weight, inplace=True),
+    "leaky_relu, inplace": lambda weight: F.leaky_relu(weight, 0.1, True),
+    "dropout, inplace": lambda weight: F.dropout(weight, inplace=True),
+    "nn.ReLU, inplace": nn.ReLU(inplace=True),
+    "embedding": lambda weight: F.embedding(torch.tensor([0]), weight, max_norm=0.1),
+    "embedding_bag": lambda weight: F.embedding_bag(torch.tensor([[0]]), weight, max_norm=0.1),
     "fill_": lambda weight: weight.fill_(1),
     "constant_": lambda weight: nn.init.constant_(weight, 1),
     "xavier_uniform_": nn.init.xavier_uniform_,
@@ -84,7 +94,7 @@ def test_writing_to_weight_is_refused(name, grad):
     before = copy.deepcopy(layer)
     with (
         torch.set_grad_enabled(grad),
-        pytest.raises(TypeError, match=r"^weight: got \w+(\.\w+)? of a dense copy; write"),
+        pytest.raises(TypeError, match=r"^weight: got [\w. -]+ of a dense copy; write"),
     ):
         WRITES[name](layer.weight)
     assert_same_layer(layer, before)
@@ -159,6 +169,25 @@ def test_what_weight_gives_may_be_written_to():
         assert torch.equal(torch.ops.aten.add(torch.zeros(50, 70), layer.weight), expected)
         assert torch.equal(torch.ops.aten.sort(layer.weight)[0], expected.sort()[0])
         assert torch.equal(torch.ops.aten.add(layer.weight, 0, out=torch.empty(50, 70)), expected)
+
+
+def test_operators_on_weight_and_into_other_tensors():
+    layer = make()
+    expected = dense_weight(layer)
+    with torch.no_grad():
+        assert torch.equal(layer.weight + 1, expected + 1)
+        assert torch.equal(2 ** (1 - layer.weight), 2 ** (1 - expected))
+        assert torch.equal(layer.weight < 0, expected < 0)
+        assert (int(layer.weight[0, 0] * 1000), len(layer.weight)) == (int(expected[0, 0] * 1000), 50)
+        assert all(map(torch.equal, layer.weight, expected))
+        assert torch.equal(copy.deepcopy(layer.weight.detach()), expected)
+        assert torch.equal(copy.copy(layer.weight), expected)
+        assert torch.equal(F.relu(layer.weight), expected.relu())
+        assert torch.equal(F.embedding(torch.tensor([3]), layer.weight), expected[3:4])
+        total = plain = torch.ones(50, 70)
+        total += layer.weight
+    assert total is plain
+    assert torch.equal(plain, 1 + expected)
 
 
 def test_writing_past_torch_function_is_refused():

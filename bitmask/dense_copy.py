@@ -15,7 +15,8 @@ class DenseCopy(Tensor):
 
     Code that only looks at weights stays cheap so. Being no plain tensor, it also keeps nn.TransformerEncoderLayer from
     its fused inference, which would multiply by the dense copy instead of calling the layer. What is written to a copy
-    would be lost: that is refused, of views and detached ones, too.
+    would be lost: that is refused, of views and detached ones, too, and so is asking for its memory. What numpy() and
+    `__dlpack__` give is memory of their own.
 
     >>> copy = DenseCopy(lambda: torch.ones(2, 3), (2, 3), torch.ones(1))
     >>> copy.shape, copy @ torch.ones(3)
@@ -32,8 +33,16 @@ class DenseCopy(Tensor):
         copy: DenseCopy = Tensor._make_wrapper_subclass(
             cls, shape, dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
         )
+        torch._C._set_throw_on_mutable_data_ptr(copy)  # to_dlpack asks past Python, and would take a null pointer
         copy._make = make
         return copy
+
+    def _refuse_operator(self, *args: object) -> Any:
+        """Refuse here: torch takes the TypeError of an operator for "not implemented", and would do it out of place."""
+        raise TypeError("weight: got an in-place operator of a dense copy; write to values")
+
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = __ifloordiv__ = __imod__ = _refuse_operator
+    __iand__ = __ior__ = __ixor__ = __ilshift__ = __irshift__ = __ipow__ = _refuse_operator  # type: ignore[assignment]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -41,6 +50,8 @@ class DenseCopy(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _LOOKS:
                 return func(*args)
+            if func in _MEMORY:
+                raise TypeError(f"weight: got {func.__name__} of a dense copy; use layer.to_dense().weight")
             made: list[Tensor] = []
             result = _on_copies(func, args, kwargs, made)
             owned = {_memory(tensor) for tensor in made} - {None}
@@ -60,6 +71,13 @@ class DenseCopy(Tensor):
 
 # What can be said of a tensor without its elements.
 _LOOKS = [getattr(Tensor, name).__get__ for name in ("device", "dtype", "ndim", "requires_grad", "shape")]
+
+# What gives memory away: it would be that of a copy, gone by then or written to in vain.
+_MEMORY = [
+    *(getattr(Tensor, name) for name in ("data_ptr", "storage", "untyped_storage")),
+    getattr(Tensor, "const_data_ptr", None),  # not in torch 2.10
+    Tensor.__cuda_array_interface__.__get__,
+]
 
 
 def _on_copies(func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> Any:
@@ -82,11 +100,15 @@ def _memory(tensor: Tensor) -> int | None:
 
 
 def _targets(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments that a function writes to: by the schema of an op, by the name of another function."""
+    """The arguments that a function writes to: by the schema of an op, by name and options of another function."""
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        func = getattr(func, torch._C._jit_resolve_packet(func._qualified_op_name, *args, **kwargs))
     schema = getattr(func, "_schema", None)
     if schema is not None:
         given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
         return [given.get(arg.name) for arg in schema.arguments if arg.alias_info and arg.alias_info.is_write]
     name = func.__name__
     in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__set__", "__setitem__")
-    return [*(args[:1] or kwargs.values() if in_place else ()), kwargs.get("out")]
+    first = args[:1] or kwargs.values() if in_place or kwargs.get("inplace") else ()
+    renormed = () if kwargs.get("max_norm") is None else args  # by embeddings, the rows that they look up
+    return [*first, *renormed, kwargs.get("out")]

@@ -48,10 +48,10 @@ def index_of(pattern: Tensor) -> Index:
 
 
 def rows_of(index: Index) -> Tensor:
-    """The block row of each block."""
+    """The block row of each block: one that exists, whatever an index that is not proven holds."""
     crow_indices, col_indices = index
-    rows = torch.arange(len(crow_indices) - 1, device=crow_indices.device)
-    return rows.repeat_interleave(crow_indices.diff(), output_size=len(col_indices))
+    blocks = torch.arange(len(col_indices), device=crow_indices.device)
+    return torch.bucketize(blocks, crow_indices[1:-1], right=True)
 
 
 def inputs_of(index: Index, in_features: int, width: int) -> Tensor:

@@ -109,6 +109,7 @@ class BlockSparseLinear(BlockLinear):
     def reset_parameters(self) -> None:
         """Draw new numbers as `nn.Linear` does, each output by the number of inputs that it has; the pattern stays."""
         self._check_whole()
+        self._prove_index()
         inputs = block_layout.inputs_of(self._index, self.in_features, self.block_shape[1])
         bounds = torch.where(inputs > 0, inputs.double().rsqrt(), 0.0).to(self.values)
         self.values.uniform_(-1, 1)

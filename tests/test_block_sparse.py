@@ -16,8 +16,15 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import bitmask
-from bitmask import BitmaskLinear, BlockSparseLinear, FormatError, block_norms, largest_blocks
-from bitmask.block_layout import block_sizes
+from bitmask import (
+    BitmaskLinear,
+    BlockSparseLinear,
+    FormatError,
+    SemiStructuredBlockLinear,
+    block_norms,
+    largest_blocks,
+)
+from bitmask.block_layout import block_sizes, rows_of
 from bitmask.block_patterns import spread_blocks
 from bitmask.calls import LINEAR_DTYPES
 
@@ -275,6 +282,50 @@ def test_repr():
         "BlockSparseLinear(in_features=70, out_features=50, bias=False, block_shape=(16, 32), blocks=6, "
         f"density={layer.density:.4f}, dtype=torch.bfloat16)"
     )
+
+
+# Buffers that were written to.
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda layer: layer.crow_indices[1].fill_(100), r"crow_indices\[1\]: got 100, expected 0 to 6"),
+        (lambda layer: layer.crow_indices[-1].fill_(5), r"crow_indices\[4\]: got 5, expected 6"),
+        (lambda layer: layer.col_indices[0].fill_(999), r"col_indices\[0\]: got 999, expected at least 0"),
+        (lambda layer: layer.col_indices[0].fill_(-1), r"col_indices\[0\]: got -1, expected at least 0"),
+        (lambda layer: layer.col_indices.copy_(layer.col_indices.flip(0)), r"col_indices\[1\]: got 0, expected more"),
+    ],
+)
+@pytest.mark.parametrize("two_four", [True, False])
+def test_a_damaged_index_is_refused_and_printed(damage, message, two_four):
+    pattern = torch.tensor([[1, 1, 1], [0, 1, 0], [0, 0, 0], [1, 1, 0]], dtype=torch.bool)
+    layer = make(pattern=pattern)
+    uses = [lambda: layer.pattern, lambda: layer.density, lambda: layer.weight + 0]
+    if two_four:
+        layer = SemiStructuredBlockLinear.from_block_sparse(layer, prune=True)
+    else:
+        uses += [
+            lambda: layer.reset_parameters(),
+            lambda: layer.update_pattern_(pattern),
+            lambda: SemiStructuredBlockLinear.from_block_sparse(layer, prune=True),
+        ]
+    damage(layer)
+    before = copy.deepcopy(layer.state_dict())
+    for use in uses:
+        with pytest.raises(FormatError, match=message):
+            use()
+    assert "blocks=6, density=unknown, dtype=torch.float32" in repr(nn.Sequential(layer))
+    for name, tensor in layer.state_dict().items():
+        assert_bits_equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("crow_indices", [[0, 100, 4, 6], [2**62, -1, 2**62, -5], [9, 9, 9, 9]], ids=str)
+def test_rows_exist_whatever_the_index_holds(crow_indices):
+    """Compiled code proves no index before it looks at the rows."""
+    rows = rows_of((torch.tensor(crow_indices), torch.zeros(6, dtype=torch.int64)))
+    assert len(rows) == 6
+    assert 0 <= rows.min() <= rows.max() < 3
 
 
 # From dense and back.

@@ -421,8 +421,12 @@ def _state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict
 def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     """Give a parameter other data, perhaps of another size.
 
-    Where a graph of an earlier step is alive, autograd keeps a node for the gradient, which knows the old size and
-    would refuse gradients of the new one; a change of dtype makes autograd drop it.
+    Autograd keeps a node for the gradient, to which DistributedDataParallel and others attach hooks: written to in
+    place, the parameter keeps it. But the node knows the size, and would refuse gradients of another one where a graph
+    of an earlier step is alive; a change of dtype makes autograd drop it.
     """
+    if parameter.shape == data.shape:
+        parameter.copy_(data)
+        return
     parameter.data = data.to(torch.float32 if data.dtype == torch.float64 else torch.float64)
     parameter.data = data

@@ -378,6 +378,16 @@ def test_training_goes_on_while_an_old_graph_is_alive():
     assert kept.grad_fn is not None
 
 
+def test_as_many_blocks_keep_the_node_that_takes_the_gradient():
+    """DistributedDataParallel hooks it, to add up the gradients of all processes."""
+    layer, optimizer = trained()
+    node, calls = layer.values.view_as(layer.values).grad_fn.next_functions[0][0], []
+    node.register_hook(lambda *_: calls.append(1))
+    for pattern in (~layer.pattern, layer.pattern):
+        step(layer.update_pattern_(pattern, optimizer=optimizer), optimizer)
+    assert calls == [1, 1]
+
+
 def test_scores_keep_the_number_of_blocks():
     layer, optimizer = trained()
     scores = torch.randn(4, 3)

@@ -235,6 +235,11 @@ def run(rank, file):
     expected, part = train(network(0)), slice(rank, None, 2)
     replicated = nn.parallel.DistributedDataParallel(network(rank))  # each has another pattern: that of rank 0 counts
     torch.testing.assert_close(train(replicated, part), expected)
+    single = network(0)
+    single.load_state_dict(replicated.module.state_dict())
+    for model in (single, replicated.module):
+        model[0].update_pattern_(~model[0].pattern)
+    torch.testing.assert_close(train(replicated, part), train(single))
     sharded = network(0)
     for module in (sharded[0], sharded[2], sharded):
         fully_shard(module, mesh=init_device_mesh("cpu", (2,)))

@@ -351,8 +351,8 @@ class BlockSparseLinear(BlockLinear):
         for name, tensor in state.items():
             if isinstance(tensor, Tensor) and tensor.ndim == 3 and len(tensor) == len(self.values):
                 state[name] = moved(tensor)
-        # Backward passes of earlier outputs raise then: their gradients are of other blocks.
-        torch.autograd.graph.increment_version([getattr(self, name) for name in (*PARTS[1:3], *_TRANSPOSED)])
+        # Backward passes of what was calculated earlier raise then: their gradients are of other blocks.
+        torch.autograd.graph.increment_version([getattr(self, name) for name in (*PARTS[:3], *_TRANSPOSED)])
         values, grad = moved(self.values), self.values.grad
         self.values.grad = None
         _replace_data(self.values, values)

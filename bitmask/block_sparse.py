@@ -105,10 +105,16 @@ class BlockSparseLinear(BlockLinear):
         if hasattr(self.values, "__tensor_flatten__"):
             raise ValueError(f"values: got a {type(self.values).__name__}, sharded, expected a layer with all its data")
 
+    def _check_own(self) -> None:
+        """Raise ValueError unless values are a parameter: what is written to computed ones is lost."""
+        if "values" not in self._parameters:
+            raise ValueError("values: got ones that are computed from other parameters, expected a parameter")
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new numbers as `nn.Linear` does, each output by the number of inputs that it has; the pattern stays."""
         self._check_whole()
+        self._check_own()
         self._prove_index()
         inputs = block_layout.inputs_of(self._index, self.in_features, self.block_shape[1])
         bounds = torch.where(inputs > 0, inputs.double().rsqrt(), 0.0).to(self.values)
@@ -307,7 +313,8 @@ class BlockSparseLinear(BlockLinear):
 
         Raises:
             TypeError, ValueError: not exactly one of `pattern` and `scores`, either of them of the wrong kind, dtype or
-                size, an optimizer that does not have this layer's `values`, or a layer on device meta or sharded.
+                size, an optimizer that does not have this layer's `values`, or a layer on device meta, sharded or whose
+                `values` are computed (by weight normalization, say).
 
         >>> layer = BlockSparseLinear(64, 64, pattern=torch.tensor([[True, False], [False, True]]))
         >>> kept = layer.values[1]
@@ -336,6 +343,7 @@ class BlockSparseLinear(BlockLinear):
             pattern = block_patterns.largest(scores, len(self.values))
         assert pattern is not None
         block_patterns.check_pattern(pattern, self._grid)
+        self._check_own()
         if self.values.is_meta or hasattr(self.values, "__tensor_flatten__"):
             raise ValueError("values: on device meta or sharded, expected a layer with all its data")
         state = {} if optimizer is None else _state_of(optimizer, self.values)

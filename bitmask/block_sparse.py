@@ -93,6 +93,7 @@ class BlockSparseLinear(BlockLinear):
             self.register_buffer(name, None, persistent=name in PARTS)
         self._set_index(*index)
 
+    @torch.inference_mode(False)  # as in BlockLinear
     def _set_index(self, crow_indices: Tensor, col_indices: Tensor) -> None:
         """Take over a pattern, which is proven thereby."""
         transposed = ops_block.bsr_transpose(crow_indices.cpu(), col_indices.cpu(), self._grid[1])
@@ -277,6 +278,7 @@ class BlockSparseLinear(BlockLinear):
         values = self.values.detach().clone()
         return torch.sparse_bsr_tensor(*index, values, size=self._shape, check_invariants=False)
 
+    @torch.inference_mode(False)  # whose tensors could not be trained with afterwards
     @torch.no_grad()
     def update_pattern_(
         self,

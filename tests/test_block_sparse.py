@@ -5,7 +5,7 @@ import io
 import math
 import pickle
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -661,6 +661,25 @@ def test_inference_mode_and_functional_call():
         assert torch.equal(layer(x), expected)
     doubled = torch.func.functional_call(layer, {"values": 2 * layer.values, "bias": 2 * layer.bias}, (x,))
     torch.testing.assert_close(doubled, 2 * expected)
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "as many blocks", "other blocks"])
+def test_layers_changed_in_inference_mode_can_be_trained(change):
+    layer, source, x = make(640, 640), make(640, 640), torch.randn(5, 640, requires_grad=True)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
+    for step in (torch.inference_mode(), nullcontext()):
+        layer(x).sum().backward()
+        optimizer.step()
+        with step:
+            if change == "load_state_dict":
+                layer.load_state_dict(source.state_dict())
+            else:
+                pattern = ~layer.pattern if change == "as many blocks" else spread_blocks((40, 20), 7)
+                layer.update_pattern_(pattern, optimizer=optimizer)
+    layer(x).sum().backward()
+    optimizer.step()
+    assert not any(tensor.is_inference() for tensor in [*layer.state_dict().values(), *layer.buffers()])
+    assert_consistent(layer)
 
 
 def test_gradcheck():

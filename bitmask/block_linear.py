@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bitmask import block_layout
 from bitmask.block_layout import Index
-from bitmask.calls import check_strided
+from bitmask.calls import FormatError, check_strided
 from bitmask.dense_copy import DenseCopy
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
@@ -96,6 +96,7 @@ class BlockLinear(nn.Module):
     @property
     def density(self) -> float:
         """Share of the weight's elements that lie in a block."""
+        self._prove_index()
         inputs = block_layout.inputs_of(self._index, self.in_features, self.block_shape[1])
         outputs = block_layout.block_sizes(self.out_features, self.block_shape[0])
         return int(inputs @ outputs) / max(self.out_features * self.in_features, 1)
@@ -103,6 +104,7 @@ class BlockLinear(nn.Module):
     @property
     def pattern(self) -> Tensor:
         """Which blocks exist: bool [block rows, block columns]."""
+        self._prove_index()
         pattern = torch.zeros(self._grid, dtype=torch.bool, device=self._index[1].device)
         pattern[block_layout.rows_of(self._index), self._index[1]] = True
         return pattern
@@ -131,9 +133,13 @@ class BlockLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, blocks, density and dtype."""
+        try:
+            density = f"{self.density:.4f}"
+        except (FormatError, RuntimeError):  # a model must print, above all where something is wrong with it
+            density = "unknown"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"block_shape={self.block_shape}, blocks={len(self.values)}, density={self.density:.4f}, "
+            f"block_shape={self.block_shape}, blocks={len(self.values)}, density={density}, "
             f"dtype={self.values.dtype}"
         )
 

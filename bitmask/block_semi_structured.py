@@ -77,6 +77,7 @@ class SemiStructuredBlockLinear(BlockLinear):
             raise ValueError(f"block_shape: got {layer.block_shape}, expected columns that are a multiple of 4")
         if layer.values.is_meta:
             raise ValueError("layer: got a layer on device meta, expected one with data")
+        layer._prove_index()
         index: Index = (layer.crow_indices.clone(), layer.col_indices.clone())
         shape = (layer.out_features, layer.in_features)
         blocks = layer._blocks().detach().clone()

@@ -67,10 +67,9 @@ class BlockSparseLinear(BlockLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        shape = (
-            block_layout.check_size("out_features", out_features),
-            block_layout.check_size("in_features", in_features),
-        )
+        out_features = block_layout.check_size("out_features", out_features)
+        in_features = block_layout.check_size("in_features", in_features)
+        shape = block_layout.check_shape("out_features, in_features", (out_features, in_features))
         block_shape = check_block_shape(block_shape)
         block_layout.check_dtype("dtype", dtype or torch.get_default_dtype())
         grid = block_layout.grid_of(shape, block_shape)
@@ -93,6 +92,7 @@ class BlockSparseLinear(BlockLinear):
             self.register_buffer(name, None, persistent=name in PARTS)
         self._set_index(*index)
 
+    @torch.inference_mode(False)  # as in BlockLinear
     def _set_index(self, crow_indices: Tensor, col_indices: Tensor) -> None:
         """Take over a pattern, which is proven thereby."""
         transposed = ops_block.bsr_transpose(crow_indices.cpu(), col_indices.cpu(), self._grid[1])
@@ -105,10 +105,17 @@ class BlockSparseLinear(BlockLinear):
         if hasattr(self.values, "__tensor_flatten__"):
             raise ValueError(f"values: got a {type(self.values).__name__}, sharded, expected a layer with all its data")
 
+    def _check_own(self) -> None:
+        """Raise ValueError unless values are a parameter: what is written to computed ones is lost."""
+        if "values" not in self._parameters:
+            raise ValueError("values: got ones that are computed from other parameters, expected a parameter")
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new numbers as `nn.Linear` does, each output by the number of inputs that it has; the pattern stays."""
         self._check_whole()
+        self._check_own()
+        self._prove_index()
         inputs = block_layout.inputs_of(self._index, self.in_features, self.block_shape[1])
         bounds = torch.where(inputs > 0, inputs.double().rsqrt(), 0.0).to(self.values)
         self.values.uniform_(-1, 1)
@@ -270,6 +277,7 @@ class BlockSparseLinear(BlockLinear):
         values = self.values.detach().clone()
         return torch.sparse_bsr_tensor(*index, values, size=self._shape, device=values.device, check_invariants=False)
 
+    @torch.inference_mode(False)  # whose tensors could not be trained with afterwards
     @torch.no_grad()
     def update_pattern_(
         self,
@@ -287,6 +295,9 @@ class BlockSparseLinear(BlockLinear):
 
         With DistributedDataParallel, every process must give the same pattern or scores (broadcast random ones first),
         and the wrapper has to be made anew if the number of blocks changes.
+
+        An averaged copy (AveragedModel) has to be given the same pattern, by its own `update_pattern_`; another layer
+        that shares `values` would multiply them by its old pattern: use one layer in both places instead.
 
         With SET [1], blocks are dropped by `block_norms` and grown at random; with RigL [2], they are grown by the
         gradient of the dense weight, which takes no more than the layer's input and its output's gradient: the last
@@ -306,7 +317,8 @@ class BlockSparseLinear(BlockLinear):
 
         Raises:
             TypeError, ValueError: not exactly one of `pattern` and `scores`, either of them of the wrong kind, dtype or
-                size, an optimizer that does not have this layer's `values`, or a layer on device meta or sharded.
+                size, an optimizer that does not have this layer's `values`, or a layer on device meta, sharded or whose
+                `values` are computed (by weight normalization, say).
 
         >>> layer = BlockSparseLinear(64, 64, pattern=torch.tensor([[True, False], [False, True]]))
         >>> kept = layer.values[1]
@@ -335,6 +347,7 @@ class BlockSparseLinear(BlockLinear):
             pattern = block_patterns.largest(scores, len(self.values))
         assert pattern is not None
         block_patterns.check_pattern(pattern, self._grid)
+        self._check_own()
         if self.values.is_meta or hasattr(self.values, "__tensor_flatten__"):
             raise ValueError("values: on device meta or sharded, expected a layer with all its data")
         state = {} if optimizer is None else _state_of(optimizer, self.values)
@@ -350,8 +363,8 @@ class BlockSparseLinear(BlockLinear):
         for name, tensor in state.items():
             if isinstance(tensor, Tensor) and tensor.ndim == 3 and len(tensor) == len(self.values):
                 state[name] = moved(tensor)
-        # Backward passes of earlier outputs raise then: their gradients are of other blocks.
-        torch.autograd.graph.increment_version([getattr(self, name) for name in (*PARTS[1:3], *_TRANSPOSED)])
+        # Backward passes of what was calculated earlier raise then: their gradients are of other blocks.
+        torch.autograd.graph.increment_version([getattr(self, name) for name in (*PARTS[:3], *_TRANSPOSED)])
         values, grad = moved(self.values), self.values.grad
         self.values.grad = None
         _replace_data(self.values, values)
@@ -420,8 +433,12 @@ def _state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict
 def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     """Give a parameter other data, perhaps of another size.
 
-    Where a graph of an earlier step is alive, autograd keeps a node for the gradient, which knows the old size and
-    would refuse gradients of the new one; a change of dtype makes autograd drop it.
+    Autograd keeps a node for the gradient, to which DistributedDataParallel and others attach hooks: written to in
+    place, the parameter keeps it. But the node knows the size, and would refuse gradients of another one where a graph
+    of an earlier step is alive; a change of dtype makes autograd drop it.
     """
+    if parameter.shape == data.shape:
+        parameter.copy_(data)
+        return
     parameter.data = data.to(torch.float32 if data.dtype == torch.float64 else torch.float64)
     parameter.data = data

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from bitmask import BlockSparseLinear, BlockSparseModelPatcher, block_norms, compress_, largest_blocks, prune_blocks
 from bitmask.block_patterns import spread_blocks
@@ -378,6 +379,16 @@ def test_training_goes_on_while_an_old_graph_is_alive():
     assert kept.grad_fn is not None
 
 
+def test_as_many_blocks_keep_the_node_that_takes_the_gradient():
+    """DistributedDataParallel hooks it, to add up the gradients of all processes."""
+    layer, optimizer = trained()
+    node, calls = layer.values.view_as(layer.values).grad_fn.next_functions[0][0], []
+    node.register_hook(lambda *_: calls.append(1))
+    for pattern in (~layer.pattern, layer.pattern):
+        step(layer.update_pattern_(pattern, optimizer=optimizer), optimizer)
+    assert calls == [1, 1]
+
+
 def test_scores_keep_the_number_of_blocks():
     layer, optimizer = trained()
     scores = torch.randn(4, 3)
@@ -449,3 +460,15 @@ def test_wrong_arguments_of_update(options, error, message):
 def test_no_change_on_meta():
     with pytest.raises(ValueError, match="values: on device meta"):
         BlockSparseLinear(70, 50, device="meta").update_pattern_(scores=torch.ones(2, 3))
+
+
+def test_computed_values_are_not_written_to():
+    """The blocks would come from the old parameters again, at places of the new pattern."""
+    layer = prune.identity(BlockSparseLinear(70, 50, block_shape=(16, 32)), "values")
+    x, before = torch.randn(3, 70), copy.deepcopy(layer.state_dict())
+    expected = layer(x)
+    for write in (lambda: layer.update_pattern_(~layer.pattern), layer.reset_parameters):
+        with pytest.raises(ValueError, match="values: got ones that are computed from other parameters, expected a pa"):
+            write()
+    assert torch.equal(layer(x), expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())

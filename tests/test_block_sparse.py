@@ -5,7 +5,7 @@ import io
 import math
 import pickle
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -16,8 +16,15 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import bitmask
-from bitmask import BitmaskLinear, BlockSparseLinear, FormatError, block_norms, largest_blocks
-from bitmask.block_layout import block_sizes
+from bitmask import (
+    BitmaskLinear,
+    BlockSparseLinear,
+    FormatError,
+    SemiStructuredBlockLinear,
+    block_norms,
+    largest_blocks,
+)
+from bitmask.block_layout import block_sizes, rows_of
 from bitmask.block_patterns import spread_blocks
 from bitmask.calls import LINEAR_DTYPES
 
@@ -238,12 +245,18 @@ def test_reset_parameters_keeps_the_pattern(dtype):
         ),
         ({"block_shape": (0, 32)}, ValueError, r"block_shape: got \(0, 32\), expected sizes of at least 1"),
         ({"block_shape": (32, -1)}, ValueError, "block_shape: got"),
+        ({"block_shape": (1, 2**28 + 1)}, ValueError, r"block_shape: got \(1, 268435457\), expected .* at most 2\^28"),
         ({"block_shape": (32,)}, TypeError, r"block_shape: got \(32,\), expected two integers"),
         ({"block_shape": (32, 32, 32)}, TypeError, "block_shape: got"),
         ({"block_shape": 32}, TypeError, "block_shape: got 32"),
         ({"block_shape": (32.0, 32)}, TypeError, "block_shape: got"),
         ({"in_features": -1}, ValueError, "in_features: got -1, expected at least 0"),
         ({"out_features": -1}, ValueError, "out_features: got -1"),
+        (
+            {"in_features": 2**40, "out_features": 2**23},
+            ValueError,
+            r"out_features, in_features: got \[8388608, 1099511627776\], expected .* is less than 2\^63",
+        ),
         ({"in_features": 7.0}, TypeError, "in_features: got 7.0, expected an integer"),
         ({"pattern": torch.ones(3, 4, dtype=torch.bool)}, ValueError, r"pattern: got size \[3, 4\], expected \[4, 3\]"),
         ({"pattern": torch.ones(12, dtype=torch.bool)}, ValueError, "pattern: got 1 dimensions, expected 2"),
@@ -275,6 +288,50 @@ def test_repr():
         "BlockSparseLinear(in_features=70, out_features=50, bias=False, block_shape=(16, 32), blocks=6, "
         f"density={layer.density:.4f}, dtype=torch.bfloat16)"
     )
+
+
+# Buffers that were written to.
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda layer: layer.crow_indices[1].fill_(100), r"crow_indices\[1\]: got 100, expected 0 to 6"),
+        (lambda layer: layer.crow_indices[-1].fill_(5), r"crow_indices\[4\]: got 5, expected 6"),
+        (lambda layer: layer.col_indices[0].fill_(999), r"col_indices\[0\]: got 999, expected at least 0"),
+        (lambda layer: layer.col_indices[0].fill_(-1), r"col_indices\[0\]: got -1, expected at least 0"),
+        (lambda layer: layer.col_indices.copy_(layer.col_indices.flip(0)), r"col_indices\[1\]: got 0, expected more"),
+    ],
+)
+@pytest.mark.parametrize("two_four", [True, False])
+def test_a_damaged_index_is_refused_and_printed(damage, message, two_four):
+    pattern = torch.tensor([[1, 1, 1], [0, 1, 0], [0, 0, 0], [1, 1, 0]], dtype=torch.bool)
+    layer = make(pattern=pattern)
+    uses = [lambda: layer.pattern, lambda: layer.density, lambda: layer.weight + 0]
+    if two_four:
+        layer = SemiStructuredBlockLinear.from_block_sparse(layer, prune=True)
+    else:
+        uses += [
+            lambda: layer.reset_parameters(),
+            lambda: layer.update_pattern_(pattern),
+            lambda: SemiStructuredBlockLinear.from_block_sparse(layer, prune=True),
+        ]
+    damage(layer)
+    before = copy.deepcopy(layer.state_dict())
+    for use in uses:
+        with pytest.raises(FormatError, match=message):
+            use()
+    assert "blocks=6, density=unknown, dtype=torch.float32" in repr(nn.Sequential(layer))
+    for name, tensor in layer.state_dict().items():
+        assert_bits_equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("crow_indices", [[0, 100, 4, 6], [2**62, -1, 2**62, -5], [9, 9, 9, 9]], ids=str)
+def test_rows_exist_whatever_the_index_holds(crow_indices):
+    """Compiled code proves no index before it looks at the rows."""
+    rows = rows_of((torch.tensor(crow_indices), torch.zeros(6, dtype=torch.int64)))
+    assert len(rows) == 6
+    assert 0 <= rows.min() <= rows.max() < 3
 
 
 # From dense and back.
@@ -422,6 +479,14 @@ def bsr(crow_indices, col_indices):
         (lambda: torch.ones(4, 4).to_sparse_csr(), None, TypeError, "weight: got torch.sparse_csr"),
         (lambda: [1], None, TypeError, "weight: got list"),
         (lambda: torch.ones(2, 4, 4).to_sparse_bsr((2, 2)), None, ValueError, r"weight: got size \[2, 4, 4\]"),
+        (
+            lambda: torch.sparse_bsr_tensor(
+                torch.zeros(2).long(), torch.empty(0).long(), torch.empty(0, 1, 2**28 + 1), check_invariants=False
+            ),
+            None,
+            FormatError,
+            r"values: got size \[0, 1, 268435457\], expected .* 1 to 2\^28",
+        ),
         (lambda: torch.ones(4, 4).int().to_sparse_bsr((2, 2)), None, TypeError, "values: got dtype torch.int32"),
         (lambda: bsr([0, 2, 2], [1, 0]), None, FormatError, r"col_indices\[\d\]: got"),
         (lambda: bsr([0, 2, 2], [1, 1]), None, FormatError, r"col_indices\[\d\]: got"),
@@ -610,6 +675,25 @@ def test_inference_mode_and_functional_call():
         assert torch.equal(layer(x), expected)
     doubled = torch.func.functional_call(layer, {"values": 2 * layer.values, "bias": 2 * layer.bias}, (x,))
     torch.testing.assert_close(doubled, 2 * expected)
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "as many blocks", "other blocks"])
+def test_layers_changed_in_inference_mode_can_be_trained(change):
+    layer, source, x = make(640, 640), make(640, 640), torch.randn(5, 640, requires_grad=True)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
+    for step in (torch.inference_mode(), nullcontext()):
+        layer(x).sum().backward()
+        optimizer.step()
+        with step:
+            if change == "load_state_dict":
+                layer.load_state_dict(source.state_dict())
+            else:
+                pattern = ~layer.pattern if change == "as many blocks" else spread_blocks((40, 20), 7)
+                layer.update_pattern_(pattern, optimizer=optimizer)
+    layer(x).sum().backward()
+    optimizer.step()
+    assert not any(tensor.is_inference() for tensor in [*layer.state_dict().values(), *layer.buffers()])
+    assert_consistent(layer)
 
 
 def test_gradcheck():

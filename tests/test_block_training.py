@@ -111,8 +111,8 @@ def test_patterns_that_change_while_training():
     assert losses[-1] < losses[0] / 2
 
 
-@pytest.mark.parametrize("count", [7, 9])
-@pytest.mark.parametrize("output", ["layer", "frozen values", "bias alone", "weight", "compiled"])
+@pytest.mark.parametrize("count", [1, 7, 9])
+@pytest.mark.parametrize("output", ["layer", "frozen values", "bias alone", "weight", "penalty", "compiled"])
 def test_gradients_of_an_old_pattern_are_refused(output, count):
     """They would be of other blocks: silently, where there are as many."""
     layer = BlockSparseLinear(20, 50, block_shape=(8, 16), pattern=spread_blocks((7, 2), 7))
@@ -120,6 +120,8 @@ def test_gradients_of_an_old_pattern_are_refused(output, count):
     layer.values.requires_grad_(output not in ("frozen values", "bias alone"))
     if output == "weight":
         y = F.linear(x, layer.weight)
+    elif output == "penalty":
+        y = layer.values**2
     else:
         y = (torch.compile(layer, backend="aot_eager") if output == "compiled" else layer)(x)
     layer.update_pattern_(spread_blocks((7, 2), count))
@@ -235,6 +237,11 @@ def run(rank, file):
     expected, part = train(network(0)), slice(rank, None, 2)
     replicated = nn.parallel.DistributedDataParallel(network(rank))  # each has another pattern: that of rank 0 counts
     torch.testing.assert_close(train(replicated, part), expected)
+    single = network(0)
+    single.load_state_dict(replicated.module.state_dict())
+    for model in (single, replicated.module):
+        model[0].update_pattern_(~model[0].pattern)
+    torch.testing.assert_close(train(replicated, part), train(single))
     sharded = network(0)
     for module in (sharded[0], sharded[2], sharded):
         fully_shard(module, mesh=init_device_mesh("cpu", (2,)))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitmask import ops_block
-from bitmask.calls import LINEAR_DTYPES, FormatError, check_strided
+from bitmask.calls import LINEAR_DTYPES, MOST_BLOCK_SIDE, FormatError, check_strided
 
 # What a layer consists of, beside its bias.
 PARTS = ("values", "crow_indices", "col_indices", "dense_shape")
@@ -79,6 +79,13 @@ def check_size(name: str, size: int) -> int:
     return size
 
 
+def check_shape(name: str, shape: tuple[int, int], error: type[ValueError] = ValueError) -> tuple[int, int]:
+    """The shape; raises `error` unless a weight can have as many elements."""
+    if shape[0] * shape[1] >= 2**63:
+        raise error(f"{name}: got {list(shape)}, expected sizes whose product is less than 2^63")
+    return shape
+
+
 def known_sizes(out_features: int | None, in_features: int | None) -> list[int | None]:
     """What a caller knows of a weight's size, checked."""
     known = {"out_features": out_features, "in_features": in_features}
@@ -128,12 +135,11 @@ def check_parts(parts: Mapping[str, Any], prefix: str, sharded: bool = False) ->
     out_features, in_features = shape.tolist()
     if min(out_features, in_features) < 0:
         raise FormatError(f"{prefix}dense_shape: got {[out_features, in_features]}, expected no negative size")
-    if out_features * in_features >= 2**63:
+    check_shape(f"{prefix}dense_shape", (out_features, in_features), FormatError)
+    if values.ndim != 3 or 0 in values.shape[1:] or max(values.shape[1:]) > MOST_BLOCK_SIDE:
         raise FormatError(
-            f"{prefix}dense_shape: got {[out_features, in_features]}, expected sizes whose product is less than 2^63"
+            f"{prefix}values: got size {list(values.shape)}, expected [blocks, rows, columns], the last two 1 to 2^28"
         )
-    if values.ndim != 3 or 0 in values.shape[1:]:
-        raise FormatError(f"{prefix}values: got size {list(values.shape)}, expected [blocks, rows, columns] of blocks")
     block_rows = grid_of((out_features, in_features), (values.shape[1], values.shape[2]))[0]
     _check_size(prefix, "crow_indices", crow_indices, (block_rows + 1,), "one per block row and one")
     _check_size(prefix, "col_indices", col_indices, (len(values),), "one per block of values")

@@ -67,10 +67,9 @@ class BlockSparseLinear(BlockLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        shape = (
-            block_layout.check_size("out_features", out_features),
-            block_layout.check_size("in_features", in_features),
-        )
+        out_features = block_layout.check_size("out_features", out_features)
+        in_features = block_layout.check_size("in_features", in_features)
+        shape = block_layout.check_shape("out_features, in_features", (out_features, in_features))
         block_shape = check_block_shape(block_shape)
         block_layout.check_dtype("dtype", dtype or torch.get_default_dtype())
         grid = block_layout.grid_of(shape, block_shape)

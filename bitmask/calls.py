@@ -15,6 +15,9 @@ from bitmask import _C, native
 # Dtypes that have products.
 LINEAR_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
+# The most rows, and columns, of a block: kMostBlockSide of the kernels.
+MOST_BLOCK_SIDE = 2**28
+
 # Kinds of devices whose autocast is minded.
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu")
 
@@ -100,13 +103,13 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_block_shape(block_shape: Sequence[int]) -> tuple[int, int]:
-    """Two positive integers as a tuple; raises TypeError or ValueError."""
+    """Two positive integers, as large as blocks can be, as a tuple; raises TypeError or ValueError."""
     try:
         height, width = (operator.index(size) for size in block_shape)
     except (TypeError, ValueError):
         raise TypeError(f"block_shape: got {block_shape!r}, expected two integers") from None
-    if height < 1 or width < 1:
-        raise ValueError(f"block_shape: got {block_shape!r}, expected sizes of at least 1")
+    if min(height, width) < 1 or max(height, width) > MOST_BLOCK_SIDE:
+        raise ValueError(f"block_shape: got {block_shape!r}, expected sizes of at least 1 and at most 2^28")
     return height, width
 
 

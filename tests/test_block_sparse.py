@@ -245,12 +245,18 @@ def test_reset_parameters_keeps_the_pattern(dtype):
         ),
         ({"block_shape": (0, 32)}, ValueError, r"block_shape: got \(0, 32\), expected sizes of at least 1"),
         ({"block_shape": (32, -1)}, ValueError, "block_shape: got"),
+        ({"block_shape": (1, 2**28 + 1)}, ValueError, r"block_shape: got \(1, 268435457\), expected .* at most 2\^28"),
         ({"block_shape": (32,)}, TypeError, r"block_shape: got \(32,\), expected two integers"),
         ({"block_shape": (32, 32, 32)}, TypeError, "block_shape: got"),
         ({"block_shape": 32}, TypeError, "block_shape: got 32"),
         ({"block_shape": (32.0, 32)}, TypeError, "block_shape: got"),
         ({"in_features": -1}, ValueError, "in_features: got -1, expected at least 0"),
         ({"out_features": -1}, ValueError, "out_features: got -1"),
+        (
+            {"in_features": 2**40, "out_features": 2**23},
+            ValueError,
+            r"out_features, in_features: got \[8388608, 1099511627776\], expected .* is less than 2\^63",
+        ),
         ({"in_features": 7.0}, TypeError, "in_features: got 7.0, expected an integer"),
         ({"pattern": torch.ones(3, 4, dtype=torch.bool)}, ValueError, r"pattern: got size \[3, 4\], expected \[4, 3\]"),
         ({"pattern": torch.ones(12, dtype=torch.bool)}, ValueError, "pattern: got 1 dimensions, expected 2"),
@@ -473,6 +479,14 @@ def bsr(crow_indices, col_indices):
         (lambda: torch.ones(4, 4).to_sparse_csr(), None, TypeError, "weight: got torch.sparse_csr"),
         (lambda: [1], None, TypeError, "weight: got list"),
         (lambda: torch.ones(2, 4, 4).to_sparse_bsr((2, 2)), None, ValueError, r"weight: got size \[2, 4, 4\]"),
+        (
+            lambda: torch.sparse_bsr_tensor(
+                torch.zeros(2).long(), torch.empty(0).long(), torch.empty(0, 1, 2**28 + 1), check_invariants=False
+            ),
+            None,
+            FormatError,
+            r"values: got size \[0, 1, 268435457\], expected .* 1 to 2\^28",
+        ),
         (lambda: torch.ones(4, 4).int().to_sparse_bsr((2, 2)), None, TypeError, "values: got dtype torch.int32"),
         (lambda: bsr([0, 2, 2], [1, 0]), None, FormatError, r"col_indices\[\d\]: got"),
         (lambda: bsr([0, 2, 2], [1, 1]), None, FormatError, r"col_indices\[\d\]: got"),

@@ -296,6 +296,9 @@ class BlockSparseLinear(BlockLinear):
         With DistributedDataParallel, every process must give the same pattern or scores (broadcast random ones first),
         and the wrapper has to be made anew if the number of blocks changes.
 
+        An averaged copy (AveragedModel) has to be given the same pattern, by its own `update_pattern_`; another layer
+        that shares `values` would multiply them by its old pattern: use one layer in both places instead.
+
         With SET [1], blocks are dropped by `block_norms` and grown at random; with RigL [2], they are grown by the
         gradient of the dense weight, which takes no more than the layer's input and its output's gradient: the last
         example.

@@ -272,4 +272,4 @@ def test_two_processes_train_as_one(tmp_path):
     code = (
         f"import runpy, sys; sys.argv[1:] = [{str(tmp_path)!r}]; runpy.run_path({str(script)!r}, run_name='__main__')"
     )
-    assert run_python(code, timeout=300).stdout.strip() == "same"
+    assert run_python(code, timeout=300).stdout.split()[-1:] == ["same"], "after what gloo prints in some versions"

@@ -364,7 +364,8 @@ class BlockSparseLinear(BlockLinear):
             if isinstance(tensor, Tensor) and tensor.ndim == 3 and len(tensor) == len(self.values):
                 state[name] = moved(tensor)
         # Backward passes of what was calculated earlier raise then: their gradients are of other blocks.
-        torch.autograd.graph.increment_version([getattr(self, name) for name in (*PARTS[:3], *_TRANSPOSED)])
+        changed = [getattr(self, name) for name in (*PARTS[:3], *_TRANSPOSED)]
+        torch.autograd.graph.increment_version([tensor for tensor in changed if not tensor.is_inference()])
         values, grad = moved(self.values), self.values.grad
         self.values.grad = None
         _replace_data(self.values, values)
@@ -438,7 +439,9 @@ def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
     of an earlier step is alive; a change of dtype makes autograd drop it.
     """
     if parameter.shape == data.shape:
-        parameter.copy_(data)
+        # What was made in inference mode can only be written to there.
+        with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+            parameter.copy_(data)
         return
     parameter.data = data.to(torch.float32 if data.dtype == torch.float64 else torch.float64)
     parameter.data = data

@@ -696,6 +696,15 @@ def test_layers_changed_in_inference_mode_can_be_trained(change):
     assert_consistent(layer)
 
 
+def test_layers_made_in_inference_mode_change_there():
+    with torch.inference_mode():
+        layer = make(64, 64)
+        pattern = layer.pattern.flip(0)
+        layer.update_pattern_(pattern)
+        assert torch.equal(layer.pattern, pattern)
+        assert_consistent(layer)
+
+
 def test_gradcheck():
     layer = make(9, 7, 0.5, (2, 4), dtype=torch.float64)
     x = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bitmask.compressed_tensor import CompressedTensor
-from bitmask.ops_two_four import prune_24
+from bitmask.ops_two_four import TWO_FOUR_DTYPES, prune_24
 
 
 def prune_by_magnitude(tensor: Tensor, sparsity: float) -> Tensor:
@@ -15,7 +15,7 @@ def prune_by_magnitude(tensor: Tensor, sparsity: float) -> Tensor:
     Exactly ``int(sparsity * numel)`` elements are zeroed; among equal magnitudes the first ones go; NaN is largest.
 
     Raises:
-        TypeError: not a dense tensor of a real floating-point dtype that has a zero.
+        TypeError: not a dense tensor of a real floating-point dtype that has a zero and a codec.
         ValueError: `sparsity` outside 0 to 1.
 
     >>> prune_by_magnitude(torch.tensor([[0.5, -2.0], [-0.25, 1.0]]), 0.5)
@@ -25,8 +25,10 @@ def prune_by_magnitude(tensor: Tensor, sparsity: float) -> Tensor:
     if isinstance(tensor, CompressedTensor):
         kind = type(tensor).__name__
         raise TypeError(f"tensor: got a {kind}, expected a dense tensor: prune to_dense() and compress again")
-    if not tensor.is_floating_point() or tensor.dtype is torch.float8_e8m0fnu:
-        raise TypeError(f"tensor: got dtype {tensor.dtype}, expected a real floating-point dtype that has a zero")
+    if not tensor.is_floating_point() or tensor.dtype not in TWO_FOUR_DTYPES:
+        raise TypeError(
+            f"tensor: got dtype {tensor.dtype}, expected a floating-point dtype that has a zero and a codec"
+        )
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity: got {sparsity}, expected 0 to 1")
     pruned = tensor.detach().clone(memory_format=torch.contiguous_format)

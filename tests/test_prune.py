@@ -56,8 +56,13 @@ def test_refuses_other_fractions(sparsity):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e8m0fnu], ids=str)
 def test_refuses_other_dtypes(dtype):
-    with pytest.raises(TypeError, match=r"tensor: got dtype .*, expected a real floating-point dtype"):
+    with pytest.raises(TypeError, match=r"tensor: got dtype .*, expected a floating-point dtype"):
         prune_by_magnitude(torch.ones(3).to(dtype), 0.5)
+
+
+def test_refuses_dtypes_of_less_than_a_byte():
+    with pytest.raises(TypeError, match="float4_e2m1fn_x2, expected a floating-point dtype"):
+        prune_by_magnitude(torch.zeros(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), 0.5)
 
 
 def test_refuses_compressed_tensors():

@@ -51,6 +51,7 @@ class BlockLinear(nn.Module):
         known = self._index_of_meta if self.crow_indices.is_meta else None
         return known or (self.crow_indices, self.col_indices)
 
+    @torch.inference_mode(False)  # which loading may happen in: its tensors could not be trained with, nor written to
     def _set_index(self, crow_indices: Tensor, col_indices: Tensor) -> None:
         """Take over a pattern; on device meta its numbers are kept aside."""
         index = (crow_indices.cpu(), col_indices.cpu())

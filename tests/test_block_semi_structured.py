@@ -235,6 +235,17 @@ def test_state_dict_brings_its_pattern(assign, bias):
     assert torch.equal(target(x := torch.randn(3, 640)), source(x))
 
 
+@pytest.mark.parametrize("assign", [True, False])
+def test_loaded_in_inference_mode_it_trains_x_and_loads_again(assign):
+    layer, state = layer_of(), copy.deepcopy(layer_of().state_dict())
+    with torch.inference_mode():
+        layer.load_state_dict(state, assign=assign)
+    assert not any(tensor.is_inference() for tensor in (*layer.parameters(), *layer.buffers()))
+    layer(x := torch.randn(3, 70, requires_grad=True)).sum().backward()
+    assert x.grad.any()
+    layer.load_state_dict(state)
+
+
 def test_from_state_dict_copies():
     layer = layer_of()
     state = nn.Sequential(layer).state_dict()

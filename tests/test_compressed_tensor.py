@@ -482,6 +482,19 @@ def test_load_state_dict(source, target, assign):
         assert shared.data_ptr() != given.data_ptr()
 
 
+@pytest.mark.parametrize("source", [None, *KINDS])
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_loaded_in_inference_mode_it_trains_x(linear, source, made_inside):
+    state = other_linear(source).state_dict()
+    with torch.inference_mode():
+        if made_inside:
+            state = {name: tensor.clone() for name, tensor in state.items()}
+        linear.load_state_dict(state)
+    assert_is_compressed(linear.weight, two_four_numbers(6, 20, seed=5))
+    linear(x := torch.ones(2, 20, requires_grad=True)).sum().backward()
+    torch.testing.assert_close(x.grad, linear.weight.to_dense().sum(0).expand(2, 20))
+
+
 def test_load_state_dict_keeps_the_parameter_object(linear):
     weight = linear.weight
     linear.load_state_dict(other_linear(None).state_dict())

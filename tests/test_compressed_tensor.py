@@ -381,6 +381,31 @@ def test_linear_with_a_compressed_bias(kind, weight_kind):
     torch.testing.assert_close(outputs, F.linear(inputs, weight, bias))
 
 
+def dual_derivative(function, x):
+    with torch.autograd.forward_ad.dual_level():
+        dual = function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        return torch.autograd.forward_ad.unpack_dual(dual).tangent
+
+
+@allows_decompression
+@pytest.mark.parametrize(
+    "derive",
+    [
+        dual_derivative,
+        lambda function, x: torch.func.jvp(function, (x,), (torch.ones_like(x),)),
+        lambda function, x: torch.func.linearize(function, x)[1](torch.ones_like(x)),
+        lambda function, x: torch.func.jacfwd(function)(x),
+        lambda function, x: torch.func.hessian(lambda x: function(x).sin().sum())(x),
+    ],
+    ids=["dual", "jvp", "linearize", "jacfwd", "hessian"],
+)
+@pytest.mark.parametrize("function", [F.linear, lambda x, weight: x @ weight.t()], ids=["linear", "matmul"])
+def test_forward_mode_derivatives_on_dense_copies(dense, compressed, derive, function):
+    x = torch.randn(3, 20)
+    got, expected = (derive(lambda x, weight=weight: function(x, weight), x) for weight in (compressed, dense))
+    torch.testing.assert_close(got, expected)
+
+
 def test_parameter(linear, dense):
     assert isinstance(linear.weight, nn.Parameter)
     assert isinstance(linear.weight, CompressedTensor)
@@ -584,6 +609,13 @@ def test_augmented_assignment_does_not_change_the_tensor(dense, compressed):
     result = compressed
     result *= 2
     assert torch.equal(result, dense * 2)
+    assert_is_compressed(compressed, dense)
+
+
+def test_copied_into_while_forward_mode_is_on(kind, dense):
+    compressed = kind.from_dense(torch.zeros(6, 20))
+    with torch.autograd.forward_ad.dual_level():
+        compressed.copy_(dense)
     assert_is_compressed(compressed, dense)
 
 

@@ -89,10 +89,17 @@ class BlockLinear(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"x: got {type(x).__name__}, expected a torch.Tensor")
         if x.is_nested:
-            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()], layout=x.layout)
+            return self._over_parts(x)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: got size {list(x.shape)}, expected [..., {self.in_features}] (in_features)")
         return self._multiply(x)
+
+    def _over_parts(self, x: Any) -> Tensor:
+        """A nested `x`, if jagged and without holes as a whole: torch adds to it only what has the same offsets."""
+        if x.layout is not torch.jagged or x.lengths() is not None or x._ragged_idx == x.ndim - 1:
+            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()], layout=x.layout)
+        sizes = {"jagged_dim": x._ragged_idx, "min_seqlen": x._maybe_min_seqlen, "max_seqlen": x._maybe_max_seqlen}
+        return torch.nested.nested_tensor_from_jagged(self(x.values()), x.offsets(), **sizes)
 
     @property
     def density(self) -> float:

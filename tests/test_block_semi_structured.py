@@ -167,6 +167,48 @@ def test_input_of_other_kinds():
         assert layer(parts[0]).dtype == torch.bfloat16
 
 
+def jagged(values, **sizes):
+    return torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 3, 8]), **sizes)
+
+
+@pytest.mark.parametrize("make_layer", [make, layer_of])
+@pytest.mark.parametrize("sizes", [{}, {"min_seqlen": 3, "max_seqlen": 5}], ids=["unknown", "known"])
+def test_residual_connections_of_jagged_tensors(make_layer, sizes):
+    layer, values = make_layer(70, 70), torch.randn(8, 70, requires_grad=True)
+    x = jagged(values, **sizes)
+    y, expected = x + layer(x), values + layer(values)
+    assert torch.equal(y.values(), expected)
+    assert (layer(x)._maybe_min_seqlen, layer(x)._maybe_max_seqlen) == ((3, 5) if sizes else (None, None))
+    tensors = (values, *layer.parameters())
+    gradients = [torch.autograd.grad(each.square().sum(), tensors) for each in (y.values(), expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+JAGGED = {
+    "heads": lambda x: x.unflatten(-1, (2, 70)).transpose(1, 2),
+    "heads, contiguous": lambda x: x.unflatten(-1, (2, 70)).transpose(1, 2).contiguous(),
+    "holes": lambda x: torch.nested.narrow(torch.randn(2, 9, 70), 1, *torch.tensor([[0, 2], [3, 4]]), x.layout),
+}
+
+
+@pytest.mark.parametrize("name", JAGGED)
+@pytest.mark.parametrize("make_layer", [make, layer_of])
+def test_other_jagged_tensors(make_layer, name):
+    layer, x = make_layer(), JAGGED[name](jagged(torch.randn(8, 140)))
+    y = layer(x)
+    assert y.layout == torch.jagged
+    for got, part in zip(y.unbind(), x.unbind(), strict=True):
+        torch.testing.assert_close(got, layer(part))
+
+
+def test_a_jagged_size_of_the_inputs():
+    x = torch.nested.nested_tensor([torch.randn(3), torch.randn(67)], layout=torch.jagged)
+    assert x.values().shape == (70,)
+    with pytest.raises(ValueError, match=r"x: got size \[3\], expected \[..., 70\]"):
+        layer_of()(x)
+
+
 def test_repr():
     layer = layer_of(bias=False, dtype=torch.bfloat16)
     assert repr(layer) == (

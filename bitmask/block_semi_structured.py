@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -136,6 +136,14 @@ class SemiStructuredBlockLinear(BlockLinear):
         """The twin of this layer that can be trained, of which it shares nothing; hooks stay behind."""
         parts = {name: getattr(self, name) for name in block_layout.PARTS} | {"values": self._blocks()}
         return copy_the_rest(self, BlockSparseLinear.from_state_dict(parts))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SemiStructuredBlockLinear:
+        """Metadata stay bits where all tensors get another dtype: `nn.Module.type`."""
+        before = self.metadata
+        super()._apply(fn, recurse)
+        if self.metadata.dtype != before.dtype:
+            self.metadata = before.to(self.values.device)
+        return self
 
     def _load_from_state_dict(
         self,

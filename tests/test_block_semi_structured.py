@@ -236,6 +236,17 @@ def test_to_dtype(dtype):
     assert layer.crow_indices.dtype == torch.int64
 
 
+@pytest.mark.parametrize("make_layer", [make, layer_of])
+def test_type(dtype, make_layer):
+    """Which casts indices and metadata as well."""
+    layer = make_layer()
+    expected = copy.deepcopy(layer).to(dtype)
+    assert layer.type(dtype) is layer
+    for name, tensor in expected.state_dict().items():
+        assert_bits_equal(layer.state_dict()[name], tensor)
+    assert torch.equal(layer(x := torch.randn(2, 70).to(dtype)), expected(x))
+
+
 def test_meta_and_back():
     source = layer_of()
     layer = copy.deepcopy(source).to("meta")

@@ -120,6 +120,15 @@ class BlockLinear(nn.Module):
         """The weight as a dense copy, made when something is done with it; differentiable, writing to it raises."""
         return self._dense() if torch.compiler.is_compiling() else DenseCopy(self._dense, self._shape, self.values)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a weight, of which torch would say, where a parameter is set, that the attribute exists."""
+        if name == "weight":
+            raise TypeError(
+                f"weight: got a {type(value).__name__} to set, expected none: it is a dense copy; make a layer of "
+                "another weight with BlockSparseLinear.from_dense; to tie layers, use the same one in both places"
+            )
+        super().__setattr__(name, value)
+
     def _prove_index(self) -> None:
         """Raise FormatError unless the index is one still: buffers can be written to. Compiled code does not ask."""
         if not torch.compiler.is_compiling():

@@ -217,6 +217,36 @@ def test_repr():
     )
 
 
+@pytest.mark.parametrize("make_layer", [make, layer_of])
+@pytest.mark.parametrize("weight", [nn.Parameter(torch.ones(50, 70)), torch.ones(50, 70), None], ids=type)
+def test_setting_a_weight(make_layer, weight):
+    message = rf"^weight: got a {type(weight).__name__} to set, expected none: it is a dense copy.*use the same one"
+    with pytest.raises(TypeError, match=message):
+        make_layer().weight = weight
+
+
+class Doubled(nn.Module):
+    def forward(self, half):
+        return 2 * half
+
+    def right_inverse(self, whole):
+        return whole / 2
+
+
+@pytest.mark.parametrize("make_layer", [make, layer_of])
+def test_setting_a_bias(make_layer):
+    layer, x = make_layer(), torch.randn(2, 70)
+    layer.bias = nn.Parameter(torch.zeros(50))
+    product = layer(x)
+    nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    layer.bias = torch.ones(50)
+    torch.testing.assert_close(layer(x), product + 1)
+    nn.utils.parametrize.remove_parametrizations(layer, "bias")
+    torch.testing.assert_close(layer(x), product + 1)
+    layer.bias = None
+    torch.testing.assert_close(layer(x), product)
+
+
 def test_deepcopy_and_pickle():
     layer, file = layer_of(), io.BytesIO()
     torch.save(layer, file)

@@ -156,6 +156,11 @@ class SemiStructuredBlockLinear(BlockLinear):
         error_msgs: list[str],
     ) -> None:
         """Check everything first: what contradicts itself raises, what has other sizes is reported by torch."""
+        if prefix + "values" in state_dict and prefix + "metadata" not in state_dict:
+            error_msgs.append(
+                f"{prefix}metadata: not in the state_dict, expected it with values, which else may be dense blocks"
+            )
+            return
         own = {
             "crow_indices": self._index[0],
             "col_indices": self._index[1],

@@ -460,12 +460,37 @@ def test_parts_that_are_missing_and_sizes_that_are_known():
         rest = {key: part for key, part in state.items() if key != name}
         with pytest.raises(FormatError, match=f"^{name}: not in the state_dict, expected values, metadata"):
             SemiStructuredBlockLinear.from_state_dict(rest)
-        with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
+        message = "metadata: not in the state_dict" if name == "metadata" else f'Missing key.*"{name}"'
+        with pytest.raises(RuntimeError, match=message):
             SemiStructuredBlockLinear.from_state_dict(state).load_state_dict(rest)
     with pytest.raises(FormatError, match=r"^dense_shape: got in_features 70, expected 71"):
         SemiStructuredBlockLinear.from_state_dict(state, in_features=71)
     with pytest.raises(FormatError, match=r"^bias: got size \[3\], expected \[50\]"):
         SemiStructuredBlockLinear.from_state_dict({**state, "bias": torch.ones(3)})
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_state_of_dense_blocks_is_refused(strict):
+    """Half as wide, they would pass for what is stored of 2:4 ones."""
+    model = nn.Sequential(layer_of(128, 128, density=1.0, block_shape=(32, 32)))
+    half = torch.ones(4, 8, dtype=torch.bool)
+    half[:, 4:] = False
+    source = nn.Sequential(make(128, 128, pattern=half, block_shape=(32, 16)))
+    assert source[0].values.shape == model[0].values.shape
+    before = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match=r"0\.metadata: not in the state_dict, expected it with values"):
+        model.load_state_dict(source.state_dict(), strict=strict)
+    assert_same_layer(model[0], before[0])
+
+
+def test_part_of_a_state_dict():
+    source, target = layer_of(640, 640), layer_of(640, 640)
+    state = source.state_dict()
+    missing, _ = target.load_state_dict({"bias": state["bias"]}, strict=False)
+    assert sorted(missing) == sorted(PARTS)
+    for names in (("crow_indices", "col_indices"), ("values", "metadata")):
+        target.load_state_dict({name: state[name] for name in names}, strict=False)
+    assert_same_layer(target, source)
 
 
 def test_safetensors(tmp_path):

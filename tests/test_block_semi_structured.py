@@ -493,6 +493,16 @@ def test_part_of_a_state_dict():
     assert_same_layer(target, source)
 
 
+@pytest.mark.parametrize("kind", [BlockSparseLinear, SemiStructuredBlockLinear])
+def test_what_is_no_state_dict_or_prefix(kind):
+    for state in (None, make(), [("values", torch.ones(1))]):
+        with pytest.raises(TypeError, match=rf"^state_dict: got {type(state).__name__}, expected a dict of tensors"):
+            kind.from_state_dict(state)
+    for prefix in (1, None):
+        with pytest.raises(TypeError, match=f"^prefix: got {prefix}, expected a string"):
+            kind.from_state_dict(layer_of().state_dict(), prefix)
+
+
 def test_safetensors(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     model = nn.Sequential(layer_of(), nn.ReLU(), layer_of(50, 20, bias=False))

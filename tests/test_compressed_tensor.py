@@ -520,6 +520,15 @@ def test_loaded_in_inference_mode_it_trains_x(linear, source, made_inside):
     torch.testing.assert_close(x.grad, linear.weight.to_dense().sum(0).expand(2, 20))
 
 
+def test_views_of_a_weight_in_inference_mode(linear, dense):
+    with torch.inference_mode():
+        state, row, parameter = linear.state_dict(), linear.weight[2], nn.Parameter(linear.weight, requires_grad=False)
+    assert_is_compressed(row, dense[2])
+    for weight in (state["weight"], parameter):
+        F.linear(x := torch.ones(2, 20, requires_grad=True), weight).sum().backward()
+        torch.testing.assert_close(x.grad, dense.sum(0).expand(2, 20))
+
+
 def test_load_state_dict_keeps_the_parameter_object(linear):
     weight = linear.weight
     linear.load_state_dict(other_linear(None).state_dict())

@@ -109,7 +109,11 @@ def refuse_two_four(state_dict: Mapping[str, Any], prefix: str) -> None:
 
 
 def parts_of(state_dict: Mapping[str, Any], names: Sequence[str], prefix: str) -> dict[str, Any]:
-    """The parts of a layer; raises FormatError if one is missing."""
+    """The parts of a layer; raises TypeError unless it is a state_dict and a prefix, FormatError if one is missing."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: got {type(state_dict).__name__}, expected a dict of tensors by name")
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix: got {prefix!r}, expected a string")
     missing = [prefix + name for name in names if prefix + name not in state_dict]
     if missing:
         raise FormatError(f"{missing[0]}: not in the state_dict, expected {', '.join(names)} and perhaps bias")

@@ -51,6 +51,7 @@ class BlockLinear(nn.Module):
         known = self._index_of_meta if self.crow_indices.is_meta else None
         return known or (self.crow_indices, self.col_indices)
 
+    @torch.inference_mode(False)  # which loading may happen in: its tensors could not be trained with, nor written to
     def _set_index(self, crow_indices: Tensor, col_indices: Tensor) -> None:
         """Take over a pattern; on device meta its numbers are kept aside."""
         index = (crow_indices.cpu(), col_indices.cpu())
@@ -88,10 +89,17 @@ class BlockLinear(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"x: got {type(x).__name__}, expected a torch.Tensor")
         if x.is_nested:
-            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()], layout=x.layout)
+            return self._over_parts(x)
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x: got size {list(x.shape)}, expected [..., {self.in_features}] (in_features)")
         return self._multiply(x)
+
+    def _over_parts(self, x: Any) -> Tensor:
+        """A nested `x`, if jagged and without holes as a whole: torch adds to it only what has the same offsets."""
+        if x.layout is not torch.jagged or x.lengths() is not None or x._ragged_idx == x.ndim - 1:
+            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()], layout=x.layout)
+        sizes = {"jagged_dim": x._ragged_idx, "min_seqlen": x._maybe_min_seqlen, "max_seqlen": x._maybe_max_seqlen}
+        return torch.nested.nested_tensor_from_jagged(self(x.values()), x.offsets(), **sizes)
 
     @property
     def density(self) -> float:
@@ -113,6 +121,15 @@ class BlockLinear(nn.Module):
     def weight(self) -> Tensor:
         """The weight as a dense copy, made when something is done with it; differentiable, writing to it raises."""
         return self._dense() if torch.compiler.is_compiling() else DenseCopy(self._dense, self._shape, self.values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a weight, of which torch would say, where a parameter is set, that the attribute exists."""
+        if name == "weight":
+            raise TypeError(
+                f"weight: got a {type(value).__name__} to set, expected none: it is a dense copy; make a layer of "
+                "another weight with BlockSparseLinear.from_dense; to tie layers, use the same one in both places"
+            )
+        super().__setattr__(name, value)
 
     def _prove_index(self) -> None:
         """Raise FormatError unless the index is one still: buffers can be written to. Compiled code does not ask."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -79,8 +78,9 @@ def prune_blocks(
     """Keep the blocks of largest norm of a linear layer, or of all linear layers of a model, which is changed in place.
 
     A BlockSparseLinear keeps the largest of the blocks that it has, in place, with the block shape that it has, and
-    gets no new ones. Layers whose weight is tied, computed, or used without their `forward` stay dense, with a warning
-    that says which and why. Optimizers have to be made anew; hooks of replaced layers stay behind.
+    gets no new ones. Layers whose weight or bias is tied or computed, or whose weight is used without their `forward`,
+    stay dense, with a warning that says which and why. Optimizers have to be made anew; hooks of replaced layers stay
+    behind.
 
     Args:
         module: an `nn.Linear`, of which a BlockSparseLinear is made, or a model, of which modules are replaced.
@@ -325,15 +325,19 @@ class _Layer:
 def _layers(model: nn.Module) -> list[_Layer]:
     """The linear layers of a model in its order, block-sparse ones too."""
     reasons: dict[nn.Module, str] = {}
-    for weight in linear_weights(model):
+    weights = linear_weights(model)
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for slot, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(id(tensor), []).append(f"{name}.{slot}".removeprefix("."))
+    for weight in weights:
         for layer in weight.layers.values():
-            reasons[layer] = _reason_against(weight)
-    holders = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
+            reasons[layer] = _reason_against(weight) or _reason_against_bias(layer, places)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
         if isinstance(module, BlockSparseLinear):
-            reasons[module] = _reason_against_pruning(module, holders)
+            reasons[module] = _reason_against_pruning(module, places)
         elif type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
             reasons[module] = "transformers' Conv1D is no nn.Linear: its weight is [in_features, out_features]"
     return [_Layer(tuple(names[module]), module, reasons[module]) for module in names if module in reasons]
@@ -355,12 +359,21 @@ def _reason_against(weight: LinearWeight) -> str:
     return ""
 
 
-def _reason_against_pruning(layer: BlockSparseLinear, holders: Mapping[int, int]) -> str:
+def _reason_against_bias(layer: nn.Linear, places: Mapping[int, Sequence[str]]) -> str:
+    """Why the bias of a layer cannot go to another layer; empty if it can."""
+    bias = layer._parameters.get("bias")
+    if bias is None:
+        return "" if layer.bias is None else "its bias is computed from other parameters"
+    same = places[id(bias)]
+    return f"{' and '.join(same)} are one parameter" if len(same) > 1 else ""
+
+
+def _reason_against_pruning(layer: BlockSparseLinear, places: Mapping[int, Sequence[str]]) -> str:
     """Why a block-sparse layer cannot get fewer blocks; empty if it can."""
     values = layer._parameters.get("values")
     if values is None:
         return "its values are computed from other parameters"
-    if holders[id(values)] > 1:
+    if len(places[id(values)]) > 1:
         return "it shares its values"
     return "its values are sharded" if hasattr(values, "__tensor_flatten__") else ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -138,6 +138,14 @@ class SemiStructuredBlockLinear(BlockLinear):
         parts = {name: getattr(self, name) for name in block_layout.PARTS} | {"values": self._blocks()}
         return copy_the_rest(self, BlockSparseLinear.from_state_dict(parts))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SemiStructuredBlockLinear:
+        """Metadata stay bits where all tensors get another dtype: `nn.Module.type`."""
+        before = self.metadata
+        super()._apply(fn, recurse)
+        if self.metadata.dtype != before.dtype:
+            self.metadata = before.to(self.values.device)
+        return self
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -149,6 +157,11 @@ class SemiStructuredBlockLinear(BlockLinear):
         error_msgs: list[str],
     ) -> None:
         """Check everything first: what contradicts itself raises, what has other sizes is reported by torch."""
+        if prefix + "values" in state_dict and prefix + "metadata" not in state_dict:
+            error_msgs.append(
+                f"{prefix}metadata: not in the state_dict, expected it with values, which else may be dense blocks"
+            )
+            return
         own = {
             "crow_indices": self._index[0],
             "col_indices": self._index[1],

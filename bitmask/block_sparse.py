@@ -219,8 +219,8 @@ class BlockSparseLinear(BlockLinear):
         >>> torch.equal(BlockSparseLinear.from_state_dict(model.state_dict(), "0.").values, layer.values)
         True
         """
-        block_layout.refuse_two_four(state_dict, prefix)
         parts = block_layout.parts_of(state_dict, PARTS, prefix)
+        block_layout.refuse_two_four(state_dict, prefix)
         expected = block_layout.known_sizes(out_features, in_features)
         return cls._of_untrusted_parts(parts, state_dict.get(f"{prefix}bias"), prefix, expected)
 

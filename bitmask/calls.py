@@ -63,11 +63,15 @@ def differentiates_forward() -> bool:
 
 
 def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:
-    """Raise where forward mode asks for a derivative: torch would take it for zero."""
+    """Raise where forward mode asks for a derivative: torch would take it for zero.
+
+    Below autograd, where dense copies are made, it asks for none, and torch cannot unpack what it would ask of.
+    """
+    is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+    if forward_ad._current_level < 0 or is_excluded(torch._C.DispatchKey.ADInplaceOrView):
+        return
     unpack: Any = forward_ad.unpack_dual
-    if forward_ad._current_level >= 0 and any(
-        isinstance(arg, Tensor) and unpack(arg).tangent is not None for arg in args
-    ):
+    if any(isinstance(arg, Tensor) and unpack(arg).tangent is not None for arg in args):
         raise NotImplementedError(f"{op}: has no forward-mode derivative, only gradients")
 
 

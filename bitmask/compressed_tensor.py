@@ -136,10 +136,11 @@ class CompressedTensor(Tensor):
 
     @classmethod
     def _wrap(cls, parts: Sequence[Tensor], shape: Sequence[int], borrowed: bool = False) -> Self:
-        """Wrap parts as they are."""
-        wrapper: Self = Tensor._make_wrapper_subclass(
-            cls, torch.Size(shape), dtype=parts[0].dtype, device=parts[0].device, requires_grad=False
-        )
+        """Wrap parts as they are, as an inference tensor only where they are such: views of others may not be."""
+        with torch.inference_mode(parts[0].is_inference()):
+            wrapper: Self = Tensor._make_wrapper_subclass(
+                cls, torch.Size(shape), dtype=parts[0].dtype, device=parts[0].device, requires_grad=False
+            )
         wrapper._held = _Parts(parts, borrowed)
         return wrapper
 

@@ -69,9 +69,10 @@ def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False
         raise ValueError(f"copy_: got shape {tuple(source.shape)}, expected {tuple(target.shape)}")
     if isinstance(source, CompressedTensor) and not isinstance(source, kind):
         source = source.to_dense()
-    source = source.to(dtype=target.dtype, device=target.device)
-    copied = source._map_parts(torch.clone) if isinstance(source, CompressedTensor) else kind.from_dense(source)
-    target._held.replace(copied._parts())
+    with torch.inference_mode(False), torch.no_grad():  # parts made in inference mode could not be trained with
+        source = source.to(dtype=target.dtype, device=target.device)
+        copied = source._map_parts(torch.clone) if isinstance(source, CompressedTensor) else kind.from_dense(source)
+        target._held.replace(copied._parts())
     return target
 
 

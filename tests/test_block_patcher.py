@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
-from bitmask import BlockSparseLinear, BlockSparseModelPatcher, native, ops_block
+from bitmask import BlockSparseLinear, BlockSparseModelPatcher, native, ops_block, prune_blocks
 from bitmask.block_patcher import _place_against
 from bitmask.block_patterns import spread_blocks
 
@@ -302,6 +303,39 @@ def test_layers_with_a_forward_of_their_own_stay_dense():
     with pytest.warns(UserWarning, match=r"0: 0 \(Own\) has a forward of its own"):
         patcher_of(**{".": {}}).patch_model(model)
     assert replaced(model) == ["1"]
+
+
+def test_layers_whose_bias_is_tied_or_computed_stay_dense():
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)), nn.LayerNorm(64))
+    model[1].bias = model[0].bias
+    model[2].bias = model[6].bias
+    nn.utils.parametrize.register_parametrization(model[3], "bias", nn.Softplus())
+    prune.l1_unstructured(model[4], "bias", 0.5)
+    reasons = [
+        *["0.bias and 1.bias are one parameter"] * 2,
+        "2.bias and 6.bias are one parameter",
+        *["its bias is computed from other parameters"] * 2,
+    ]
+    message = "; ".join(f"{i}: {reason}" for i, reason in enumerate(reasons))
+    with pytest.warns(UserWarning, match=f"layers that match but stay dense: {re.escape(message)}$"):
+        report = patcher_of(**{".*": {}}).patch_model(model)
+    assert [row.reason for row in report.rows] == [*reasons, ""]
+    assert replaced(model) == ["5"]
+    with pytest.warns(UserWarning, match=f"layers that are not pruned: {re.escape(message)}$"):
+        prune_blocks(model, 0.25)
+    assert replaced(model) == ["5"]
+    with pytest.raises(TypeError, match="cannot be replaced: its bias is computed from other parameters"):
+        prune_blocks(model[4], 0.5)
+
+
+def test_layers_under_two_names_and_without_a_bias_are_replaced():
+    layer = nn.Linear(64, 64)
+    model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(64, 64, bias=False)})
+    patcher_of(**{".*": {}}).patch_model(model)
+    assert replaced(model) == ["a", "c"]
+    model["c"].bias = model["a"].bias
+    prune_blocks(model, 0.25)
+    assert model["c"].bias is model["a"].bias, "pruned in place"
 
 
 def test_lazy_layers_are_left_out():

@@ -167,12 +167,84 @@ def test_input_of_other_kinds():
         assert layer(parts[0]).dtype == torch.bfloat16
 
 
+def jagged(values, **sizes):
+    return torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 3, 8]), **sizes)
+
+
+@pytest.mark.parametrize("make_layer", [make, layer_of])
+@pytest.mark.parametrize("sizes", [{}, {"min_seqlen": 3, "max_seqlen": 5}], ids=["unknown", "known"])
+def test_residual_connections_of_jagged_tensors(make_layer, sizes):
+    layer, values = make_layer(70, 70), torch.randn(8, 70, requires_grad=True)
+    x = jagged(values, **sizes)
+    y, expected = x + layer(x), values + layer(values)
+    assert torch.equal(y.values(), expected)
+    assert (layer(x)._maybe_min_seqlen, layer(x)._maybe_max_seqlen) == ((3, 5) if sizes else (None, None))
+    tensors = (values, *layer.parameters())
+    gradients = [torch.autograd.grad(each.square().sum(), tensors) for each in (y.values(), expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+JAGGED = {
+    "heads": lambda x: x.unflatten(-1, (2, 70)).transpose(1, 2),
+    "heads, contiguous": lambda x: x.unflatten(-1, (2, 70)).transpose(1, 2).contiguous(),
+    "holes": lambda x: torch.nested.narrow(torch.randn(2, 9, 70), 1, *torch.tensor([[0, 2], [3, 4]]), x.layout),
+}
+
+
+@pytest.mark.parametrize("name", JAGGED)
+@pytest.mark.parametrize("make_layer", [make, layer_of])
+def test_other_jagged_tensors(make_layer, name):
+    layer, x = make_layer(), JAGGED[name](jagged(torch.randn(8, 140)))
+    y = layer(x)
+    assert y.layout == torch.jagged
+    for got, part in zip(y.unbind(), x.unbind(), strict=True):
+        torch.testing.assert_close(got, layer(part))
+
+
+def test_a_jagged_size_of_the_inputs():
+    x = torch.nested.nested_tensor([torch.randn(3), torch.randn(67)], layout=torch.jagged)
+    assert x.values().shape == (70,)
+    with pytest.raises(ValueError, match=r"x: got size \[3\], expected \[..., 70\]"):
+        layer_of()(x)
+
+
 def test_repr():
     layer = layer_of(bias=False, dtype=torch.bfloat16)
     assert repr(layer) == (
         "SemiStructuredBlockLinear(in_features=70, out_features=50, bias=False, block_shape=(16, 32), blocks=6, "
         f"density={layer.density:.4f}, dtype=torch.bfloat16)"
     )
+
+
+@pytest.mark.parametrize("make_layer", [make, layer_of])
+@pytest.mark.parametrize("weight", [nn.Parameter(torch.ones(50, 70)), torch.ones(50, 70), None], ids=type)
+def test_setting_a_weight(make_layer, weight):
+    message = rf"^weight: got a {type(weight).__name__} to set, expected none: it is a dense copy.*use the same one"
+    with pytest.raises(TypeError, match=message):
+        make_layer().weight = weight
+
+
+class Doubled(nn.Module):
+    def forward(self, half):
+        return 2 * half
+
+    def right_inverse(self, whole):
+        return whole / 2
+
+
+@pytest.mark.parametrize("make_layer", [make, layer_of])
+def test_setting_a_bias(make_layer):
+    layer, x = make_layer(), torch.randn(2, 70)
+    layer.bias = nn.Parameter(torch.zeros(50))
+    product = layer(x)
+    nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    layer.bias = torch.ones(50)
+    torch.testing.assert_close(layer(x), product + 1)
+    nn.utils.parametrize.remove_parametrizations(layer, "bias")
+    torch.testing.assert_close(layer(x), product + 1)
+    layer.bias = None
+    torch.testing.assert_close(layer(x), product)
 
 
 def test_deepcopy_and_pickle():
@@ -192,6 +264,17 @@ def test_to_dtype(dtype):
     assert layer.values.dtype == layer.bias.dtype == layer(torch.randn(2, 70).to(dtype)).dtype == dtype
     assert layer.metadata is metadata
     assert layer.crow_indices.dtype == torch.int64
+
+
+@pytest.mark.parametrize("make_layer", [make, layer_of])
+def test_type(dtype, make_layer):
+    """Which casts indices and metadata as well."""
+    layer = make_layer()
+    expected = copy.deepcopy(layer).to(dtype)
+    assert layer.type(dtype) is layer
+    for name, tensor in expected.state_dict().items():
+        assert_bits_equal(layer.state_dict()[name], tensor)
+    assert torch.equal(layer(x := torch.randn(2, 70).to(dtype)), expected(x))
 
 
 def test_meta_and_back():
@@ -233,6 +316,17 @@ def test_state_dict_brings_its_pattern(assign, bias):
     target.load_state_dict(copy.deepcopy(source.state_dict()), assign=assign)
     assert_same_layer(target, source)
     assert torch.equal(target(x := torch.randn(3, 640)), source(x))
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_loaded_in_inference_mode_it_trains_x_and_loads_again(assign):
+    layer, state = layer_of(), copy.deepcopy(layer_of().state_dict())
+    with torch.inference_mode():
+        layer.load_state_dict(state, assign=assign)
+    assert not any(tensor.is_inference() for tensor in (*layer.parameters(), *layer.buffers()))
+    layer(x := torch.randn(3, 70, requires_grad=True)).sum().backward()
+    assert x.grad.any()
+    layer.load_state_dict(state)
 
 
 def test_from_state_dict_copies():
@@ -366,12 +460,47 @@ def test_parts_that_are_missing_and_sizes_that_are_known():
         rest = {key: part for key, part in state.items() if key != name}
         with pytest.raises(FormatError, match=f"^{name}: not in the state_dict, expected values, metadata"):
             SemiStructuredBlockLinear.from_state_dict(rest)
-        with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
+        message = "metadata: not in the state_dict" if name == "metadata" else f'Missing key.*"{name}"'
+        with pytest.raises(RuntimeError, match=message):
             SemiStructuredBlockLinear.from_state_dict(state).load_state_dict(rest)
     with pytest.raises(FormatError, match=r"^dense_shape: got in_features 70, expected 71"):
         SemiStructuredBlockLinear.from_state_dict(state, in_features=71)
     with pytest.raises(FormatError, match=r"^bias: got size \[3\], expected \[50\]"):
         SemiStructuredBlockLinear.from_state_dict({**state, "bias": torch.ones(3)})
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_state_of_dense_blocks_is_refused(strict):
+    """Half as wide, they would pass for what is stored of 2:4 ones."""
+    model = nn.Sequential(layer_of(128, 128, density=1.0, block_shape=(32, 32)))
+    half = torch.ones(4, 8, dtype=torch.bool)
+    half[:, 4:] = False
+    source = nn.Sequential(make(128, 128, pattern=half, block_shape=(32, 16)))
+    assert source[0].values.shape == model[0].values.shape
+    before = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match=r"0\.metadata: not in the state_dict, expected it with values"):
+        model.load_state_dict(source.state_dict(), strict=strict)
+    assert_same_layer(model[0], before[0])
+
+
+def test_part_of_a_state_dict():
+    source, target = layer_of(640, 640), layer_of(640, 640)
+    state = source.state_dict()
+    missing, _ = target.load_state_dict({"bias": state["bias"]}, strict=False)
+    assert sorted(missing) == sorted(PARTS)
+    for names in (("crow_indices", "col_indices"), ("values", "metadata")):
+        target.load_state_dict({name: state[name] for name in names}, strict=False)
+    assert_same_layer(target, source)
+
+
+@pytest.mark.parametrize("kind", [BlockSparseLinear, SemiStructuredBlockLinear])
+def test_what_is_no_state_dict_or_prefix(kind):
+    for state in (None, make(), [("values", torch.ones(1))]):
+        with pytest.raises(TypeError, match=rf"^state_dict: got {type(state).__name__}, expected a dict of tensors"):
+            kind.from_state_dict(state)
+    for prefix in (1, None):
+        with pytest.raises(TypeError, match=f"^prefix: got {prefix}, expected a string"):
+            kind.from_state_dict(layer_of().state_dict(), prefix)
 
 
 def test_safetensors(tmp_path):

@@ -381,6 +381,31 @@ def test_linear_with_a_compressed_bias(kind, weight_kind):
     torch.testing.assert_close(outputs, F.linear(inputs, weight, bias))
 
 
+def dual_derivative(function, x):
+    with torch.autograd.forward_ad.dual_level():
+        dual = function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        return torch.autograd.forward_ad.unpack_dual(dual).tangent
+
+
+@allows_decompression
+@pytest.mark.parametrize(
+    "derive",
+    [
+        dual_derivative,
+        lambda function, x: torch.func.jvp(function, (x,), (torch.ones_like(x),)),
+        lambda function, x: torch.func.linearize(function, x)[1](torch.ones_like(x)),
+        lambda function, x: torch.func.jacfwd(function)(x),
+        lambda function, x: torch.func.hessian(lambda x: function(x).sin().sum())(x),
+    ],
+    ids=["dual", "jvp", "linearize", "jacfwd", "hessian"],
+)
+@pytest.mark.parametrize("function", [F.linear, lambda x, weight: x @ weight.t()], ids=["linear", "matmul"])
+def test_forward_mode_derivatives_on_dense_copies(dense, compressed, derive, function):
+    x = torch.randn(3, 20)
+    got, expected = (derive(lambda x, weight=weight: function(x, weight), x) for weight in (compressed, dense))
+    torch.testing.assert_close(got, expected)
+
+
 def test_parameter(linear, dense):
     assert isinstance(linear.weight, nn.Parameter)
     assert isinstance(linear.weight, CompressedTensor)
@@ -488,6 +513,28 @@ def test_load_state_dict(source, target, assign):
         assert shared.data_ptr() != given.data_ptr()
 
 
+@pytest.mark.parametrize("source", [None, *KINDS])
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_loaded_in_inference_mode_it_trains_x(linear, source, made_inside):
+    state = other_linear(source).state_dict()
+    with torch.inference_mode():
+        if made_inside:
+            state = {name: tensor.clone() for name, tensor in state.items()}
+        linear.load_state_dict(state)
+    assert_is_compressed(linear.weight, two_four_numbers(6, 20, seed=5))
+    linear(x := torch.ones(2, 20, requires_grad=True)).sum().backward()
+    torch.testing.assert_close(x.grad, linear.weight.to_dense().sum(0).expand(2, 20))
+
+
+def test_views_of_a_weight_in_inference_mode(linear, dense):
+    with torch.inference_mode():
+        state, row, parameter = linear.state_dict(), linear.weight[2], nn.Parameter(linear.weight, requires_grad=False)
+    assert_is_compressed(row, dense[2])
+    for weight in (state["weight"], parameter):
+        F.linear(x := torch.ones(2, 20, requires_grad=True), weight).sum().backward()
+        torch.testing.assert_close(x.grad, dense.sum(0).expand(2, 20))
+
+
 def test_load_state_dict_keeps_the_parameter_object(linear):
     weight = linear.weight
     linear.load_state_dict(other_linear(None).state_dict())
@@ -577,6 +624,13 @@ def test_augmented_assignment_does_not_change_the_tensor(dense, compressed):
     result = compressed
     result *= 2
     assert torch.equal(result, dense * 2)
+    assert_is_compressed(compressed, dense)
+
+
+def test_copied_into_while_forward_mode_is_on(kind, dense):
+    compressed = kind.from_dense(torch.zeros(6, 20))
+    with torch.autograd.forward_ad.dual_level():
+        compressed.copy_(dense)
     assert_is_compressed(compressed, dense)
 
 

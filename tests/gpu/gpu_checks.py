@@ -1,5 +1,8 @@
 """What the tests of this folder share. Every reference comes from the CPU: its kernels, or float64."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +16,18 @@ def parts_on(device: torch.device, dense: Tensor, keep_negative_zero: bool = Fal
     """The parts that the CPU makes of `dense`, moved to `device`."""
     values, bitmasks, row_offsets = (part.to(device) for part in ops.compress(dense.cpu(), keep_negative_zero))
     return values, bitmasks, row_offsets
+
+
+def captured(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """The graph, and what the work returns, which is where every replay writes."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+    return graph, result
 
 
 def assert_is_product(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None) -> None:

@@ -13,6 +13,7 @@ from block_weights import (
     random_blocks,
 )
 from conftest import assert_bits_equal, needs_gpu, random_numbers
+from gpu_checks import captured
 from torch import nn
 
 from bitmask import BlockSparseLinear, FormatError, native
@@ -373,13 +374,7 @@ def test_captured_products_read_what_is_there_at_their_replay(dtype, m):
             *torch.autograd.grad(y, x, grad),  # transposes the index
         )
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = work()
+    graph, results = captured(work)
     for seed in range(3):
         fresh_x, fresh_grad, _ = operands(blocks, m, seed + 5)
         x.detach().copy_(fresh_x)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import assert_bits_equal, assert_parts_equal, needs_gpu, random_numbers
-from gpu_checks import assert_is_product, parts_on
+from gpu_checks import assert_is_product, captured, parts_on
 
 from bitmask import ops
 
@@ -79,19 +79,6 @@ def test_another_gpu_than_the_current_one(m):
 
 
 # CUDA graphs.
-
-
-def captured(work):
-    """The graph, and what the work returns, which is where every replay writes."""
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
-    return graph, result
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from block_weights import check_gradient_of_x, check_product, operands, random_blocks
 from conftest import ALL_DTYPES, assert_bits_equal, assert_parts_equal, needs_gpu, random_dense, random_numbers
-from gpu_checks import assert_is_product
+from gpu_checks import assert_is_product, captured
 
 from bitmask import BlockSparseLinear, FormatError, SemiStructuredBlockLinear, SemiStructuredTensor
 from bitmask.ops_block_two_four import bsr_linear_24
@@ -279,12 +279,7 @@ def test_captured_products_read_what_is_there_at_their_replay(dtype, m):
     weight = weight_of(256, 512, dtype=dtype)
     values, metadata = parts_on(CUDA, weight)
     x = random_numbers(m, 512, density=1.0, dtype=dtype).to(CUDA)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        linear_24(x, values, metadata)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = linear_24(x, values, metadata)
+    graph, y = captured(lambda: linear_24(x, values, metadata))
     for seed in range(3):
         fresh = random_numbers(m, 512, density=1.0, seed=seed, dtype=dtype)
         x.copy_(fresh)
@@ -309,12 +304,7 @@ def test_captured_blocks_and_their_gradient(dtype, m):
         y = bsr_linear_24(x, *there, 256)
         return y.detach(), *torch.autograd.grad(y, x, grad)
 
-    with torch.cuda.stream(torch.cuda.Stream()):
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = work()
+    graph, results = captured(work)
     for seed in range(3):
         fresh_x, fresh_grad, _ = operands(blocks, m, seed + 5)
         x.detach().copy_(fresh_x)

@@ -209,11 +209,3 @@ def test_weight_past_torch_function():
 
     layer = make()
     assert torch.equal(Twice.apply(layer.weight), 2 * dense_weight(layer))
-
-
-def test_weight_cannot_be_set():
-    layer = make()
-    with pytest.raises((AttributeError, KeyError), match="weight"):
-        layer.weight = nn.Parameter(torch.ones(50, 70))
-    with pytest.raises(AttributeError):
-        layer.weight = torch.ones(50, 70)

@@ -296,8 +296,9 @@ class BlockSparseLinear(BlockLinear):
         With DistributedDataParallel, every process must give the same pattern or scores (broadcast random ones first),
         and the wrapper has to be made anew if the number of blocks changes.
 
-        An averaged copy (AveragedModel) has to be given the same pattern, by its own `update_pattern_`; another layer
-        that shares `values` would multiply them by its old pattern: use one layer in both places instead.
+        An averaged copy (AveragedModel, with `use_buffers=False`) has to be given the same pattern, by its own
+        `update_pattern_`; another layer that shares `values` would multiply them by its old pattern: use one layer in
+        both places instead.
 
         With SET [1], blocks are dropped by `block_norms` and grown at random; with RigL [2], they are grown by the
         gradient of the dense weight, which takes no more than the layer's input and its output's gradient: the last
@@ -432,16 +433,12 @@ def _state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict
 
 
 def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give a parameter other data, perhaps of another size.
+    """Give a parameter other data, perhaps of another size; who shares the memory of the old data keeps those.
 
-    Autograd keeps a node for the gradient, to which DistributedDataParallel and others attach hooks: written to in
-    place, the parameter keeps it. But the node knows the size, and would refuse gradients of another one where a graph
-    of an earlier step is alive; a change of dtype makes autograd drop it.
+    Autograd keeps a node for the gradient, to which DistributedDataParallel and others attach hooks. The node knows the
+    size, and would refuse gradients of another one where a graph of an earlier step is alive; only then is it lost, by
+    a change of dtype, which makes autograd drop it.
     """
-    if parameter.shape == data.shape:
-        # What was made in inference mode can only be written to there.
-        with torch.inference_mode(parameter.is_inference()), torch.no_grad():
-            parameter.copy_(data)
-        return
-    parameter.data = data.to(torch.float32 if data.dtype == torch.float64 else torch.float64)
+    if parameter.shape != data.shape:
+        parameter.data = data.to(torch.float32 if data.dtype == torch.float64 else torch.float64)
     parameter.data = data

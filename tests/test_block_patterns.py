@@ -389,6 +389,19 @@ def test_as_many_blocks_keep_the_node_that_takes_the_gradient():
     assert calls == [1, 1]
 
 
+def test_as_many_blocks_leave_alone_who_shares_memory():
+    layer, _ = trained()
+    twin = copy.deepcopy(layer)
+    twin.load_state_dict(layer.state_dict(), assign=True)
+    x, state, kept = torch.randn(5, layer.in_features), layer.state_dict(), layer.values.detach()
+    y, values = layer(x), kept.clone()
+    layer.update_pattern_(~layer.pattern)
+    assert torch.equal(kept, values)
+    assert torch.equal(twin(x), y)
+    layer.load_state_dict(state)
+    assert torch.equal(layer(x), y)
+
+
 def test_scores_keep_the_number_of_blocks():
     layer, optimizer = trained()
     scores = torch.randn(4, 3)

@@ -95,11 +95,14 @@ class BlockLinear(nn.Module):
         return self._multiply(x)
 
     def _over_parts(self, x: Any) -> Tensor:
-        """A nested `x`, if jagged and without holes as a whole: torch adds to it only what has the same offsets."""
+        """A nested `x`, if jagged and without holes as a whole: torch adds to it only what has the same offsets.
+
+        Hooks have run, or will, on all of it.
+        """
         if x.layout is not torch.jagged or x.lengths() is not None or x._ragged_idx == x.ndim - 1:
-            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()], layout=x.layout)
+            return torch.nested.as_nested_tensor([self.forward(part) for part in x.unbind()], layout=x.layout)
         sizes = {"jagged_dim": x._ragged_idx, "min_seqlen": x._maybe_min_seqlen, "max_seqlen": x._maybe_max_seqlen}
-        return torch.nested.nested_tensor_from_jagged(self(x.values()), x.offsets(), **sizes)
+        return torch.nested.nested_tensor_from_jagged(self.forward(x.values()), x.offsets(), **sizes)
 
     @property
     def density(self) -> float:

@@ -328,7 +328,7 @@ def _layers(model: nn.Module) -> list[_Layer]:
     weights = linear_weights(model)
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        for slot, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
+        for slot, tensor in module._parameters.items():
             places.setdefault(id(tensor), []).append(f"{name}.{slot}".removeprefix("."))
     for weight in weights:
         for layer in weight.layers.values():
@@ -363,7 +363,7 @@ def _reason_against_bias(layer: nn.Linear, places: Mapping[int, Sequence[str]]) 
     """Why the bias of a layer cannot go to another layer; empty if it can."""
     bias = layer._parameters.get("bias")
     if bias is None:
-        return "" if layer.bias is None else "its bias is computed from other parameters"
+        return "" if layer.bias is None else "its bias is no parameter, but computed from others or a buffer"
     same = places[id(bias)]
     return f"{' and '.join(same)} are one parameter" if len(same) > 1 else ""
 

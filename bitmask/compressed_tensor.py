@@ -11,6 +11,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -137,7 +138,8 @@ class CompressedTensor(Tensor):
     @classmethod
     def _wrap(cls, parts: Sequence[Tensor], shape: Sequence[int], borrowed: bool = False) -> Self:
         """Wrap parts as they are, as an inference tensor only where they are such: views of others may not be."""
-        with torch.inference_mode(parts[0].is_inference()):
+        inference = parts[0].is_inference()
+        with nullcontext() if inference == torch.is_inference_mode_enabled() else torch.inference_mode(inference):
             wrapper: Self = Tensor._make_wrapper_subclass(
                 cls, torch.Size(shape), dtype=parts[0].dtype, device=parts[0].device, requires_grad=False
             )

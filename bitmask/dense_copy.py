@@ -37,6 +37,11 @@ class DenseCopy(Tensor):
         copy._make = make
         return copy
 
+    @property
+    def __cuda_array_interface__(self) -> Any:
+        """None, whatever the device: libraries ask who has one, and would be given memory."""
+        raise AttributeError("weight: got __cuda_array_interface__ of a dense copy; use layer.to_dense().weight")
+
     def _refuse_operator(self, *args: object) -> Any:
         """Refuse here: torch takes the TypeError of an operator for "not implemented", and would do it out of place."""
         raise TypeError("weight: got an in-place operator of a dense copy; write to values")
@@ -76,7 +81,6 @@ _LOOKS = [getattr(Tensor, name).__get__ for name in ("device", "dtype", "ndim", 
 _MEMORY = [
     *(getattr(Tensor, name) for name in ("data_ptr", "storage", "untyped_storage")),
     getattr(Tensor, "const_data_ptr", None),  # not in torch 2.10
-    Tensor.__cuda_array_interface__.__get__,
 ]
 
 

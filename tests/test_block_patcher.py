@@ -305,6 +305,16 @@ def test_layers_with_a_forward_of_their_own_stay_dense():
     assert replaced(model) == ["1"]
 
 
+def test_modules_that_name_parameters_in_their_way():
+    class Own(nn.Sequential):
+        def named_parameters(self, prefix="", recurse=True):
+            return super().named_parameters(prefix, recurse)
+
+    model = Own(nn.Linear(64, 64))
+    patcher_of(**{".*": {}}).patch_model(model)
+    assert replaced(model) == ["0"]
+
+
 def test_layers_whose_bias_is_tied_or_computed_stay_dense():
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)), nn.LayerNorm(64))
     model[1].bias = model[0].bias
@@ -314,7 +324,7 @@ def test_layers_whose_bias_is_tied_or_computed_stay_dense():
     reasons = [
         *["0.bias and 1.bias are one parameter"] * 2,
         "2.bias and 6.bias are one parameter",
-        *["its bias is computed from other parameters"] * 2,
+        *["its bias is no parameter, but computed from others or a buffer"] * 2,
     ]
     message = "; ".join(f"{i}: {reason}" for i, reason in enumerate(reasons))
     with pytest.warns(UserWarning, match=f"layers that match but stay dense: {re.escape(message)}$"):
@@ -324,7 +334,7 @@ def test_layers_whose_bias_is_tied_or_computed_stay_dense():
     with pytest.warns(UserWarning, match=f"layers that are not pruned: {re.escape(message)}$"):
         prune_blocks(model, 0.25)
     assert replaced(model) == ["5"]
-    with pytest.raises(TypeError, match="cannot be replaced: its bias is computed from other parameters"):
+    with pytest.raises(TypeError, match="cannot be replaced: its bias is no parameter"):
         prune_blocks(model[4], 0.5)
 
 

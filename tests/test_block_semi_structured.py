@@ -202,6 +202,15 @@ def test_other_jagged_tensors(make_layer, name):
         torch.testing.assert_close(got, layer(part))
 
 
+@pytest.mark.parametrize("make_layer", [make, layer_of])
+@pytest.mark.parametrize("name", JAGGED)
+def test_hooks_run_once_on_jagged_tensors(make_layer, name):
+    layer, x, calls = make_layer(), JAGGED[name](jagged(torch.randn(8, 140))), []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    layer(x)
+    assert calls == [1]
+
+
 def test_a_jagged_size_of_the_inputs():
     x = torch.nested.nested_tensor([torch.randn(3), torch.randn(67)], layout=torch.jagged)
     assert x.values().shape == (70,)

@@ -107,7 +107,6 @@ MEMORY = {
     "untyped storage": lambda weight: weight.untyped_storage(),
     "detached": lambda weight: weight.detach().data_ptr(),
     "function": lambda weight: torch.Tensor.data_ptr(weight),
-    "CUDA arrays": lambda weight: weight.__cuda_array_interface__,
 }
 
 
@@ -115,6 +114,11 @@ MEMORY = {
 def test_memory_of_weight_is_refused(name):
     with pytest.raises(TypeError, match=r"^weight: got \w+ of a dense copy; use layer\.to_dense\(\)\.weight"):
         MEMORY[name](make().weight)
+
+
+def test_weight_is_no_cuda_array():
+    """Libraries ask whether it is one."""
+    assert not hasattr(make().weight, "__cuda_array_interface__")
 
 
 def test_safetensors_save_the_dense_twin_of_weight():

@@ -91,7 +91,7 @@ struct Join {
   }
 };
 
-// What a join takes of a workspace: its counters, then its sums. Nothing if no tile is shared.
+// What a join takes of a workspace: its counters, then its sums, both multiples of 16 bytes. Nothing if no tile is shared.
 struct JoinSpace {
   int64_t arrived_bytes = 0, partials_bytes = 0;
 

@@ -122,6 +122,14 @@ def test_faulty_indices_give_nan_gradients(as_on_a_gpu, entry):
     assert torch.autograd.grad(y, x, grad)[0].isnan().any()
 
 
+@pytest.mark.parametrize(("line", "entry"), [(0, 1), (0, -1), (1, 3), (2, 7), (5, 8), (5, 10)])
+def test_faulty_starts_give_nan_gradients(as_on_a_gpu, line, entry):
+    (x, grad), starts = operands(3), CROW_INDICES.clone()
+    starts[line] = entry
+    y = bsr_linear(x.requires_grad_(), values_of(), starts, COL_INDICES, ROWS)
+    assert torch.autograd.grad(y, x, grad)[0].isnan().any()
+
+
 # Entries that are changed, and the block rows that are faulty then.
 FAULTY_ROWS = {
     "does not begin at 0": (CROW_INDICES, 0, 1, {0}),

@@ -135,6 +135,24 @@ def test_architectures(setup_py, monkeypatch):
     assert setup_py.cuda_architectures() == ("sm_100;Hopper", [])
 
 
+def test_serialized_instructions_fail_the_resources(tmp_path):
+    """Of wgmma, which ptxas mentions in passing."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'ptxas info : wgmma.mma_async instructions are serialized due to a branch' >&2\n")
+    nvcc.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "tests/cuda/resources.py", "csrc/cuda/block_warpgroup.cu"],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "block_warpgroup.cu: ptxas info : wgmma" in done.stderr
+
+
 def test_sources_of_the_cuda_library(setup_py, toolkit, monkeypatch):
     monkeypatch.setattr(setup_py.cpp_extension, "CUDA_HOME", None)  # which the next call sets
     extension = setup_py.cuda_extension(toolkit)

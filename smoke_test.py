@@ -1,4 +1,6 @@
-"""Every op once on every instruction set of this machine, against the pure Python reference, and once on the GPU.
+"""The ops once on every instruction set of this machine, against the pure Python reference, and once on the GPU.
+
+Conversions to PyTorch's sparse layouts, which depend on no instruction set, are left to the tests.
 
 Exits with a non-zero status if anything differs.
 """
@@ -13,7 +15,7 @@ import torch
 from torch.nn import functional
 
 import bitmask
-from bitmask import ops, ops_block, ops_block_two_four, ops_two_four, reference
+from bitmask import native, ops, ops_block, ops_block_two_four, ops_two_four, reference
 
 EXAMPLE = torch.tensor([[1.0, 0.0, 2.0], [5.0, 3.0, 0.0], [4.0, 0.0, 5.0]])
 SHAPE = torch.Size([65, 131])
@@ -93,9 +95,14 @@ def failures_on(device: torch.device) -> list[str]:
         name = str(dtype).removeprefix("torch.")
         checks |= {f"linear {name} m={rows}": agrees_on(device, dense.to(dtype), rows) for rows in ROWS}
         checks[f"gradient {name}"] = gradient_agrees(device, dense.to(dtype))
+        if device.type not in native.DEVICES:  # the portable kernels are of bitmasks alone
+            continue
+        checks[f"pack_24 {name}"] = two_four_comes_back(dtype, device)
         checks |= {f"bsr_linear {name} m={rows}": blocks_multiply(dtype, rows, device) for rows in ROWS}
         checks |= {f"linear_24 {name} m={rows}": two_four_multiplies(dtype, rows, device) for rows in ROWS}
         checks |= {f"bsr_linear_24 {name} m={rows}": two_four_blocks_multiply(dtype, rows, device) for rows in ROWS}
+    if device.type in native.DEVICES:
+        checks |= {"bsr_transpose": block_index_agrees(device), "prune_24": prunes_rows_and_columns(device)}
     return failed(checks)
 
 
@@ -161,10 +168,12 @@ def random_block_index() -> tuple[torch.Tensor, torch.Tensor]:
     return functional.pad(kept.sum(1).cumsum(0), (1, 0)), kept.nonzero()[:, 1]
 
 
-def block_index_agrees() -> bool:
+def block_index_agrees(device: torch.device | str = "cpu") -> bool:
     """Whether kept blocks are found by columns as well."""
-    index, cols_of_blocks = random_block_index(), -(-SHAPE[1] // 16)
-    return same(ops_block.bsr_transpose(*index, cols_of_blocks), reference.bsr_transpose(*index, cols_of_blocks))
+    (crow_indices, col_indices), cols_of_blocks = random_block_index(), -(-SHAPE[1] // 16)
+    found = ops_block.bsr_transpose(crow_indices.to(device), col_indices.to(device), cols_of_blocks)
+    expected = reference.bsr_transpose(crow_indices, col_indices, cols_of_blocks)
+    return same(tuple(part.cpu() for part in found), expected)
 
 
 def blocks_multiply(dtype: torch.dtype, rows: int, device: torch.device | str = "cpu") -> bool:
@@ -182,22 +191,23 @@ def blocks_multiply(dtype: torch.dtype, rows: int, device: torch.device | str = 
     return close(y, expected) and all(close(*pair) for pair in zip(found, gradients, strict=True))
 
 
-def two_four_comes_back(dtype: torch.dtype) -> bool:
+def two_four_comes_back(dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
     """Whether a pruned weight is packed as the reference has it, and is the same when it is unpacked."""
-    weight = torch.randn(65, 132).to(dtype)
-    parts = ops_two_four.pack_24(weight, prune=True)
-    ops_two_four.validate_24(*parts)
+    weight = torch.randn(65, 132).to(dtype).to(device)
+    values, metadata = ops_two_four.pack_24(weight, prune=True)
+    ops_two_four.validate_24(values, metadata)
     ops_two_four.prune_24(weight)
-    return same(parts, reference.pack_24(weight)) and torch.equal(ops_two_four.unpack_24(*parts), weight)
+    packed = same((values.cpu(), metadata.cpu()), reference.pack_24(weight.cpu()))
+    return packed and torch.equal(ops_two_four.unpack_24(values, metadata), weight)
 
 
-def prunes_rows_and_columns() -> bool:
+def prunes_rows_and_columns(device: torch.device | str = "cpu") -> bool:
     """Whether each 4 x 4 elements keep what the reference keeps."""
-    weight = torch.randn(8, 20)
-    expected = weight.clone()
+    expected = torch.randn(8, 20)
+    weight = expected.clone().to(device)
     ops_two_four.prune_24(weight, transposable=True)
     reference.prune_24_transposable(expected)
-    return torch.equal(weight, expected)
+    return torch.equal(weight.cpu(), expected)
 
 
 def two_four_multiplies(dtype: torch.dtype, rows: int, device: torch.device | str = "cpu") -> bool:
@@ -232,7 +242,7 @@ def two_four_blocks_multiply(dtype: torch.dtype, rows: int, device: torch.device
 
 
 def has_cuda_ops() -> bool:
-    """Whether this build of bitmask has kernels for a GPU."""
+    """Whether bitmask has kernels for a GPU: those of this build, or portable ones."""
     return torch._C._dispatch_has_computed_kernel_for_dispatch_key("bitmask::compress", "CUDA")
 
 
@@ -252,7 +262,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("cuda: no GPU here")
     elif not has_cuda_ops():
-        print("cuda: this build of bitmask has no CUDA kernels")
+        print("cuda: this build of bitmask has no CUDA kernels, and there is no Triton")
     else:
         passed.append(report(f"cuda ({torch.cuda.get_device_name()})", failures_on(torch.device("cuda"))))
     sys.exit(0 if all(passed) else 1)

@@ -24,9 +24,8 @@ class SemiStructuredBlockLinear(BlockLinear):
 
     For inference: the weight is frozen, and its parts are buffers: `values` [blocks, rows of a block, columns / 2],
     `metadata` uint8 [blocks, rows of a block, ceil(columns / 8)], `crow_indices`, `col_indices` and `dense_shape`
-    (FORMAT.md). `bias` is a parameter; gradients reach it and `x`, of which that of `x` waits for a GPU and cannot be
-    captured in a CUDA graph. Made by `from_block_sparse`, or by `from_state_dict`
-    of what was saved.
+    (FORMAT.md). `bias` is a parameter; gradients reach it and `x`; for that of `x` a GPU is waited for, unless
+    a CUDA graph is captured. Made by `from_block_sparse`, or by `from_state_dict` of what was saved.
 
     >>> layer = BlockSparseLinear(64, 128, density=0.25, bias=False)
     >>> SemiStructuredBlockLinear.from_block_sparse(layer, prune=True)

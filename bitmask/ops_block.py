@@ -88,7 +88,8 @@ def bsr_linear(
         transposed: what `bsr_transpose` makes of the index, to save the backward pass from making it again.
 
     Returns:
-        [..., out_features] in the dtype of `x`; sums are kept in float32 (float64 for float64) and rounded once.
+        [..., out_features] in the dtype of `x`; sums are kept in float32 (float64 for float64) and rounded once. A GPU
+        multiplies float32 as tf32 where torch allows it.
 
     Raises:
         FormatError: an index that contradicts itself, the blocks or the sizes of the weight. What an index on a GPU

@@ -32,7 +32,7 @@ def bsr_linear_24(
     waits for a GPU, unless a CUDA graph is captured.
 
     An infinity or NaN of `x` that meets an element of a kept block that is not stored makes NaN, as from a dense block,
-    but not on the sparse tensor cores of GPUs: there it takes no part.
+    but not in the 2:4 kernels of GPUs: there it takes no part, unless the blocks have to be unpacked first.
 
     Args:
         x: [..., in_features], in the dtype of `values`: float32, bfloat16, float16 or float64.

@@ -82,6 +82,9 @@ def bitmask_parts_24(values: Tensor, metadata: Tensor) -> tuple[Tensor, Tensor, 
 def unpack_24(values: Tensor, metadata: Tensor) -> Tensor:
     """Restore the dense tensor [..., cols] from its parts, which are proven while they are used; differentiable.
 
+    While a CUDA graph is captured, nothing can be raised for what the parts hold: if they prove faulty when the graph
+    runs, the result is NaN. Integers and other dtypes for which all bits set is no NaN are refused then.
+
     Raises:
         FormatError: parts that contradict each other or the layout.
         TypeError, ValueError: a part of the wrong kind, dtype or device.
@@ -132,8 +135,8 @@ def linear_24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None =
     The parts are proven while they are used. Gradients flow to `x` and `bias`; the weight is frozen. Under autocast,
     `x`, the values and `bias` are cast as for `F.linear`.
 
-    An infinity or NaN of `x` that meets an element that is not stored makes NaN, as from a dense weight, but not on
-    the sparse tensor cores of GPUs: there it takes no part.
+    An infinity or NaN of `x` that meets an element that is not stored makes NaN, as from a dense weight, but not in
+    the 2:4 kernels of GPUs: there it takes no part, unless the weight has to be unpacked first.
 
     Args:
         x: [..., in_features], in the dtype of `values`: float32, bfloat16, float16 or float64.
@@ -142,7 +145,8 @@ def linear_24(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None =
         bias: [out_features], in the dtype of `values`.
 
     Returns:
-        [..., out_features] in the dtype of `x`; sums are kept in float32 (float64 for float64) and rounded once.
+        [..., out_features] in the dtype of `x`; sums are kept in float32 (float64 for float64) and rounded once. What a
+        GPU has no 2:4 kernel for is cuBLAS's, in the precision that `torch.backends.cuda.matmul` asks of it.
 
     Raises:
         FormatError: parts that contradict each other or the layout. What parts on a GPU hold is not waited for: where

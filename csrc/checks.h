@@ -1,5 +1,5 @@
-// Validation shared by the implementations of every device: shapes and the three parts of a bitmask tensor. No torch header. Throws
-// std::invalid_argument; messages say what, where, got, expected.
+// Validation shared by the implementations of every device: shapes, the three parts of a bitmask tensor, what 2:4 asks. No torch header.
+// Throws std::invalid_argument; messages say what, where, got, expected.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Constants and plain structs of the bitmask layout (FORMAT.md has the bytes). No torch header, no STL: every kernel, fuzzer and
+// Constants and plain structs of the layouts (FORMAT.md has the bytes). No torch header, no STL: every kernel, fuzzer and
 // cross-compiled test includes this file.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The CUDA implementations of the ops: check, allocate, take torch's current stream, launch. No arithmetic here.
+// The CUDA implementations of the ops on bitmasks: check, allocate, take torch's current stream, launch. No arithmetic here.
 //
 // Nothing waits for the GPU but compress, which must know the size of its result, and decompress and validate, which throw. Where nobody
 // may wait, in linear and while a CUDA graph is captured, a weight that proves faulty gives NaN instead of an exception.

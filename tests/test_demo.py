@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import smoke_test
 from benchmarks.plot import have_matplotlib
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +98,19 @@ def test_smoke_test():
     assert done.stdout.count("Bitmask Unpacked tensor([1, 0, 1, 1, 1, 0, 1, 0, 1], dtype=torch.uint8)") == 2
     assert done.stdout.count("Bitmask Packed Binary ['01011101', '00000001']") == 2
     assert "scalar: ok" in done.stdout
+
+
+def test_smoke_test_of_a_device():
+    """The CPU stands in for a GPU."""
+    assert not smoke_test.failures_on(torch.device("cpu"))
+
+
+def test_smoke_test_of_a_device_with_portable_kernels(monkeypatch):
+    """Triton has no kernels for blocks and 2:4."""
+    monkeypatch.setattr(smoke_test.native, "DEVICES", frozenset())
+    for module in (smoke_test.ops_block, smoke_test.ops_two_four, smoke_test.ops_block_two_four):
+        monkeypatch.setattr(smoke_test, module.__name__.rsplit(".", 1)[-1], None)
+    assert not smoke_test.failures_on(torch.device("cpu"))
 
 
 FORMATS = ["dense", "COO", "CSR", "CSC", "BSR", "2:4", "bitmask"]

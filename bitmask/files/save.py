@@ -143,7 +143,7 @@ def _as_two_four(tensor: Tensor, keep_negative_zero: bool) -> SemiStructuredTens
     if isinstance(tensor, SemiStructuredTensor):
         return tensor
     given = isinstance(tensor, BitmaskTensor)  # which stores -0.0 only if it is to be kept
-    dense = (tensor.to_dense() if given else tensor).cpu()  # which alone has kernels for it
+    dense = (tensor.to_dense() if given else tensor).cpu()  # where there are kernels for it, and a file is written from
     try:
         return SemiStructuredTensor.from_dense(dense, keep_negative_zero=given or keep_negative_zero)
     except ValueError as error:

@@ -12,7 +12,8 @@
 namespace bitmask::cuda {
 
 // A word of device memory that proves a weight: kNoFault, or the lowest row that is faulty (an offset out of order or out of range, a
-// popcount that does not lead to the next offset, padding bits set). Kernels only lower it.
+// popcount that does not lead to the next offset, padding bits set); of blocks the lowest faulty line of the index, of 2:4 the lowest row
+// with faulty metadata. Kernels only lower it.
 using Fault = unsigned long long;
 constexpr Fault kNoFault = ~Fault{0};
 
@@ -65,7 +66,7 @@ struct Device {
 // How a product is to be done.
 enum class LinearWay {
   kStream,    // CUDA cores, few rows of x: W is one stream of bytes
-  kMultiply,  // tensor cores, more rows of x: a tile of W is expanded into shared memory
+  kMultiply,  // tensor cores, more rows of x: W is expanded in registers, as fragments
   kLibrary,   // decompressed a part at a time and multiplied by cuBLAS
 };
 

@@ -139,8 +139,8 @@ def _selection(arguments: argparse.Namespace) -> Selection:
 
 
 def _parser(suites: dict[str, Suite[Any]]) -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:<12}{suite.summary}" for name, suite in suites.items())
-    on_gpu = "\n".join(f"  {name:<12}{suite.summary}" for name, suite in GPU_SUITES.items())
+    listing = "\n".join(f"  {name:<17}{suite.summary}" for name, suite in suites.items())
+    on_gpu = "\n".join(f"  {name:<17}{suite.summary}" for name, suite in GPU_SUITES.items())
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=f"suites:\n{listing}\n\nsuites of --device cuda:\n{on_gpu}",

@@ -60,6 +60,8 @@ def _run(
 ) -> Report[CpuResult]:
     (name,) = arguments.suite or (_DEFAULT_SUITE,)
     suite = suites[name]
+    if arguments.plot:
+        _plotter(suite, name, parser)  # before anything takes minutes
     fresh_memory = suite.fresh_memory and map_large_blocks_afresh()
     if arguments.isa:
         bitmask.set_isa(arguments.isa)
@@ -126,12 +128,18 @@ def _stored(
 
 
 def _plot(report: Report[CpuResult], suite: Suite[Any], path: Path, parser: argparse.ArgumentParser) -> None:
-    if suite.plot is None:
-        parser.error(f"--plot: the suite {report.suite} has no plot")
     try:
-        suite.plot(report, path)
+        _plotter(suite, report.suite, parser)(report, path)
     except NothingToPlotError as error:
         parser.error(f"--plot: {error}")
+
+
+def _plotter(
+    suite: Suite[Any], name: str, parser: argparse.ArgumentParser
+) -> Callable[[Report[CpuResult], Path], None]:
+    if suite.plot is None:
+        parser.error(f"--plot: the suite {name} has no plot")
+    return suite.plot
 
 
 def _selection(arguments: argparse.Namespace) -> Selection:
@@ -163,8 +171,8 @@ def _parser(suites: dict[str, Suite[Any]]) -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=_list_of(_count), default=(), metavar="M[,M]", help="rows of x, or batch sizes")
     parser.add_argument("--blocks", type=_list_of(_count), default=(), metavar="B[,B]", help="sizes of square blocks")
     parser.add_argument("--rivals", type=Path, metavar="FILE.py", help="other contenders (benchmarks/gpu/rivals.py)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write header and results to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results (needs matplotlib)")
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write header and results to FILE")
+    parser.add_argument("--plot", type=_new_file, metavar="FILE.png", help="draw the results (needs matplotlib)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="run nothing, print tables of what --json wrote")
     return parser
 
@@ -177,6 +185,15 @@ def _list_of(item: Callable[[str], _Item]) -> Callable[[str], tuple[_Item, ...]]
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return parse
+
+
+def _new_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a directory")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
+    return path
 
 
 def _count(text: str) -> int:

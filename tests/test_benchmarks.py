@@ -338,6 +338,23 @@ def test_plots(tmp_path, suite):
     assert "a plot needs results at two" in done.stderr
 
 
+@pytest.mark.skipif(not have_matplotlib(), reason="needs matplotlib")
+def test_a_suite_without_a_plot_is_refused_before_it_runs(tmp_path):
+    done = run("--quick", "--suite", "pretrained", "--plot", str(tmp_path / "plot.png"))
+    assert done.returncode == 2
+    assert "the suite pretrained has no plot" in done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_where_nothing_can_be_written_is_refused_before_it_runs(tmp_path, option):
+    for path, message in ((tmp_path / "nowhere" / "file", "there is no directory"), (tmp_path, "is a directory")):
+        done = run("--quick", option, str(path))
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert not done.stdout
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.stem)
 def test_stored_reports_have_tables(path):
     of_a_gpu = GpuReport.load(path)

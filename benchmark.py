@@ -1,6 +1,7 @@
 """Timings of bitmask on this machine; `python benchmark.py` alone gives the everyday ones in under a minute."""
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -191,8 +192,9 @@ def _new_file(text: str) -> Path:
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a directory")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no directory {path.parent}")
+    there = next(folder for folder in path.absolute().parents if folder.exists())  # what is missing below it is made
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{there} is no directory that can be written to")
     return path
 
 

@@ -1,6 +1,6 @@
 """The ops once on every instruction set of this machine, against the pure Python reference, and once on the GPU.
 
-Conversions to PyTorch's sparse layouts, which depend on no instruction set, are left to the tests.
+Conversions to and from PyTorch's sparse layouts are left to the tests.
 
 Exits with a non-zero status if anything differs.
 """

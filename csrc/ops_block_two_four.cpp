@@ -16,7 +16,8 @@ using cpu::TwoFourCodecKernels;
 
 // What is unpacked at a time: lines that fit half of a second cache together, else one line, in which values come in the order of memory.
 // A part of a line is some rows of each block, so that values come in small pieces; that takes 1.2 to 1.9 times as long as a line that
-// leaves the second cache (4096x14336, blocks of 32 to 128, up to 16 rows of x, Zen 5). So lines are whole up to a share of a last cache.
+// leaves the second cache (4096x14336, blocks of 32 to 128, up to 16 rows of x, Zen 5). So lines are whole up to a share of a last cache;
+// each thread keeps as much memory.
 constexpr int64_t kLinesBytes = 512 << 10;
 constexpr int64_t kLineBytes = 4 << 20;
 constexpr int64_t kPartRows = 8;  // of which parts are multiples if they can: fewer are slow to unpack and to multiply

@@ -348,7 +348,11 @@ def test_a_suite_without_a_plot_is_refused_before_it_runs(tmp_path):
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
 def test_where_nothing_can_be_written_is_refused_before_it_runs(tmp_path, option):
-    for path, message in ((tmp_path / "nowhere" / "file", "there is no directory"), (tmp_path, "is a directory")):
+    (tmp_path / "file").touch()
+    for path, message in (
+        (tmp_path / "file" / "x", "is no directory that can be written to"),
+        (tmp_path, "is a directory"),
+    ):
         done = run("--quick", option, str(path))
         assert done.returncode == 2
         assert message in done.stderr

@@ -25,7 +25,7 @@ DTYPES = sorted(LINEAR_DTYPES, key=str)
 BATCHES = [0, 1, 2, 4, 5, 9, 16, 17, 33, 100, 250]
 
 # out_features, in_features, block shape: whole blocks, cut ones, blocks larger than the weight, of one group, with
-# padded metadata, of odd heights; and lines that are unpacked in parts because they are larger than a window.
+# padded metadata, of odd heights; and lines that are unpacked alone, or in parts.
 SHAPES = [
     (64, 128, (32, 32)),
     (50, 70, (16, 32)),
@@ -36,7 +36,7 @@ SHAPES = [
     (0, 8, (4, 4)),
     (8, 0, (4, 4)),
 ]
-LARGE_LINES = [(270, 8300, (260, 4096)), (20, 100_000, (24, 1 << 16))]
+LARGE_LINES = [(270, 8300, (260, 4096)), (20, 100_000, (24, 1 << 16)), (1100, 700, (1024, 512))]
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
